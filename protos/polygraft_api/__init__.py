@@ -1,0 +1,1 @@
+"""The generated stubs of the `polygraft.v1` contract."""

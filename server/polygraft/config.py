@@ -1,0 +1,145 @@
+"""The server's settings: each defined once, as a flag, a `POLYGRAFT_*` variable and a TOML key."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from polygraft.errors import ConfigError
+
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+
+
+def parse_bytes(value: Any) -> Any:
+    """Read a byte count such as 268435456, "256MiB" or "1.5GB"; anything else is passed on unread."""
+    if isinstance(value, str):
+        for unit, factor in _UNITS.items():
+            if value.endswith(unit):
+                try:
+                    return int(float(value[: -len(unit)]) * factor)
+                except ValueError:
+                    return value
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def split_host_port(flag: str, value: str) -> tuple[str, int]:
+    """Split HOST:PORT; raises ConfigError."""
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(flag, f"expected HOST:PORT, got {value!r}")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class ServerConfig(BaseSettings):
+    """All settings of `polygraft serve`. Flags beat environment variables, these beat the TOML file."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="POLYGRAFT_",
+        frozen=True,
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_prog_name="polygraft serve",
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        protected_namespaces=(),
+    )
+
+    config: Path | None = Field(None, description="TOML file with any of these settings")
+    model: str = Field(
+        "default", description="local folder or hub id of the base model; default is SmolLM2-135M-Instruct"
+    )
+    adapters: Path | None = Field(None, description="folder whose sub-folders are adapters")
+    listen: str = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 picks one")
+    metrics: str = Field("127.0.0.1:9090", description="HOST:PORT of the Prometheus endpoint; empty is off")
+    device: str = Field("cpu", description="torch device of the base model")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type the base computes in; auto takes the checkpoint's"
+    )
+    quantization: Literal["none", "nf4"] = Field("none", description="how the base's weights are stored")
+    double_quantization: bool = Field(True, description="quantize nf4's scales as well")
+    adapter_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type adapters are kept in; auto keeps the file's (float16 becomes float32)"
+    )
+    lora_path: Literal["auto", "unmerged"] = Field(
+        "auto", description="how low-rank weights are applied where a request doesn't say"
+    )
+    kv_cache_bytes: Bytes | None = Field(
+        None, gt=0, description="memory of the KV cache, such as 256MiB [default: a quarter of what is free]"
+    )
+    block_size: int = Field(16, ge=1, le=256, description="tokens in a block of the KV cache")
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="most requests that run at once")
+    max_num_batched_tokens: int = Field(512, ge=1, description="most tokens in one step")
+    max_context_length: int | None = Field(
+        None, ge=2, description="most tokens of one request [default: the model's own limit]"
+    )
+    max_waiting: int = Field(1024, ge=1, description="most requests in the queue")
+    max_adapters: int = Field(1024, ge=1, description="most adapters loaded at once")
+    max_adapter_rank: int = Field(256, ge=1, description="largest rank of an adapter")
+    max_adapter_bytes: Bytes = Field(2**30, gt=0, description="largest adapter, compiled")
+    max_virtual_tokens: int = Field(1024, ge=1, description="most virtual tokens of an adapter")
+    admin_token: SecretStr | None = Field(
+        None, description="token that AdapterService asks for; needed to listen beyond loopback"
+    )
+    max_message_bytes: Bytes = Field(4 * 2**20, gt=0, description="largest gRPC message")
+    drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM")
+    threads: int | None = Field(None, ge=1, description="compute threads [default: one per core]")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the TOML file named by `config` last; the file may be named by flag or by variable."""
+        path = init_settings().get("config") or env_settings().get("config")
+        if path is None:
+            return init_settings, env_settings
+        if not Path(path).is_file():
+            raise ConfigError("--config", f"no such file: {path}")
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(path))
+
+    @field_validator("admin_token")
+    @classmethod
+    def _token_not_empty(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and len(token.get_secret_value()) < 16:
+            raise ValueError("must have at least 16 characters")
+        return token
+
+    def check(self) -> None:
+        """Check what involves more than one setting; raises ConfigError."""
+        host, _ = split_host_port("--listen", self.listen)
+        if self.metrics:
+            split_host_port("--metrics", self.metrics)
+        if not is_loopback(host) and self.admin_token is None:
+            raise ConfigError(
+                "--admin-token",
+                f"needed to listen on {host}: anyone who reaches it could load and unload adapters",
+            )
+        if self.adapters is not None and not self.adapters.is_dir():
+            raise ConfigError("--adapters", f"no such folder: {self.adapters}")

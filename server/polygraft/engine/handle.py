@@ -1,0 +1,153 @@
+"""The boundary between the server and the engine.
+
+Requests, aborts and adapter commands go in; one batch of outputs per step comes out. `AsyncEngine`
+implements it with an engine on a thread of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from polygraft.adapters.info import AdapterInfo, NearToken
+from polygraft.engine.request import Chat, Finished, Request, RequestOutput, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The base model as it is served; fields as in the contract's GetModelResponse."""
+
+    model: str
+    architecture: str
+    dtype: str
+    quantization: str
+    device: str
+    context_length: int
+    vocabulary_size: int
+    parameters: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    eos_token_ids: tuple[int, ...]
+    default_sampling: SamplingParams
+    has_chat_template: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one step did.
+
+    Args:
+        seconds: schedule, run and postprocess together.
+        prefill_rows, decode_rows: tokens run through the base.
+        adapters: (name, kind) of the distinct adapters whose requests shared the step.
+        base_rows: whether requests without an adapter shared it too.
+        running, waiting: requests after the step.
+        preemptions: sequences that lost their blocks in it.
+    """
+
+    seconds: float
+    path: str
+    prefill_rows: int
+    decode_rows: int
+    adapters: tuple[tuple[str, str], ...]
+    base_rows: bool
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    preemptions: int
+
+
+class Observer(Protocol):
+    """Is told what happens, on the event loop's thread. `adapter` and `kind` are "" for the base."""
+
+    def request_submitted(self, adapter: str, kind: str) -> None:
+        """A request entered the queue."""
+
+    def tokens_generated(self, adapter: str, kind: str, count: int, interval: float | None) -> None:
+        """`count` tokens came out of one step, `interval` seconds after the request's previous ones
+        (None for its first)."""
+
+    def request_finished(
+        self, adapter: str, kind: str, finished: Finished | None, error: Exception | None
+    ) -> None:
+        """A request ended, with exactly one of `finished` and `error`."""
+
+    def step_finished(self, stats: StepStats) -> None:
+        """A step ended."""
+
+    def adapter_changed(self, info: AdapterInfo) -> None:
+        """An adapter was loaded, failed to load, or began to unload."""
+
+    def adapter_removed(self, info: AdapterInfo) -> None:
+        """An adapter is gone."""
+
+
+class EngineHandle(Protocol):
+    """What the server needs of an engine. All methods are called on the event loop's thread."""
+
+    @property
+    def model(self) -> ModelInfo:
+        """The base model as it is served."""
+
+    @property
+    def failure(self) -> Exception | None:
+        """What killed the engine, or None while it works."""
+
+    def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Run a request; the last output has `finished` set.
+
+        Closing the generator early aborts the request and frees what it holds before the next step.
+
+        Raises (at the first `__anext__`, before anything is queued):
+            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable,
+            NotSupported, ResourceExhausted, Draining, EngineDead; the last also in mid-stream.
+        """
+
+    def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
+        """Token ids as `generate` would use them. Raises InvalidRequest."""
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens. Raises InvalidRequest for an id out of range."""
+
+    async def load_adapter(self, name: str, source: str = "") -> AdapterInfo:
+        """Load the folder `source` (relative to the store; "" is `name`).
+
+        Raises: InvalidRequest (name or source), AdapterInvalid, AdapterExists, AdapterUnavailable,
+            ResourceExhausted, Draining, EngineDead.
+        """
+
+    async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
+        """Unload; wait for running requests, or refuse if there are any.
+
+        Raises: AdapterNotFound, AdapterUnavailable (in use and `wait` is False), EngineDead.
+        """
+
+    async def reload_adapter(self, name: str) -> AdapterInfo:
+        """Load its folder again under a new generation; the same generation if nothing changed.
+
+        Raises: as load_adapter, and AdapterNotFound.
+        """
+
+    def get_adapter(self, name: str) -> AdapterInfo:
+        """Raises AdapterNotFound."""
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        """All of them by name, failed ones included."""
+
+    async def nearest_tokens(self, name: str, count: int) -> list[list[NearToken]]:
+        """For each virtual token of a soft prompt, the vocabulary's `count` nearest tokens.
+
+        Empty for an adapter without a soft prompt. Raises AdapterNotFound, AdapterUnavailable.
+        """
+
+    async def wait_failed(self) -> None:
+        """Return when the engine has died."""
+
+    async def drain(self, timeout: float) -> int:
+        """Refuse new requests, wait until the running ones end; abort those left after `timeout`
+        seconds and return how many these were. Then stop the engine."""

@@ -1,0 +1,186 @@
+"""What goes into the engine and what comes out of it, free of protobuf and of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from polygraft.errors import PolygraftError
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. The values are the contract's names."""
+
+    STOP = "STOP"
+    """The model emitted an end-of-sequence token or one of the request's stop token ids."""
+    LENGTH = "LENGTH"
+    """`max_new_tokens` were generated."""
+    STOP_SEQUENCE = "STOP_SEQUENCE"
+    """The text reached one of the request's stop sequences."""
+    TIME_LIMIT = "TIME_LIMIT"
+    """`time_limit` seconds have passed since the request arrived."""
+    CANCELLED = "CANCELLED"
+    """The caller aborted."""
+
+
+class LoraPath(StrEnum):
+    """How an adapter's low-rank weights reach a request's rows."""
+
+    AUTO = "AUTO"
+    UNMERGED = "UNMERGED"
+    MERGED = "MERGED"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One adapter, by name; `generation` None means the newest."""
+
+    name: str
+    generation: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, rendered through the model's chat template with a generation prompt."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is picked.
+
+    Args:
+        temperature: 0 is greedy; above that, logits are divided by it. At most 100.
+        top_p: keep the smallest set of tokens whose probabilities reach it, (0, 1]; 1 keeps all.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        min_p: drop tokens less likely than this share of the likeliest one's probability, [0, 1].
+        seed: with the position, all that the noise depends on; [0, 2**63).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingParams:
+    """When a request ends.
+
+    Args:
+        max_new_tokens: at least 1.
+        min_new_tokens: end-of-sequence and stop tokens can't be sampled, and stop sequences don't
+            count, before this many.
+        stop: stop sequences; the text ends before the first one that appears.
+        stop_token_ids: ids that end the request beside the model's own end-of-sequence tokens.
+        ignore_eos: go on after the model's end-of-sequence tokens.
+        time_limit: seconds after arrival, or None.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    time_limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation, with every value settled.
+
+    Args:
+        id: unique among the running requests.
+        prompt: text (tokenized with the model's special tokens), token ids, or a chat.
+        adapter: None is the base model.
+    """
+
+    id: str
+    prompt: str | tuple[int, ...] | Chat
+    adapter: AdapterRef | None = None
+    lora_path: LoraPath = LoraPath.AUTO
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stopping: StoppingParams = field(default_factory=StoppingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens counted for one request.
+
+    `cached_tokens` are prompt tokens whose keys and values were reused; `virtual_tokens` are the
+    adapter's, which occupy the context but are never recomputed.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    virtual_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. `prefill` runs from admission to the first token; all but `total` are None for a
+    request that ended before it got there.
+    """
+
+    total: float
+    queue: float | None = None
+    prefill: float | None = None
+    time_to_first_token: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a request ended.
+
+    Args:
+        adapter_generation: the generation that served it; None for the base model.
+        stop_sequence: the stop sequence that ended it, for STOP_SEQUENCE.
+        stop_token_id: the token that ended it, for STOP.
+        preemptions: how often its blocks were taken away and recomputed.
+    """
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    seed: int
+    path: LoraPath
+    adapter_generation: int | None = None
+    stop_sequence: str | None = None
+    stop_token_id: int | None = None
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step produced for one request.
+
+    `text` is whole characters only and never part of a stop sequence, so it may lag behind
+    `token_ids`. Exactly one output of a request has `finished` or `error` set, and it is the last.
+    """
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finished: Finished | None = None
+    error: PolygraftError | None = None
+
+    @property
+    def terminal(self) -> bool:
+        """Whether this is the request's last output."""
+        return self.finished is not None or self.error is not None

@@ -1,0 +1,177 @@
+"""Every error that Polygraft raises on purpose.
+
+PolygraftError
+├── ConfigError                  a setting is wrong; names the flag
+├── BaseModelError               the base model can't be served
+│   └── UnsupportedArchitecture  it doesn't reach attention through transformers' AttentionInterface
+├── InvalidRequest               the caller's input is wrong; names the field
+│   └── ContextLengthExceeded    prompt plus output don't fit the context
+├── NotSupported                 in the contract, not served
+├── AdapterError                 about one adapter; names it
+│   ├── AdapterNotFound
+│   ├── AdapterExists            the name is taken by other content
+│   ├── AdapterInvalid           the folder can't be served exactly; lists everything that is wrong
+│   └── AdapterUnavailable       known, but its state forbids the call
+├── ResourceExhausted            the queue, the cache or the memory is full; try again later
+├── Draining                     the server is shutting down
+├── Unauthenticated              no valid token where one is needed
+└── EngineDead                   the engine failed; the log holds the cause
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PolygraftError(Exception):
+    """The root of the tree. `reason` is a stable upper-case code for programs."""
+
+    reason = "INTERNAL"
+
+
+class ConfigError(PolygraftError):
+    """A setting is wrong.
+
+    Args:
+        flag: the command line's spelling, such as `--kv-cache-bytes`.
+        problem: what is wrong with its value.
+    """
+
+    reason = "CONFIG_INVALID"
+
+    def __init__(self, flag: str, problem: str) -> None:
+        super().__init__(f"{flag}: {problem}")
+        self.flag = flag
+
+
+class BaseModelError(PolygraftError):
+    """The base model can't be loaded or can't be served."""
+
+    reason = "BASE_MODEL_INVALID"
+
+
+class UnsupportedArchitecture(BaseModelError):
+    """The model doesn't send its attention through transformers' AttentionInterface."""
+
+    reason = "ARCHITECTURE_UNSUPPORTED"
+
+
+class InvalidRequest(PolygraftError):
+    """The caller's input is wrong.
+
+    Args:
+        field: path of the field in the request, such as `sampling.top_p`.
+        problem: what is wrong with it, with the accepted range.
+    """
+
+    reason = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Virtual tokens, prompt and requested output together exceed what one sequence may hold."""
+
+    reason = "CONTEXT_LENGTH_EXCEEDED"
+
+
+class NotSupported(PolygraftError):
+    """The contract names it, this server doesn't serve it.
+
+    Args:
+        field: path of the field or the method's name.
+        problem: what isn't served.
+    """
+
+    reason = "NOT_SUPPORTED"
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class AdapterError(PolygraftError):
+    """About one adapter.
+
+    Args:
+        name: the adapter's name.
+        problem: what is wrong.
+    """
+
+    reason = "ADAPTER_ERROR"
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"adapter {name!r}: {problem}")
+        self.name = name
+        self.problem = problem
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter (or no such generation of it) is registered under the name."""
+
+    reason = "ADAPTER_NOT_FOUND"
+
+
+class AdapterExists(AdapterError):
+    """The name is registered with other content."""
+
+    reason = "ADAPTER_EXISTS"
+
+
+class AdapterInvalid(AdapterError):
+    """The folder can't be served exactly.
+
+    Args:
+        name: the adapter's name.
+        problems: everything that is wrong, one sentence each; never empty.
+    """
+
+    reason = "ADAPTER_INVALID"
+
+    def __init__(self, name: str, problems: Sequence[str]) -> None:
+        assert problems
+        super().__init__(name, "; ".join(problems))
+        self.problems = tuple(problems)
+
+
+class AdapterUnavailable(AdapterError):
+    """Registered, but its state forbids the call (failed to load, unloading, in use)."""
+
+    reason = "ADAPTER_UNAVAILABLE"
+
+
+class ResourceExhausted(PolygraftError):
+    """The queue, the cache or the memory is full.
+
+    Args:
+        problem: what is full, with the numbers.
+        retry_after: seconds after which another try makes sense.
+    """
+
+    reason = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, problem: str, retry_after: float = 1.0) -> None:
+        super().__init__(problem)
+        self.retry_after = retry_after
+
+
+class Draining(PolygraftError):
+    """The server is shutting down and takes no new work."""
+
+    reason = "DRAINING"
+
+
+class Unauthenticated(PolygraftError):
+    """The call needs a token and has no valid one."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class EngineDead(PolygraftError):
+    """The engine failed and can't go on."""
+
+    reason = "ENGINE_DEAD"
