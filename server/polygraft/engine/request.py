@@ -83,7 +83,7 @@ class StoppingParams:
     """When a request ends.
 
     Args:
-        max_new_tokens: at least 1.
+        max_new_tokens: at least 1; None is 256, or what the context leaves if that is less.
         min_new_tokens: end-of-sequence and stop tokens can't be sampled, and stop sequences don't
             count, before this many.
         stop: stop sequences; the text ends before the first one that appears.
@@ -92,7 +92,7 @@ class StoppingParams:
         time_limit: seconds after arrival, or None.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

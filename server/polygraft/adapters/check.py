@@ -1,0 +1,77 @@
+"""Checks a folder against a base model without a server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polygraft.adapters.folder import read_folder
+from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.base.loader import inspect_without_weights
+from polygraft.base.spec import BaseSpec
+from polygraft.errors import AdapterInvalid
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a folder holds and whether it can be served on a base.
+
+    Args:
+        fits: whether it would load.
+        ranks: how many modules have each rank.
+        share_of_base: parameters relative to the base's.
+        problems: why it doesn't fit; empty if it does.
+    """
+
+    folder: str
+    fits: bool
+    base_parameters: int
+    kind: str = ""
+    primitives: tuple[str, ...] = ()
+    modules: int = 0
+    rank: int = 0
+    ranks: dict[int, int] = field(default_factory=dict)
+    virtual_tokens: int = 0
+    parameters: int = 0
+    share_of_base: float = 0.0
+    disk_bytes: int = 0
+    compiled_bytes: int = 0
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def check_folder(folder: Path, model: str, limits: AdapterLimits | None = None) -> CheckReport:
+    """Check a PEFT folder against a base model's configuration; no weights of the base are read.
+
+    Raises:
+        BaseModelError: the base can't be found or isn't served.
+    """
+    return check_against(folder, inspect_without_weights(model), limits or AdapterLimits())
+
+
+def check_against(folder: Path, base: BaseSpec, limits: AdapterLimits) -> CheckReport:
+    """Check a PEFT folder against a base's spec."""
+    name = folder.resolve().name
+    try:
+        files = read_folder(name, folder, limits.compiled_bytes)
+        compiled = run_to_end(compile_adapter(files, base, limits))
+    except AdapterInvalid as error:
+        return CheckReport(str(folder), False, base.parameters, problems=error.problems)
+    ranks = Counter(primitive.rank for primitive in compiled.low_rank.values())
+    return CheckReport(
+        folder=str(folder),
+        fits=True,
+        base_parameters=base.parameters,
+        kind=compiled.kind,
+        primitives=compiled.primitives,
+        modules=len(compiled.low_rank) or (len(base.attention) if compiled.prefix else 0),
+        rank=compiled.rank,
+        ranks=dict(sorted(ranks.items())),
+        virtual_tokens=compiled.virtual_tokens,
+        parameters=compiled.parameters,
+        share_of_base=compiled.parameters / base.parameters,
+        disk_bytes=files.disk_bytes,
+        compiled_bytes=compiled.compiled_bytes,
+        warnings=compiled.warnings,
+    )

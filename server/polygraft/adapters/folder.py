@@ -1,0 +1,157 @@
+"""Reads an adapter's folder into memory, trusting nothing in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from polygraft.errors import AdapterInvalid, InvalidRequest
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "pytorch_adapter.bin", "adapter_model.pt")
+MAX_CONFIG_BYTES = 2**20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def check_name(name: str, field: str = "name") -> None:
+    """Raise InvalidRequest unless the name is one that an adapter can have."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(field, f"must match {_NAME.pattern}, got {name[:200]!r}")
+
+
+def is_name(name: str) -> bool:
+    """Whether an adapter can have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """An adapter's files, read but not yet understood.
+
+    Args:
+        weights: the bytes of its safetensors file. In memory rather than mapped: a file that shrinks
+            under a mapping kills the process.
+        content_hash: SHA-256 over configuration and weights, in hexadecimal.
+    """
+
+    name: str
+    config: dict[str, Any]
+    weights: bytes
+    content_hash: str
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of its weights on disk."""
+        return len(self.weights)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The file's tensors. Raises AdapterInvalid if it isn't whole."""
+        try:
+            return load_safetensors(self.weights)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise AdapterInvalid(self.name, [f"{WEIGHTS} can't be read: {error}"]) from None
+
+
+class AdapterStore:
+    """A folder whose sub-folders are adapters. Nothing outside it is ever read.
+
+    Args:
+        root: the folder, or None for a server without one.
+        max_bytes: the largest weights file that is read.
+    """
+
+    def __init__(self, root: Path | None, max_bytes: int) -> None:
+        self._root = None if root is None else root.resolve()
+        self._max_bytes = max_bytes
+
+    def names(self) -> list[str]:
+        """The sub-folders that can be adapters; hidden ones and Python's are none."""
+        if self._root is None:
+            return []
+        return sorted(
+            entry.name for entry in self._root.iterdir() if entry.is_dir() and not entry.name.startswith((".", "_"))
+        )
+
+    def read(self, name: str, source: str) -> AdapterFolder:
+        """Read one folder; blocks on the disk.
+
+        Args:
+            source: relative to the store.
+
+        Raises:
+            InvalidRequest: `source` leads out of the store, or there is no store.
+            AdapterInvalid: it isn't a folder that can be an adapter's.
+        """
+        if self._root is None:
+            raise InvalidRequest("source", "this server has no store (--adapters)")
+        relative = PurePosixPath(source)
+        if relative.is_absolute() or ".." in relative.parts or "\0" in source or not relative.parts:
+            raise InvalidRequest("source", f"must be a folder below the store, got {source[:200]!r}")
+        folder = self._root / relative
+        self._check_inside(folder, source)
+        if not folder.is_dir():
+            raise AdapterInvalid(name, [f"no such folder in the store: {source}"])
+        return read_folder(name, folder, self._max_bytes, check=lambda path: self._check_inside(path, source))
+
+    def _check_inside(self, path: Path, source: str) -> None:
+        assert self._root is not None
+        if not path.resolve().is_relative_to(self._root):
+            raise InvalidRequest("source", f"leads out of the store: {source[:200]!r}")
+
+
+def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> AdapterFolder:
+    """Read configuration and weights of a PEFT folder.
+
+    Args:
+        check: called with each file's path before it is opened; raises to refuse it.
+
+    Raises:
+        AdapterInvalid: a file is missing, too large, not what it should be, or a pickle.
+    """
+    raw_config = _read_file(name, folder / CONFIG, MAX_CONFIG_BYTES, check)
+    try:
+        config = json.loads(raw_config)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise AdapterInvalid(name, [f"{CONFIG} is not JSON: {error}"]) from None
+    if not isinstance(config, dict):
+        raise AdapterInvalid(name, [f"{CONFIG} must hold an object"])
+    if not (folder / WEIGHTS).exists():
+        for pickle in PICKLES:
+            if (folder / pickle).exists():
+                raise AdapterInvalid(
+                    name,
+                    [
+                        f"{pickle} is a pickle, which can run code when it is read; save the adapter again with "
+                        "safe_serialization=True"
+                    ],
+                )
+    weights = _read_file(name, folder / WEIGHTS, max_bytes, check)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest.update(weights)
+    return AdapterFolder(name, config, weights, digest.hexdigest())
+
+
+def _read_file(name: str, path: Path, max_bytes: int, check: Any) -> bytes:
+    if check is not None:
+        check(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise AdapterInvalid(name, [f"{path.name} has {size} bytes, the limit is {max_bytes}"])
+            return file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise AdapterInvalid(name, [f"{path.name} is missing"]) from None
+    except OSError as error:
+        raise AdapterInvalid(name, [f"{path.name} can't be read: {error.strerror}"]) from None

@@ -1,0 +1,88 @@
+"""The kinds of adapter that are served, and how a folder of any of them is compiled.
+
+A new kind is one file that reads its folder into primitives, and one line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from polygraft.adapters.folder import AdapterFolder
+from polygraft.adapters.lora import compile_lora
+from polygraft.adapters.prefix_tuning import compile_prefix_tuning
+from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.adapters.reader import FolderReader
+from polygraft.adapters.soft_prompt import compile_p_tuning, compile_prompt_tuning
+from polygraft.base.spec import BaseSpec
+from polygraft.errors import AdapterInvalid
+
+Compiler = Callable[[FolderReader, BaseSpec], Generator[None, None, CompiledAdapter]]
+
+KINDS: Mapping[str, Compiler] = {
+    "LORA": compile_lora,
+    "PREFIX_TUNING": compile_prefix_tuning,
+    "PROMPT_TUNING": compile_prompt_tuning,
+    "P_TUNING": compile_p_tuning,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """What one adapter may take.
+
+    Args:
+        rank: largest rank of a module.
+        virtual_tokens: most of them.
+        compiled_bytes: of memory.
+        dtype: what adapters are kept in; None keeps the file's (float16 becomes float32).
+    """
+
+    rank: int = 256
+    virtual_tokens: int = 1024
+    compiled_bytes: int = 2**30
+    dtype: torch.dtype | None = None
+
+
+def compile_adapter(
+    folder: AdapterFolder, base: BaseSpec, limits: AdapterLimits
+) -> Generator[None, None, CompiledAdapter]:
+    """Compile a folder of any kind, in slices: it yields where it may be interrupted.
+
+    Raises:
+        AdapterInvalid: with everything that is wrong.
+    """
+    reader = FolderReader(folder, limits.dtype)
+    peft_type = folder.config.get("peft_type")
+    compiler = KINDS.get(peft_type) if isinstance(peft_type, str) else None
+    if compiler is None:
+        known = ", ".join(sorted(KINDS))
+        raise AdapterInvalid(folder.name, [f"peft_type {peft_type!r} isn't served; served are {known}"])
+    reader.check_base_name(base.name)
+    compiled = yield from compiler(reader, base)
+    if compiled.rank > limits.rank:
+        reader.problems.append(f"rank {compiled.rank} is over the limit of {limits.rank} (--max-adapter-rank)")
+    if compiled.virtual_tokens > limits.virtual_tokens:
+        reader.problems.append(
+            f"{compiled.virtual_tokens} virtual tokens are over the limit of {limits.virtual_tokens} "
+            "(--max-virtual-tokens)"
+        )
+    if compiled.compiled_bytes > limits.compiled_bytes:
+        reader.problems.append(
+            f"{compiled.compiled_bytes} bytes are over the limit of {limits.compiled_bytes} (--max-adapter-bytes)"
+        )
+    reader.finish()
+    return dataclasses.replace(compiled, warnings=tuple(reader.warnings))
+
+
+def run_to_end(job: Generator[None, None, CompiledAdapter]) -> CompiledAdapter:
+    """Run a compilation without interruption."""
+    while True:
+        try:
+            next(job)
+        except StopIteration as stop:
+            compiled: CompiledAdapter = stop.value
+            return compiled

@@ -1,0 +1,39 @@
+"""Prefix tuning (arXiv 2101.00190) as PEFT saves it, compiled to Prefix.
+
+With or without a projection PEFT saves its result, `[tokens, layers * 2 * kv_heads * head_dim]`; row 2l of
+the reshaped tensor is layer l's keys, 2l + 1 its values (peft/peft_model.py, get_prompt). Keys go into the
+cache as they are, without rotation, and real tokens start at position `num_virtual_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from polygraft.adapters.primitives import CompiledAdapter, Prefix
+from polygraft.adapters.reader import FolderReader
+from polygraft.adapters.soft_prompt import take_virtual_tokens
+from polygraft.base.spec import BaseSpec
+
+
+def compile_prefix_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
+    """Compile a prefix-tuning folder; yields between layers. Problems are noted in the reader."""
+    tokens = take_virtual_tokens(reader)
+    reader.ignore(
+        "num_layers", "num_attention_heads", "token_dim", "prefix_projection", "encoder_hidden_size", "init_weights"
+    )
+    sites = list(base.attention.values())
+    shapes = {(site.kv_heads, site.head_dim, site.value_dim) for site in sites}
+    if len(shapes) > 1 or any(head_dim != value_dim for _, head_dim, value_dim in shapes):
+        reader.problems.append("the base's layers have keys and values of different shapes, as prefix tuning can't")
+    kv_heads, head_dim, _ = next(iter(shapes))
+    rows = reader.take("prompt_embeddings", (tokens, len(sites) * 2 * kv_heads * head_dim))
+    prefix = None
+    if rows is not None and not reader.problems:
+        table = rows.view(tokens, 2 * len(sites), kv_heads, head_dim)
+        keys, values = [], []
+        for layer in range(len(sites)):
+            yield
+            keys.append(table[:, 2 * layer].contiguous())
+            values.append(table[:, 2 * layer + 1].contiguous())
+        prefix = Prefix(tuple(keys), tuple(values), start=tokens)
+    return CompiledAdapter("prefix_tuning", reader.parameters, prefix=prefix)

@@ -1,0 +1,111 @@
+"""Fail-closed reading: everything in the folder is accounted for, or the load fails with all that isn't.
+
+A kind's compiler takes what it understands from the configuration and the tensors; `problems` then holds
+whatever was wrong, missing or left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from polygraft.adapters.folder import AdapterFolder
+from polygraft.errors import AdapterInvalid
+
+# Keys that say where an adapter comes from or how it was trained, never what it computes.
+_PROVENANCE = {
+    "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
+    "task_type",
+}  # fmt: skip
+_CAUSAL_TASKS = {None, "CAUSAL_LM", "FEATURE_EXTRACTION"}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class FolderReader:
+    """One folder's configuration and tensors, with a record of what has been taken.
+
+    Args:
+        adapter_dtype: what tensors are kept in: float32, bfloat16, or None for the file's own.
+    """
+
+    def __init__(self, folder: AdapterFolder, adapter_dtype: torch.dtype | None) -> None:
+        self.name = folder.name
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self._config = dict(folder.config)
+        self._tensors = folder.tensors()
+        self._dtype = adapter_dtype
+        self.parameters = sum(tensor.numel() for tensor in self._tensors.values())
+        if self._config.get("task_type") not in _CAUSAL_TASKS:
+            self.problems.append(f"task_type {self._config['task_type']!r} isn't causal language modelling")
+        self._base_name = self._config.get("base_model_name_or_path")
+        for key in _PROVENANCE:
+            self._config.pop(key, None)
+
+    def check_base_name(self, name: str) -> None:
+        """Warn where the adapter names another base: names are often local paths, shapes decide."""
+        if self._base_name and name and self._base_name.rstrip("/").split("/")[-1] != name.rstrip("/").split("/")[-1]:
+            self.warnings.append(f"it was trained on {self._base_name!r}, the base is {name!r}")
+
+    def option(self, key: str, expected: type | tuple[type, ...], default: Any) -> Any:
+        """Take a configuration value; one of the wrong type is a problem, and the default serves on."""
+        value = self._config.pop(key, None)
+        if value is None:
+            return default
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected in (int, float)):
+            self.problems.append(f"{key} has the wrong type: {value!r}")
+            return default
+        return value
+
+    def ignore(self, *keys: str) -> None:
+        """Pass over configuration that has no effect on what the adapter computes once it is trained."""
+        for key in keys:
+            self._config.pop(key, None)
+
+    def neutral(self, defaults: Mapping[str, Any]) -> None:
+        """Pass over configuration that has no effect as long as it has these values."""
+        for key, default in defaults.items():
+            if key in self._config and self._config[key] == default:
+                del self._config[key]
+
+    def names(self) -> list[str]:
+        """Names of the tensors that haven't been taken."""
+        return list(self._tensors)
+
+    def take(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
+        """Take a tensor, in the type that adapters are kept in; None after noting what is wrong.
+
+        Args:
+            shape: None fits any size.
+        """
+        tensor = self._tensors.pop(name, None)
+        if tensor is None:
+            self.problems.append(f"tensor {name} is missing")
+            return None
+        if tensor.dtype not in _FLOATS:
+            self.problems.append(f"tensor {name} has type {tensor.dtype}, not a floating-point one of 16 or 32 bits")
+            return None
+        fits = len(shape) == tensor.dim() and all(
+            want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if want is None else str(want) for want in shape)
+            self.problems.append(f"tensor {name} has shape {list(tensor.shape)}, expected [{wanted}]")
+            return None
+        if not torch.isfinite(tensor).all():
+            self.problems.append(f"tensor {name} holds NaN or infinity")
+            return None
+        # float16 holds no value that float32 can't, and neither the base nor the operators compute in it.
+        dtype = self._dtype or (torch.float32 if tensor.dtype == torch.float16 else tensor.dtype)
+        return tensor.to(dtype)
+
+    def finish(self) -> None:
+        """Raise AdapterInvalid if anything was wrong or is left over."""
+        for key, value in sorted(self._config.items()):
+            if value not in (None, False, [], {}, ""):
+                self.problems.append(f"{key}={value!r} isn't served")
+        self.problems += [f"tensor {name} isn't expected" for name in sorted(self._tensors)]
+        if self.problems:
+            raise AdapterInvalid(self.name, self.problems)

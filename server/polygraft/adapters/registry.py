@@ -1,0 +1,226 @@
+"""The adapters that requests can name: generations, pins and states.
+
+Names are resolved on the event loop's thread while the engine's thread loads and unloads, so everything
+here is guarded by one lock; nothing here touches a tensor.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from dataclasses import dataclass, replace
+
+from polygraft.adapters.info import AdapterInfo, AdapterState
+from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.engine.request import AdapterRef
+from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
+
+
+class Adapter:
+    """One generation of an adapter: it never changes, and lives as long as anything pins it.
+
+    Args:
+        slot: in the low-rank bank; 0 for one without low-rank primitives.
+    """
+
+    def __init__(self, name: str, generation: int, compiled: CompiledAdapter, slot: int, lock: threading.Lock) -> None:
+        self.name = name
+        self.generation = generation
+        self.compiled = compiled
+        self.slot = slot
+        self.pins = 0
+        self._lock = lock
+
+    def pin(self) -> None:
+        """One more sequence holds it."""
+        with self._lock:
+            self.pins += 1
+
+    def release(self) -> None:
+        """One sequence less."""
+        with self._lock:
+            self.pins -= 1
+            assert self.pins >= 0
+
+
+@dataclass(slots=True)
+class _Record:
+    """What stands under a name. `adapter` is None until its first load has succeeded."""
+
+    info: AdapterInfo
+    adapter: Adapter | None = None
+
+
+class AdapterRegistry:
+    """All adapters by name, those that failed to load included.
+
+    Args:
+        max_adapters: most that may be ready or loading.
+    """
+
+    def __init__(self, max_adapters: int) -> None:
+        self._max = max_adapters
+        self._lock = threading.Lock()
+        self._records: dict[str, _Record] = {}
+        self._retired: list[Adapter] = []  # replaced or unloaded, still pinned
+        self._generations = itertools.count(1)
+
+    def resolve(self, ref: AdapterRef) -> Adapter:
+        """The adapter that a request names, pinned.
+
+        Raises:
+            AdapterNotFound: no such name, or no such generation any more.
+            AdapterUnavailable: it is loading, unloading, or failed to load.
+        """
+        with self._lock:
+            record = self._records.get(ref.name)
+            if record is None:
+                raise AdapterNotFound(ref.name, "not registered")
+            adapter = record.adapter
+            if ref.generation is not None and (adapter is None or adapter.generation != ref.generation):
+                adapter = next(
+                    (a for a in self._retired if a.name == ref.name and a.generation == ref.generation), None
+                )
+                if adapter is None:
+                    raise AdapterNotFound(ref.name, f"generation {ref.generation} isn't loaded (any more)")
+            elif record.info.state == AdapterState.UNLOADING:
+                raise AdapterUnavailable(ref.name, "being unloaded")
+            elif adapter is None:
+                why = "; ".join(record.info.problems) or "still loading"
+                raise AdapterUnavailable(ref.name, f"{record.info.state.value.lower()}: {why}")
+            adapter.pins += 1
+            return adapter
+
+    def begin_load(self, name: str, source: str) -> None:
+        """Register a name as loading; a ready adapter goes on serving until its successor is.
+
+        Raises:
+            ResourceExhausted: there are as many adapters as are allowed.
+            AdapterUnavailable: it is loading or unloading already.
+        """
+        with self._lock:
+            record = self._records.get(name)
+            if record is None:
+                taken = sum(r.info.state != AdapterState.FAILED for r in self._records.values())
+                if taken >= self._max:
+                    raise ResourceExhausted(f"{taken} adapters are loaded, the limit is {self._max} (--max-adapters)")
+                self._records[name] = _Record(AdapterInfo(name, AdapterState.LOADING, source))
+            elif record.info.state in {AdapterState.LOADING, AdapterState.UNLOADING}:
+                raise AdapterUnavailable(name, record.info.state.value.lower())
+            elif record.adapter is None:
+                record.info = AdapterInfo(name, AdapterState.LOADING, source)
+
+    def new_adapter(self, name: str, compiled: CompiledAdapter, slot: int) -> Adapter:
+        """A new generation, not yet under its name."""
+        return Adapter(name, next(self._generations), compiled, slot, self._lock)
+
+    def finish_load(self, adapter: Adapter, info: AdapterInfo) -> AdapterInfo:
+        """Let a name mean a new generation."""
+        with self._lock:
+            record = self._records[adapter.name]
+            if record.adapter is not None:
+                self._retired.append(record.adapter)
+            record.adapter = adapter
+            record.info = info
+            return info
+
+    def fail_load(self, name: str, source: str, problems: tuple[str, ...], *, keep: bool) -> AdapterInfo:
+        """Note why a load failed; a generation that was ready before goes on serving.
+
+        Args:
+            keep: whether a name without a ready generation stays listed, as failed.
+        """
+        with self._lock:
+            record = self._records[name]
+            failed = AdapterInfo(name, AdapterState.FAILED, source, problems=problems)
+            if record.adapter is None:
+                record.info = failed
+                if not keep:
+                    del self._records[name]
+            return failed
+
+    def begin_unload(self, name: str, *, wait: bool) -> AdapterInfo:
+        """Take no new requests for a name; a failed one is gone at once.
+
+        Raises:
+            AdapterNotFound: no such name.
+            AdapterUnavailable: loading or unloading already, or in use and `wait` is False.
+        """
+        with self._lock:
+            record = self._records.get(name)
+            if record is None:
+                raise AdapterNotFound(name, "not registered")
+            if record.info.state in {AdapterState.LOADING, AdapterState.UNLOADING}:
+                raise AdapterUnavailable(name, record.info.state.value.lower())
+            if record.adapter is None:
+                del self._records[name]
+                return record.info
+            if record.adapter.pins and not wait:
+                raise AdapterUnavailable(name, f"in use by {record.adapter.pins} running requests")
+            record.info = replace(record.info, state=AdapterState.UNLOADING)
+            return self._snapshot(record)
+
+    def collect(self) -> list[tuple[Adapter, AdapterInfo | None]]:
+        """The adapters that nothing holds any more, for the engine to free; each is returned once, with
+        its last info if its name is gone with it."""
+        with self._lock:
+            gone: list[tuple[Adapter, AdapterInfo | None]] = [(a, None) for a in self._retired if a.pins == 0]
+            self._retired = [adapter for adapter in self._retired if adapter.pins]
+            for name, record in list(self._records.items()):
+                if record.info.state == AdapterState.UNLOADING and record.adapter and record.adapter.pins == 0:
+                    gone.append((record.adapter, record.info))
+                    del self._records[name]
+            return gone
+
+    def get(self, name: str) -> AdapterInfo:
+        """Raises AdapterNotFound."""
+        with self._lock:
+            if name not in self._records:
+                raise AdapterNotFound(name, "not registered")
+            return self._snapshot(self._records[name])
+
+    def compiled(self, name: str) -> CompiledAdapter:
+        """What an adapter is made of. Raises AdapterNotFound, AdapterUnavailable."""
+        with self._lock:
+            record = self._records.get(name)
+            if record is None:
+                raise AdapterNotFound(name, "not registered")
+            if record.adapter is None:
+                raise AdapterUnavailable(name, record.info.state.value.lower())
+            return record.adapter.compiled
+
+    def list(self) -> list[AdapterInfo]:
+        """All of them by name."""
+        with self._lock:
+            return [self._snapshot(record) for _, record in sorted(self._records.items())]
+
+    @staticmethod
+    def _snapshot(record: _Record) -> AdapterInfo:
+        return replace(record.info, running_requests=record.adapter.pins if record.adapter else 0)
+
+
+def ready_info(
+    adapter: Adapter, source: str, *, modules: int, disk_bytes: int, content_hash: str, load_seconds: float,
+    warnings: tuple[str, ...],
+) -> AdapterInfo:  # fmt: skip
+    """What the registry tells of an adapter that has just become ready."""
+    compiled = adapter.compiled
+    return AdapterInfo(
+        name=adapter.name,
+        state=AdapterState.READY,
+        source=source,
+        generation=adapter.generation,
+        kind=compiled.kind,
+        primitives=compiled.primitives,
+        modules=modules,
+        rank=compiled.rank,
+        virtual_tokens=compiled.virtual_tokens,
+        parameters=compiled.parameters,
+        disk_bytes=disk_bytes,
+        compiled_bytes=compiled.compiled_bytes,
+        content_hash=content_hash,
+        load_time=time.time(),
+        load_seconds=load_seconds,
+        warnings=warnings,
+    )

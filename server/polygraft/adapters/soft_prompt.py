@@ -1,0 +1,47 @@
+"""Prompt tuning (arXiv 2104.08691) and P-tuning (2103.10385) as PEFT saves them, compiled to SoftPrompt.
+
+Both save `prompt_embeddings [tokens, hidden]`; P-tuning's encoder has already been applied and isn't saved
+(peft/utils/save_and_load.py). At inference they are the same: rows before the prompt's embeddings, at
+positions 0 to tokens - 1 (peft/peft_model.py, PeftModelForCausalLM.forward).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from polygraft.adapters.primitives import CompiledAdapter, SoftPrompt
+from polygraft.adapters.reader import FolderReader
+from polygraft.base.spec import BaseSpec
+
+
+def take_virtual_tokens(reader: FolderReader) -> int:
+    """Take the options that all kinds with virtual tokens share; returns their number."""
+    tokens: int = reader.option("num_virtual_tokens", int, 0)
+    if tokens < 1:
+        reader.problems.append(f"num_virtual_tokens must be at least 1, got {tokens}")
+    if reader.option("num_transformer_submodules", int, 1) != 1:
+        reader.problems.append("num_transformer_submodules other than 1 is for encoder-decoder models")
+    return tokens
+
+
+def compile_prompt_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
+    """Compile a prompt-tuning folder. Problems are noted in the reader."""
+    reader.ignore("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+    return (yield from _compile("prompt_tuning", reader, base))
+
+
+def compile_p_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
+    """Compile a P-tuning folder. Problems are noted in the reader."""
+    reader.ignore(
+        "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"
+    )
+    return (yield from _compile("p_tuning", reader, base))
+
+
+def _compile(kind: str, reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
+    yield
+    tokens = take_virtual_tokens(reader)
+    reader.ignore("num_layers", "num_attention_heads", "token_dim")
+    embeddings = reader.take("prompt_embeddings", (tokens, base.hidden_size))
+    prompt = None if embeddings is None else SoftPrompt(embeddings.contiguous())
+    return CompiledAdapter(kind, reader.parameters, prefix=prompt)

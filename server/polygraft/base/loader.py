@@ -1,0 +1,208 @@
+"""Loads the base model and its tokenizer, once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from polygraft.base.default_model import ensure_default_model
+from polygraft.base.spec import BaseSpec, inspect_base
+from polygraft.errors import BaseModelError
+from polygraft.layers import attention
+
+T = TypeVar("T")
+DEFAULT = "default"
+DEFAULT_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A loaded base model. The engine wraps its modules in place; nothing else may run it.
+
+    Args:
+        name: as given to `--model`.
+        tokenizer: transformers' fast tokenizer, for encoding and chat templates.
+        backend: the same tokenizer's core, for incremental decoding.
+        context_length: most positions that are exact.
+        parameters: of the whole model, counted before quantization packs them.
+        weight_bytes: of all tensors as loaded, tied ones once.
+        notes: what a user should know, such as a capped context.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    backend: Tokenizer
+    spec: BaseSpec
+    dtype: torch.dtype
+    quantization: str
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    weight_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.model.parameters())).device
+
+
+def resolve_model(model: str) -> str:
+    """A folder or hub id for `--model`; fetches and converts the default model on first use."""
+    return str(ensure_default_model()) if model == DEFAULT else model
+
+
+def load_base(
+    model: str,
+    *,
+    dtype: str = "auto",
+    quantization: str = "none",
+    double_quantization: bool = True,
+    device: str = "cpu",
+    max_context_length: int | None = None,
+) -> Base:
+    """Load a base model for serving.
+
+    Args:
+        model: "default", a local folder, or a hub id.
+        dtype: "auto" (the checkpoint's; float16 becomes float32 on a CPU), "float32" or "bfloat16".
+        quantization: "none" or "nf4".
+
+    Raises:
+        BaseModelError: no such model, no safetensors, or no fast tokenizer.
+        UnsupportedArchitecture: its attention can't be served.
+    """
+    attention.register()
+    folder = resolve_model(model)
+    config = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), model)
+    compute = _compute_dtype(dtype, config, device)
+    options: dict[str, Any] = {}
+    if quantization == "nf4":
+        # Imported here: it costs seconds, and an unquantized base doesn't need it.
+        from transformers import BitsAndBytesConfig
+
+        # With `kernels` installed, bitsandbytes would ask a hub for one at import.
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quantization,
+            bnb_4bit_compute_dtype=compute,
+        )
+    loaded: PreTrainedModel = _read(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=compute,
+            attn_implementation=attention.NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map=device if device != "cpu" or options else None,
+            **options,
+        ),
+        model,
+    )
+    loaded.eval().requires_grad_(False)
+    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise BaseModelError(f"{model}: has no fast tokenizer (tokenizer.json)")
+    name = DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model)
+    spec = inspect_base(loaded, name)
+    limit, notes = context_limit(config)
+    if max_context_length is not None and max_context_length < limit:
+        limit = max_context_length
+    return Base(
+        name=model,
+        model=loaded,
+        tokenizer=tokenizer,
+        backend=backend,
+        spec=spec,
+        dtype=compute,
+        quantization=quantization,
+        context_length=limit,
+        eos_token_ids=_eos_token_ids(loaded),
+        weight_bytes=_weight_bytes(loaded),
+        notes=notes,
+    )
+
+
+def inspect_without_weights(model: str) -> BaseSpec:
+    """The base's spec from its configuration alone, in a second or two.
+
+    Raises: as load_base.
+    """
+    attention.register()
+    folder = resolve_model(model)
+    config = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), model)
+    with torch.device("meta"):
+        # bfloat16, since transformers' grouped experts take nothing else on meta.
+        empty = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention.NAME
+        ).eval()
+    return inspect_base(empty, DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model))
+
+
+def context_limit(config: Any) -> tuple[int, tuple[str, ...]]:
+    """Most positions that are exact, and why if that is less than the model's own.
+
+    `longrope` and `dynamic` RoPE in transformers look at the longest position of the whole call, so in a
+    packed step a long neighbour would change a short request. Up to the original length both are plain.
+    """
+    text = config.get_text_config()
+    limit = int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", 0) or 2048)
+    rope = getattr(text, "rope_parameters", None) or {}
+    per_type = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    for parameters in per_type:
+        if parameters.get("rope_type") in {"longrope", "dynamic"}:
+            original = (
+                parameters.get("original_max_position_embeddings")
+                or getattr(text, "original_max_position_embeddings", None)
+                or limit
+            )
+            if original < limit:
+                note = (
+                    f"context capped at {original} of {limit} tokens: {parameters['rope_type']} RoPE is exact "
+                    "in a mixed step only up to its original length"
+                )
+                return int(original), (note,)
+    return limit, ()
+
+
+def _compute_dtype(dtype: str, config: Any, device: str) -> torch.dtype:
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    stored = config.get_text_config().dtype or torch.float32
+    # Without hardware for float16, a CPU computes it slower than float32 and with less range.
+    return torch.float32 if stored == torch.float16 and device == "cpu" else stored
+
+
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+def _read(read: Callable[[], T], model: str) -> T:
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        where = "" if Path(model).exists() or model == DEFAULT else " (no such folder; taken for a hub id)"
+        raise BaseModelError(f"{model}{where}: {error}") from error
+
+
+

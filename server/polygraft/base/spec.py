@@ -1,0 +1,116 @@
+"""What an adapter must know of the base model to be checked against it and compiled for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from polygraft.errors import UnsupportedArchitecture
+from polygraft.layers.attention import AttentionSite, probed_sites
+
+_PROBE_ROWS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A module that low-rank adapters can target. `is_head`: it computes the logits."""
+
+    in_features: int
+    out_features: int
+    is_head: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSpec:
+    """Names and shapes of a base model.
+
+    Args:
+        name: as in its config, such as "HuggingFaceTB/SmolLM2-135M-Instruct"; may be empty.
+        architecture: transformers' model type.
+        linears: by module name; each sees every row of a step exactly once (the head: every sampled one).
+        others: every other module's name and class name, for telling why it can't be targeted.
+        attention: by module name, in the model's order.
+        parameters: of the whole model, tied ones counted once.
+    """
+
+    name: str
+    architecture: str
+    linears: Mapping[str, LinearShape]
+    others: Mapping[str, str]
+    attention: Mapping[str, AttentionSite]
+    hidden_size: int
+    vocabulary_size: int
+    parameters: int
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear module of any make, or None."""
+    if isinstance(module, nn.Linear):  # bitsandbytes' quantized ones are its subclasses
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
+    """Run a few rows through a model, on whatever device it is (meta too), and note what it is made of.
+
+    Raises:
+        UnsupportedArchitecture: a layer doesn't reach attention through transformers' interface.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    rows_seen: dict[nn.Module, list[int]] = {}
+
+    def note_rows(module: nn.Module, args: tuple[object, ...]) -> None:
+        x = args[0]
+        assert isinstance(x, torch.Tensor)
+        rows_seen.setdefault(module, []).append(x.numel() // x.shape[-1])
+
+    named = dict(model.named_modules())
+    hooks = [m.register_forward_pre_hook(note_rows) for m in named.values() if linear_shape(m)]
+    device = next(model.parameters()).device
+    rows = torch.arange(_PROBE_ROWS, device=device)[None]
+    try:
+        with torch.inference_mode():
+            model(
+                input_ids=rows % config.vocab_size,
+                position_ids=rows,
+                attention_mask=torch.zeros(1, 1, 1, 1, device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor([_PROBE_ROWS - 1], device=device),
+            )
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        raise UnsupportedArchitecture(f"{config.model_type} can't run a packed step: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    attention = probed_sites(model)
+    if len(attention) != config.num_hidden_layers:
+        raise UnsupportedArchitecture(
+            f"{config.model_type} sends {len(attention)} of {config.num_hidden_layers} layers' attention "
+            "through transformers' AttentionInterface; all of them must"
+        )
+    linears = {}
+    others = {}
+    for path, module in named.items():
+        shape = linear_shape(module)
+        if shape and rows_seen.get(module) == [1 if module is head else _PROBE_ROWS]:
+            linears[path] = LinearShape(*shape, is_head=module is head)
+        elif path:
+            others[path] = type(module).__name__
+    return BaseSpec(
+        name=name,
+        architecture=config.model_type,
+        linears=linears,
+        others=others,
+        attention=attention,
+        hidden_size=model.get_input_embeddings().weight.shape[1],
+        vocabulary_size=config.vocab_size,
+        parameters=sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+    )

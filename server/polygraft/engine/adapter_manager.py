@@ -1,0 +1,227 @@
+"""Loads and unloads adapters while requests run; lives on the engine's thread."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Generator
+from concurrent.futures import Future
+
+import torch
+
+from polygraft.adapters.folder import AdapterFolder, AdapterStore, is_name
+from polygraft.adapters.info import AdapterInfo, AdapterState
+from polygraft.adapters.kinds import AdapterLimits, compile_adapter
+from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
+from polygraft.base.spec import BaseSpec
+from polygraft.engine.background import BackgroundWork, Job
+from polygraft.engine.scheduler import Scheduler
+from polygraft.engine.sequence import CanarySequence
+from polygraft.errors import AdapterExists, AdapterInvalid, InvalidRequest, PolygraftError
+from polygraft.layers.low_rank import LowRankBank
+
+log = logging.getLogger(__name__)
+
+_CANARY_TOKENS = 8
+AdapterEvent = tuple[AdapterInfo, bool]
+"""What became of an adapter, and whether it is gone."""
+
+
+class AdapterManager:
+    """Registry, low-rank bank and shared prefixes, kept in step.
+
+    Args:
+        context_length: virtual tokens must leave room in it.
+    """
+
+    def __init__(
+        self,
+        base: BaseSpec,
+        store: AdapterStore,
+        registry: AdapterRegistry,
+        bank: LowRankBank,
+        scheduler: Scheduler,
+        background: BackgroundWork,
+        limits: AdapterLimits,
+        context_length: int,
+    ) -> None:
+        self.registry = registry
+        self.store = store
+        self._base = base
+        self._bank = bank
+        self._scheduler = scheduler
+        self._background = background
+        self._limits = limits
+        self._context_length = context_length
+        self._ids = itertools.count()
+        self._base_canary: torch.Tensor | None = None
+        self._unloading: dict[str, list[Future[AdapterInfo]]] = {}
+        self._events: list[AdapterEvent] = []
+
+    def load_store(self) -> None:
+        """Load every folder of the store; broken ones are registered with what is wrong. Runs as
+        background work."""
+        for name in self.store.names():
+            if is_name(name):
+                self._background.add(self._load_from_store(name))
+            else:
+                log.warning("folder %r in the store is passed over: its name can't be an adapter's", name)
+
+    def _load_from_store(self, name: str) -> Job:
+        yield None
+        try:
+            self.registry.begin_load(name, name)
+        except PolygraftError as error:
+            log.warning("adapter %s is not loaded: %s", name, error)
+            return
+        try:
+            folder: AdapterFolder | PolygraftError = self.store.read(name, name)
+        except (AdapterInvalid, InvalidRequest) as error:
+            folder = error
+        yield from self._load(name, name, folder, Future(), keep_failed=True)
+
+    def load(
+        self, name: str, source: str, folder: AdapterFolder, done: Future[AdapterInfo], *, reload: bool
+    ) -> None:
+        """Start loading what has been read; `done` gets the outcome.
+
+        Args:
+            reload: whether the name may be taken by other content, which is then replaced.
+        """
+        try:
+            current = next((info for info in self.registry.list() if info.name == name), None)
+            if current is not None and current.state == AdapterState.READY:
+                if current.content_hash == folder.content_hash and current.source == source:
+                    done.set_result(current)
+                    return
+                if not reload:
+                    raise AdapterExists(name, f"loaded from {current.source!r} with other content; reload replaces it")
+            self.registry.begin_load(name, source)
+        except PolygraftError as error:
+            done.set_exception(error)
+            return
+        keep_failed = current is not None
+        self._background.add(self._load(name, source, folder, done, keep_failed=keep_failed))
+
+    def _load(
+        self,
+        name: str,
+        source: str,
+        folder: AdapterFolder | PolygraftError,
+        done: Future[AdapterInfo],
+        *,
+        keep_failed: bool,
+    ) -> Job:
+        started = time.monotonic()
+        adapter: Adapter | None = None
+        try:
+            if isinstance(folder, PolygraftError):
+                raise folder
+            compiled = yield from compile_adapter(folder, self._base, self._limits)
+            self._check_room(name, compiled)
+            slot = self._bank.install(compiled.low_rank) if compiled.low_rank else 0
+            adapter = self.registry.new_adapter(name, compiled, slot)
+            warnings = yield from self._canary(adapter)
+            info = ready_info(
+                adapter,
+                source,
+                modules=len(compiled.low_rank) or len(self._base.attention),
+                disk_bytes=folder.disk_bytes,
+                content_hash=folder.content_hash,
+                load_seconds=time.monotonic() - started,
+                warnings=(*compiled.warnings, *warnings),
+            )
+            self.registry.finish_load(adapter, info)
+        except Exception as error:
+            # Whatever it was, it must not take the engine down, and somebody waits for the outcome.
+            if adapter is not None:
+                self._free(adapter)
+            problems = error.problems if isinstance(error, AdapterInvalid) else (str(error),)
+            info = self.registry.fail_load(name, source, problems, keep=keep_failed)
+            if isinstance(error, PolygraftError):
+                log.warning("adapter %s is not loaded: %s", name, "; ".join(problems))
+            else:
+                log.exception("adapter %s is not loaded", name)
+            self._events.append((info, False))
+            done.set_exception(error)
+            return
+        for warning in info.warnings:
+            log.warning("adapter %s: %s", name, warning)
+        log.info("adapter %s (%s) is generation %d", name, info.kind, info.generation)
+        self._events.append((info, False))
+        done.set_result(info)
+
+    def _check_room(self, name: str, compiled: CompiledAdapter) -> None:
+        pool = self._scheduler.pool
+        if compiled.virtual_tokens >= self._context_length - _CANARY_TOKENS:
+            raise AdapterInvalid(
+                name,
+                [f"{compiled.virtual_tokens} virtual tokens leave no room in the context of {self._context_length}"],
+            )
+        needed = pool.blocks_for(compiled.virtual_tokens) + pool.blocks_for(_CANARY_TOKENS)
+        if needed > pool.num_blocks:
+            raise AdapterInvalid(
+                name,
+                [f"{compiled.virtual_tokens} virtual tokens don't fit the KV cache of "
+                 f"{pool.num_blocks * pool.block_size} tokens (--kv-cache-bytes)"],
+            )  # fmt: skip
+
+    def _canary(self, adapter: Adapter) -> Generator[bool | None, None, list[str]]:
+        """Run a few tokens with the adapter and without; returns warnings, raises AdapterInvalid."""
+        logits = yield from self._canary_logits(adapter)
+        if not torch.isfinite(logits).all():
+            raise AdapterInvalid(adapter.name, ["its logits are not finite"])
+        if self._base_canary is None:
+            self._base_canary = yield from self._canary_logits(None)
+        if torch.equal(logits, self._base_canary):
+            return ["it changes nothing: its logits are the base's"]
+        return []
+
+    def _canary_logits(self, adapter: Adapter | None) -> Generator[bool | None, None, torch.Tensor]:
+        vocabulary = self._base.vocabulary_size
+        tokens = [(31 + 7919 * i) % vocabulary for i in range(_CANARY_TOKENS)]
+        sequence = CanarySequence(f"canary-{next(self._ids)}", tokens, adapter)
+        if adapter is not None:
+            adapter.pin()
+        self._scheduler.add(sequence)
+        while sequence.logits is None:
+            yield True
+        return sequence.logits
+
+    def unload(self, name: str, done: Future[AdapterInfo], *, wait: bool) -> None:
+        """Start unloading; `done` gets the outcome once nothing uses the adapter."""
+        try:
+            info = self.registry.begin_unload(name, wait=wait)
+        except PolygraftError as error:
+            done.set_exception(error)
+            return
+        if info.state == AdapterState.FAILED:
+            self._events.append((info, True))
+            done.set_result(info)
+            return
+        self._events.append((info, False))
+        self._unloading.setdefault(name, []).append(done)
+        self.collect()
+
+    def collect(self) -> None:
+        """Free what nothing holds any more."""
+        for adapter, info in self.registry.collect():
+            self._free(adapter)
+            if info is None:  # a new generation has its name
+                continue
+            log.info("adapter %s is unloaded", adapter.name)
+            self._events.append((info, True))
+            for done in self._unloading.pop(adapter.name, []):
+                done.set_result(info)
+
+    def _free(self, adapter: Adapter) -> None:
+        if adapter.slot:
+            self._bank.remove(adapter.slot)
+        self._scheduler.prefixes.forget(adapter)
+
+    def take_events(self) -> list[AdapterEvent]:
+        """What has happened since the last call."""
+        events, self._events = self._events, []
+        return events

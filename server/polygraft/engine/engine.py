@@ -1,0 +1,394 @@
+"""The engine: submit requests, call `step()`, take outputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from polygraft.adapters.folder import AdapterStore
+from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.registry import Adapter, AdapterRegistry
+from polygraft.base.loader import Base, load_base
+from polygraft.config import ServerConfig
+from polygraft.engine.adapter_manager import AdapterEvent, AdapterManager
+from polygraft.engine.background import BackgroundWork
+from polygraft.engine.block_pool import BlockPool
+from polygraft.engine.handle import ModelInfo, StepStats
+from polygraft.engine.kv_cache import KVCache
+from polygraft.engine.model_runner import ModelRunner
+from polygraft.engine.prompts import Prompts
+from polygraft.engine.request import (
+    FinishReason,
+    Finished,
+    LoraPath,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Timings,
+    Usage,
+)
+from polygraft.engine.sampler import sample
+from polygraft.engine.scheduler import Batch, Scheduler
+from polygraft.engine.sequence import CanarySequence, Generation, SoftPromptSequence
+from polygraft.engine.shared_prefix import SharedPrefixes
+from polygraft.engine.text_stream import TextStream
+from polygraft.errors import ContextLengthExceeded, InvalidRequest, NotSupported, PolygraftError
+from polygraft.layers.low_rank import LowRankBank
+from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.step import StepContext
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step brought. `stats` is None if nothing ran through the base."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    stats: StepStats | None = None
+    adapter_events: list[AdapterEvent] = field(default_factory=list)
+
+
+class Engine:
+    """One base model, many adapters, any mix of them in every step.
+
+    Not thread-safe but for `prepare`: one thread submits, aborts and steps. `AsyncEngine` runs it beside an
+    event loop.
+
+    Args:
+        base: the engine wraps its modules and owns it from here on.
+        native: False runs the operators in torch instead of C++, for tests and comparisons.
+
+    Raises:
+        ConfigError: the cache's budget is too small.
+    """
+
+    def __init__(self, base: Base, config: ServerConfig, *, native: bool = True) -> None:
+        self.base = base
+        self.config = config
+        step = StepContext()
+        modules = {name: shape.is_head for name, shape in base.spec.linears.items()}
+        bank = LowRankBank(base.model, modules, step, native)
+        self.kv_cache = KVCache(
+            base.model,
+            base.spec.attention,
+            step,
+            budget=config.kv_cache_bytes,
+            block_size=config.block_size,
+            dtype=base.dtype,
+            device=base.device,
+            kernels=load_kernels() if native else None,
+        )
+        pool = BlockPool(self.kv_cache.num_blocks, config.block_size)
+        self.scheduler = Scheduler(
+            pool,
+            SharedPrefixes(pool, self.kv_cache),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self.runner = ModelRunner(base, bank, step, config.block_size)
+        self.prompts = Prompts(base)
+        self.background = BackgroundWork()
+        dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+        self.adapters = AdapterManager(
+            base.spec,
+            AdapterStore(config.adapters, config.max_adapter_bytes),
+            AdapterRegistry(config.max_adapters),
+            bank,
+            self.scheduler,
+            self.background,
+            AdapterLimits(
+                rank=config.max_adapter_rank,
+                virtual_tokens=config.max_virtual_tokens,
+                compiled_bytes=config.max_adapter_bytes,
+                dtype=dtypes[config.adapter_dtype],
+            ),
+            base.context_length,
+        )
+        self.model = self._model_info()
+        self._generations: dict[str, Generation] = {}
+
+    @classmethod
+    def from_config(cls, config: ServerConfig) -> Engine:
+        """Load the base and every adapter of the store.
+
+        Raises:
+            ConfigError, BaseModelError, UnsupportedArchitecture.
+        """
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        base = load_base(
+            config.model,
+            dtype=config.dtype,
+            quantization=config.quantization,
+            double_quantization=config.double_quantization,
+            device=config.device,
+            max_context_length=config.max_context_length,
+        )
+        engine = cls(base, config)
+        engine.adapters.load_store()
+        engine.finish_background()
+        return engine
+
+    def finish_background(self) -> None:
+        """Run background work, and the steps it needs, to its end."""
+        while not self.background.idle:
+            self.background.run_idle(float("inf"))
+            if self.scheduler.has_work:
+                self.step()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step()` has anything to do."""
+        return self.scheduler.has_work or not self.background.idle
+
+    def prepare(self, request: Request) -> Generation:
+        """Check a request, resolve its adapter and pin it, and tokenize; may run on any thread.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable, NotSupported.
+        """
+        if request.lora_path == LoraPath.MERGED:
+            raise NotSupported("lora_path", "MERGED isn't served")
+        prompt_ids = list(self.prompts.token_ids(request.prompt))
+        adapter = None if request.adapter is None else self.adapters.registry.resolve(request.adapter)
+        try:
+            max_new_tokens = self._check_length(request, len(prompt_ids), adapter)
+            self.prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
+        except InvalidRequest:
+            if adapter is not None:
+                adapter.release()
+            raise
+        stops = set(request.stopping.stop_token_ids)
+        if not request.stopping.ignore_eos:
+            stops |= set(self.base.eos_token_ids)
+        text = TextStream(self.base.backend, prompt_ids, request.stopping.stop)
+        return Generation(request, prompt_ids, adapter, text, frozenset(stops), max_new_tokens)
+
+    def _check_length(self, request: Request, prompt_tokens: int, adapter: Adapter | None) -> int:
+        """Settle max_new_tokens; raises ContextLengthExceeded."""
+        virtual = adapter.compiled.virtual_tokens if adapter else 0
+        context = self.base.context_length
+        asked = request.stopping.max_new_tokens
+        if asked is None:
+            asked = max(1, min(DEFAULT_MAX_NEW_TOKENS, context - virtual - prompt_tokens))
+        total = virtual + prompt_tokens + asked
+        counts = f"{prompt_tokens} prompt tokens + {asked} new tokens"
+        if virtual:
+            counts = f"{virtual} virtual tokens + {counts}"
+        if total > context:
+            raise ContextLengthExceeded("prompt", f"{counts} = {total}, the context holds {context}")
+        pool = self.scheduler.pool
+        if pool.blocks_for(virtual) + pool.blocks_for(prompt_tokens + asked) > pool.num_blocks:
+            held = pool.num_blocks * pool.block_size
+            raise ContextLengthExceeded(
+                "prompt", f"{counts} = {total}, the KV cache holds {held} (--kv-cache-bytes)"
+            )
+        if request.stopping.min_new_tokens > asked:
+            raise InvalidRequest("stopping.min_new_tokens", f"must be at most max_new_tokens, {asked}")
+        return asked
+
+    def add(self, generation: Generation) -> None:
+        """Queue a prepared request."""
+        assert generation.id not in self._generations, "request ids must be unique"
+        self._generations[generation.id] = generation
+        self.scheduler.add(generation)
+
+    def submit(self, request: Request) -> None:
+        """Prepare and queue a request. Raises as `prepare`."""
+        self.add(self.prepare(request))
+
+    def abort(self, request_id: str) -> list[RequestOutput]:
+        """End a request and free what it holds; its last output, or nothing if it has ended already."""
+        generation = self._generations.get(request_id)
+        return [] if generation is None else [self._finish(generation, FinishReason.CANCELLED)]
+
+    def step(self) -> StepResult:
+        """Advance every request that fits by one chunk or one token."""
+        started = time.perf_counter()
+        result = StepResult(outputs=self._expire())
+        if self.scheduler.has_work:
+            batch = self.scheduler.schedule()
+            self._note_first_scheduled(batch)
+            logits = self.runner.run(batch)
+            result.outputs += self._postprocess(batch, logits)
+            result.stats = self._stats(batch, time.perf_counter() - started)
+            self.background.run_after_step(result.stats.seconds)
+        else:
+            self.background.run_idle()
+        self.adapters.collect()
+        result.adapter_events = self.adapters.take_events()
+        return result
+
+    def generate(self, requests: Iterable[Request]) -> list[list[RequestOutput]]:
+        """Run requests to their ends, for notebooks and tests; the outputs of each, in its order."""
+        outputs: dict[str, list[RequestOutput]] = {}
+        for request in requests:
+            self.submit(request)
+            outputs[request.id] = []
+        while not all(got and got[-1].terminal for got in outputs.values()):
+            for output in self.step().outputs:
+                if output.request_id in outputs:
+                    outputs[output.request_id].append(output)
+        return list(outputs.values())
+
+    def _expire(self) -> list[RequestOutput]:
+        now = time.monotonic()
+        late = [g for g in self._generations.values() if g.deadline is not None and g.deadline <= now]
+        return [self._finish(generation, FinishReason.TIME_LIMIT, generation.text.flush()) for generation in late]
+
+    @staticmethod
+    def _note_first_scheduled(batch: Batch) -> None:
+        now = time.monotonic()
+        for item in batch.items:
+            if item.start == 0 and isinstance(item.sequence, Generation) and not item.sequence.first_scheduled:
+                item.sequence.first_scheduled = now
+
+    def _postprocess(self, batch: Batch, logits: torch.Tensor) -> list[RequestOutput]:
+        """Take note of what has run, sample, and end what has come to its end."""
+        rows: list[int] = []
+        generations: list[Generation] = []
+        row = 0
+        for item in batch.items:
+            sequence = item.sequence
+            sequence.num_computed += item.count
+            if not item.completes:
+                continue
+            if isinstance(sequence, SoftPromptSequence):
+                self.scheduler.prefixes.adopt(sequence)
+                self.scheduler.remove(sequence)
+            elif isinstance(sequence, CanarySequence):
+                sequence.logits = logits[row].float()
+                self.scheduler.remove(sequence)
+            elif isinstance(sequence, Generation):
+                rows.append(row)
+                generations.append(sequence)
+            row += sequence.needs_logits
+        if not generations:
+            return []
+        with torch.inference_mode():
+            if len(rows) != len(logits):
+                logits = logits[rows]
+            for at, generation in enumerate(generations):
+                if not generation.may_stop and generation.stop_token_ids:
+                    logits[at, list(generation.stop_token_ids)] = -torch.inf
+            tokens = sample(
+                logits, [g.request.sampling for g in generations], [g.num_tokens for g in generations]
+            )
+            finite = torch.isfinite(logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])).tolist()
+        now = time.monotonic()
+        return [
+            self._accept(generation, token, now) if ok else self._fail(generation)
+            for generation, token, (ok,) in zip(generations, tokens, finite, strict=True)
+        ]
+
+    def _accept(self, generation: Generation, token: int, now: float) -> RequestOutput:
+        text, reason = generation.accept(token, now)
+        if reason is not None:
+            return self._finish(generation, reason, text, token)
+        return RequestOutput(generation.id, text, (token,))
+
+    def _finish(
+        self, generation: Generation, reason: FinishReason, text: str = "", token: int | None = None
+    ) -> RequestOutput:
+        self._remove(generation)
+        now = time.monotonic()
+        first, scheduled = generation.first_token, generation.first_scheduled
+        finished = Finished(
+            reason=reason,
+            usage=Usage(
+                prompt_tokens=generation.prompt_tokens,
+                completion_tokens=generation.completion_tokens,
+                virtual_tokens=generation.adapter.compiled.virtual_tokens if generation.adapter else 0,
+            ),
+            timings=Timings(
+                total=now - generation.arrival,
+                queue=None if scheduled is None else scheduled - generation.arrival,
+                prefill=None if first is None or scheduled is None else first - scheduled,
+                time_to_first_token=None if first is None else first - generation.arrival,
+            ),
+            seed=generation.request.sampling.seed,
+            path=LoraPath.UNMERGED,
+            adapter_generation=generation.adapter.generation if generation.adapter else None,
+            stop_sequence=generation.text.matched,
+            stop_token_id=token if reason == FinishReason.STOP else None,
+            preemptions=generation.preemptions,
+        )
+        tokens = () if token is None else (token,)
+        return RequestOutput(generation.id, text, tokens, finished=finished)
+
+    def _fail(self, generation: Generation) -> RequestOutput:
+        self._remove(generation)
+        return RequestOutput(generation.id, error=PolygraftError("the model's logits are not finite"))
+
+    def _remove(self, generation: Generation) -> None:
+        del self._generations[generation.id]
+        self.scheduler.remove(generation)
+
+    def _stats(self, batch: Batch, seconds: float) -> StepStats:
+        decodes = sum(i.count for i in batch.items if i.start >= getattr(i.sequence, "prompt_tokens", i.start + 1))
+        adapters = {
+            (i.sequence.adapter.name, i.sequence.adapter.compiled.kind): None
+            for i in batch.items
+            if i.sequence.adapter is not None
+        }
+        return StepStats(
+            seconds=seconds,
+            path=LoraPath.UNMERGED.value,
+            prefill_rows=batch.rows - decodes,
+            decode_rows=decodes,
+            adapters=tuple(adapters),
+            base_rows=any(i.sequence.adapter is None for i in batch.items),
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_blocks_used=self.scheduler.pool.used,
+            kv_blocks_total=self.scheduler.pool.num_blocks,
+            preemptions=batch.preempted,
+        )
+
+    def _model_info(self) -> ModelInfo:
+        base, config = self.base, self.config
+        return ModelInfo(
+            model=base.name,
+            architecture=base.spec.architecture,
+            dtype=str(base.dtype).removeprefix("torch."),
+            quantization=base.quantization,
+            device=str(base.device),
+            context_length=base.context_length,
+            vocabulary_size=base.spec.vocabulary_size,
+            parameters=base.spec.parameters,
+            weight_bytes=base.weight_bytes,
+            kv_cache_bytes=self.kv_cache.bytes,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            eos_token_ids=base.eos_token_ids,
+            default_sampling=default_sampling(base),
+            has_chat_template=self.prompts.has_chat_template,
+            notes=base.notes,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks, prefixes and pins add up."""
+        self.scheduler.check_integrity()
+        assert set(self._generations.values()) <= set(self.scheduler)
+
+
+def default_sampling(base: Base) -> SamplingParams:
+    """What unset sampling fields mean: the model's generation_config, then greedy."""
+    given = base.model.generation_config
+    if given is None or not given.do_sample:
+        return SamplingParams()
+
+    def value(name: str, neutral: float) -> float:
+        found = getattr(given, name, None)
+        return neutral if found is None else found
+
+    return SamplingParams(
+        temperature=float(value("temperature", 1.0)),
+        top_p=float(value("top_p", 1.0)),
+        top_k=int(value("top_k", 0)),
+        min_p=float(value("min_p", 0.0)),
+    )

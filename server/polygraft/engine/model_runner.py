@@ -1,0 +1,132 @@
+"""Runs a batch through the base: the only place that calls the model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from polygraft.base.loader import Base
+from polygraft.engine.scheduler import Batch, Scheduled
+from polygraft.layers.low_rank import LowRankBank
+from polygraft.layers.step import AttentionPlan, StepContext
+
+
+class ModelRunner:
+    """Packs a batch's rows into one ragged forward without padding.
+
+    Args:
+        block_size: tokens in a block of the cache.
+    """
+
+    def __init__(self, base: Base, bank: LowRankBank, step: StepContext, block_size: int) -> None:
+        self._base = base
+        self._bank = bank
+        self._step = step
+        self._block_size = block_size
+        # A mask of four dimensions is taken for a finished one, so transformers builds none and doesn't
+        # look for packed sequences; attention goes by the plan.
+        self._no_mask = torch.zeros(1, 1, 1, 1, device=base.device)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Run a batch; keys and values of its rows are in the cache afterwards.
+
+        Returns:
+            logits [sequences that need them and are complete, vocabulary], in the batch's order.
+        """
+        items = batch.items
+        starts = list(itertools.accumulate((item.count for item in items), initial=0))
+        head_rows = [
+            start + item.count - 1
+            for start, item in zip(starts, items, strict=False)
+            if item.completes and item.sequence.needs_logits
+        ]
+        head_slots = [item.sequence.slot for item in items if item.completes and item.sequence.needs_logits]
+        device = self._base.device
+        ids, positions = self._rows(items)
+        self._step.begin(
+            self._attention_plan(items, starts),
+            self._bank.segments(_runs((item.sequence.slot, item.count) for item in items)),
+            self._bank.segments(_runs((slot, 1) for slot in head_slots)),
+            rows=len(ids),
+        )
+        inputs = {"input_ids": ids[None].to(device)}
+        if any(item.sequence.embeddings is not None for item in items):
+            inputs = {"inputs_embeds": self._embed(items, starts, ids.to(device))[None]}
+        try:
+            with torch.inference_mode():
+                output = self._base.model(
+                    **inputs,
+                    position_ids=positions[None].to(device),
+                    attention_mask=self._no_mask,
+                    use_cache=False,
+                    logits_to_keep=torch.tensor(head_rows, dtype=torch.long, device=device),
+                )
+        finally:
+            self._step.end()
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _rows(self, items: list[Scheduled]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and positions of all rows."""
+        ids: list[int] = []
+        positions = []
+        for item in items:
+            sequence = item.sequence
+            end = item.start + item.count
+            ids += sequence.token_ids[item.start : end]
+            first = sequence.prefix.start if sequence.prefix else 0
+            positions.append(np.arange(first + item.start, first + end))
+        return torch.tensor(ids), torch.from_numpy(np.concatenate(positions))
+
+    def _embed(self, items: list[Scheduled], starts: list[int], ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [rows, hidden] with the soft prompts' own in their rows."""
+        with torch.inference_mode():
+            embedded: torch.Tensor = self._base.model.get_input_embeddings()(ids)
+            for item, row in zip(items, starts, strict=False):
+                soft = item.sequence.embeddings
+                if soft is not None:
+                    embedded[row : row + item.count] = soft[item.start : item.start + item.count].to(embedded)
+            return embedded
+
+    def _attention_plan(self, items: list[Scheduled], starts: list[int]) -> AttentionPlan:
+        size = self._block_size
+        tables, slots, contexts, prefixes = [], [], [], []
+        for item in items:
+            sequence = item.sequence
+            prefix = sequence.prefix
+            contexts.append(item.start + item.count + (prefix.length if prefix else 0))
+            prefixes.append(prefix.length if prefix else 0)
+            tables.append(prefix.blocks + sequence.blocks if prefix else sequence.blocks)
+            if item.count == 1:
+                slots.append(
+                    np.array([sequence.blocks[item.start // size] * size + item.start % size], dtype=np.int64)
+                )
+            else:
+                tokens = np.arange(item.start, item.start + item.count)
+                slots.append(np.array(sequence.blocks, dtype=np.int64)[tokens // size] * size + tokens % size)
+        table = np.zeros((len(items), max(map(len, tables))), dtype=np.int32)
+        for row, blocks in enumerate(tables):
+            table[row, : len(blocks)] = blocks
+        device = self._base.device
+        return AttentionPlan(
+            slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
+            query_start=torch.tensor(starts, dtype=torch.int32, device=device),
+            context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+            prefix_lens=torch.tensor(prefixes, dtype=torch.int32, device=device),
+            block_tables=torch.from_numpy(table).to(device),
+        )
+
+
+def _runs(rows: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(first row, last row + 1, slot) of neighbouring (slot, rows), leaving out slot 0, the base."""
+    runs: list[tuple[int, int, int]] = []
+    first = 0
+    for slot, group in itertools.groupby(rows, key=lambda pair: pair[0]):
+        last = first + sum(count for _, count in group)
+        if slot:
+            runs.append((first, last, slot))
+        first = last
+    return runs

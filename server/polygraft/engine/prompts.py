@@ -1,0 +1,72 @@
+"""From what a caller sends to token ids, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jinja2
+
+from polygraft.base.loader import Base
+from polygraft.engine.request import Chat
+from polygraft.errors import InvalidRequest
+
+
+class Prompts:
+    """One base model's tokenizer and chat template. Thread-safe, since a tokenizer's calls are."""
+
+    def __init__(self, base: Base) -> None:
+        self._tokenizer = base.tokenizer
+        self._backend = base.backend
+        self._vocabulary = base.spec.vocabulary_size
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chats can be rendered."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def token_ids(self, prompt: str | tuple[int, ...] | Chat) -> Sequence[int]:
+        """Token ids of a prompt: text with the model's own special tokens, ids as they are, a chat
+        through the template with the start of the answer.
+
+        Raises:
+            InvalidRequest: empty, out of range, or not for the template.
+        """
+        if isinstance(prompt, tuple):
+            self.check_ids(prompt, "token_ids.ids")
+            ids: Sequence[int] = prompt
+            field = "token_ids.ids"
+        elif isinstance(prompt, Chat):
+            # The template writes the special tokens itself.
+            ids = self._backend.encode(self._render(prompt), add_special_tokens=False).ids
+            field = "chat"
+        else:
+            if not prompt:
+                raise InvalidRequest("prompt", "must not be empty")
+            ids = self._tokenizer(prompt)["input_ids"]
+            field = "prompt"
+        if not ids:
+            raise InvalidRequest(field, "must not be empty")
+        return ids
+
+    def _render(self, chat: Chat) -> str:
+        if not self.has_chat_template:
+            raise InvalidRequest("chat", "the model has no chat template; send a prompt")
+        if not chat.messages:
+            raise InvalidRequest("chat.messages", "must not be empty")
+        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise InvalidRequest("chat.messages", f"the model's chat template refuses them: {error}") from error
+        return text
+
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
+        """Raise InvalidRequest for an id outside the vocabulary."""
+        for at, token in enumerate(ids):
+            if not 0 <= token < self._vocabulary:
+                raise InvalidRequest(f"{field}[{at}]", f"must be in [0, {self._vocabulary}), got {token}")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens. Raises InvalidRequest for an id outside the vocabulary."""
+        self.check_ids(ids, "token_ids")
+        return self._backend.decode(list(ids), skip_special_tokens=True)

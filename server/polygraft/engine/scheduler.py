@@ -1,0 +1,199 @@
+"""Decides what runs in a step: continuous batching, chunked prefill, preemption by recompute."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from polygraft.engine.block_pool import BlockPool
+from polygraft.engine.sequence import Generation, Sequence, SoftPromptSequence
+from polygraft.engine.shared_prefix import SharedPrefix, SharedPrefixes
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """`count` tokens of a sequence, from `start` on."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether its last known token is among them, so that its logits are wanted."""
+        return self.start + self.count == self.sequence.num_tokens
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step runs, prefill chunks and decodes together.
+
+    Args:
+        items: filled by the scheduler, ordered by adapter slot, so that an adapter's rows are neighbours.
+        preempted: sequences that lost their blocks while it was put together.
+    """
+
+    items: list[Scheduled] = field(default_factory=list)
+    preempted: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Tokens that go through the base."""
+        return sum(item.count for item in self.items)
+
+
+class Scheduler:
+    """First come, first served, under three budgets: sequences, tokens of a step, blocks.
+
+    When blocks run out, the latest running sequence gives its blocks back and is recomputed later from
+    its tokens, the generated ones included, so nothing is lost.
+
+    Args:
+        max_num_seqs: most sequences that run at once.
+        max_num_batched_tokens: most tokens of a step.
+    """
+
+    def __init__(
+        self, pool: BlockPool, prefixes: SharedPrefixes, *, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        self.pool = pool
+        self.prefixes = prefixes
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._orders = itertools.count()
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind all others."""
+        sequence.order = next(self._orders)
+        self.waiting.append(sequence)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All sequences, running and waiting."""
+        return itertools.chain(self.running, self.waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is left."""
+        return bool(self.running or self.waiting)
+
+    def schedule(self) -> Batch:
+        """Put the next step together; decodes first, so that a long prompt delays nobody's next token."""
+        batch = Batch()
+        chosen: dict[Sequence, Scheduled] = {}
+        budget = self.max_num_batched_tokens
+        for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.order)):
+            if budget == 0:
+                break
+            if not sequence.blocks:
+                continue  # preempted while this step was put together
+            count = min(sequence.remaining, budget)
+            victims = self._reserve(sequence, count)
+            for victim in victims:
+                given_back = chosen.pop(victim, None)
+                budget += given_back.count if given_back else 0
+            batch.preempted += len(victims)
+            if sequence not in victims:
+                chosen[sequence] = Scheduled(sequence, sequence.num_computed, count)
+                budget -= count
+        if not batch.preempted:  # what was just taken away would be given back at once
+            self._admit(budget, chosen)
+        batch.items = sorted(chosen.values(), key=lambda item: item.sequence.slot)
+        return batch
+
+    def _reserve(self, sequence: Sequence, count: int) -> list[Sequence]:
+        """Get a running sequence the blocks for `count` more tokens; returns who had to give way for it,
+        which may be the sequence itself."""
+        needed = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        victims: list[Sequence] = []
+        while not self.prefixes.make_room(needed):
+            victim = max(self.running, key=lambda s: s.order)
+            self.running.remove(victim)
+            self._free(victim)
+            if isinstance(victim, Generation):
+                victim.preemptions += 1
+            bisect.insort(self.waiting, victim, key=lambda s: s.order)
+            victims.append(victim)
+            if victim is sequence:
+                return victims
+        sequence.blocks += self.pool.allocate(needed)
+        return victims
+
+    def _admit(self, budget: int, chosen: dict[Sequence, Scheduled]) -> None:
+        for sequence in list(self.waiting):
+            if budget == 0 or len(self.running) >= self.max_num_seqs:
+                return
+            prefix = None
+            if sequence.wants_prefix:
+                assert sequence.adapter is not None
+                acquired = self.prefixes.acquire(sequence.adapter)
+                if acquired is None:
+                    return
+                if isinstance(acquired, SoftPromptSequence):
+                    acquired.order = sequence.order
+                    acquired.adapter.pin()
+                    self.waiting.insert(self.waiting.index(sequence), acquired)
+                    budget -= self._start(acquired, None, budget, chosen)
+                    continue
+                if not acquired.ready:
+                    continue  # later arrivals needn't wait for this one's virtual tokens
+                prefix = acquired
+            started = self._start(sequence, prefix, budget, chosen)
+            if not started:
+                if prefix is not None:
+                    self.prefixes.release(prefix)
+                return
+            budget -= started
+
+    def _start(
+        self, sequence: Sequence, prefix: SharedPrefix | None, budget: int, chosen: dict[Sequence, Scheduled]
+    ) -> int:
+        """Let a waiting sequence run if there is room; returns how many of its tokens run in this step.
+
+        Room for all its known tokens, and one block for every sequence that runs already: otherwise one
+        that was just preempted would come back only to be preempted again.
+        """
+        count = min(sequence.remaining, budget)
+        if not self.prefixes.make_room(self.pool.blocks_for(sequence.num_tokens) + len(self.running)):
+            # Alone it may take all there is; `Engine.prepare` has refused what doesn't fit even then.
+            if self.running or not self.prefixes.make_room(self.pool.blocks_for(sequence.num_tokens)):
+                return 0
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        sequence.prefix = prefix
+        sequence.blocks = self.pool.allocate(self.pool.blocks_for(count))
+        chosen[sequence] = Scheduled(sequence, 0, count)
+        return count
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, whatever it was doing, and free what it holds."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._free(sequence)
+        else:
+            self.waiting.remove(sequence)
+        if sequence.adapter is not None:
+            sequence.adapter.release()
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
+        if sequence.prefix is not None:
+            self.prefixes.release(sequence.prefix)
+            sequence.prefix = None
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks and prefixes add up; cheap enough to call when idle."""
+        own = itertools.chain.from_iterable(sequence.blocks for sequence in self.running)
+        self.pool.check_integrity(itertools.chain(own, self.prefixes.held_blocks()))
+        assert all(not s.blocks and s.prefix is None and s.num_computed == 0 for s in self.waiting)
+        self.prefixes.check_integrity(
+            Counter(s.prefix.adapter.generation for s in self.running if s.prefix is not None)
+        )
+        for sequence in self.running:
+            assert len(sequence.blocks) >= self.pool.blocks_for(sequence.num_computed)

@@ -1,0 +1,153 @@
+"""What the scheduler moves: runs of tokens that need keys, values and sometimes logits."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from polygraft.engine.request import FinishReason, Request
+from polygraft.engine.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from polygraft.adapters.registry import Adapter
+    from polygraft.engine.shared_prefix import SharedPrefix
+
+
+class Sequence:
+    """Tokens to run through the base under one adapter.
+
+    The scheduler owns `order` (of arrival), `num_computed`, `blocks` and `prefix`; the last three are empty
+    while it waits.
+
+    Args:
+        id: unique among the live sequences.
+        token_ids: what is known so far; generated tokens are appended.
+        adapter: pinned for as long as the sequence lives; None is the base.
+    """
+
+    needs_logits: ClassVar[bool] = True
+    """Whether something is to be done with the logits behind the last known token."""
+
+    def __init__(self, id: str, token_ids: list[int], adapter: Adapter | None) -> None:
+        self.id = id
+        self.token_ids = token_ids
+        self.adapter = adapter
+        self.order = 0
+        self.num_computed = 0
+        self.blocks: list[int] = []
+        self.prefix: SharedPrefix | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far."""
+        return len(self.token_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens whose keys and values aren't in the cache; 1 for one that decodes."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def wants_prefix(self) -> bool:
+        """Whether its adapter's virtual tokens must be in the cache before it starts."""
+        return self.adapter is not None and self.adapter.compiled.prefix is not None
+
+    @property
+    def slot(self) -> int:
+        """Its adapter's slot in the low-rank bank; 0 is none."""
+        return 0 if self.adapter is None else self.adapter.slot
+
+    @property
+    def embeddings(self) -> torch.Tensor | None:
+        """[tokens, hidden] to run instead of the tokens' own embeddings."""
+        return None
+
+
+class SoftPromptSequence(Sequence):
+    """A soft prompt on its way through the base; its blocks become the adapter's shared prefix."""
+
+    needs_logits = False
+
+    def __init__(self, id: str, adapter: Adapter, embeddings: torch.Tensor, target: SharedPrefix) -> None:
+        super().__init__(id, [0] * len(embeddings), adapter)
+        self.adapter: Adapter = adapter
+        self._embeddings = embeddings
+        self.target = target
+
+    @property
+    def wants_prefix(self) -> bool:
+        """It is the prefix."""
+        return False
+
+    @property
+    def embeddings(self) -> torch.Tensor:
+        """The soft prompt."""
+        return self._embeddings
+
+
+class CanarySequence(Sequence):
+    """A few tokens whose last logits tell whether an adapter works."""
+
+    def __init__(self, id: str, token_ids: list[int], adapter: Adapter | None) -> None:
+        super().__init__(id, token_ids, adapter)
+        self.logits: torch.Tensor | None = None
+        """float32 [vocabulary], once it has run."""
+
+
+class Generation(Sequence):
+    """A request on its way.
+
+    Args:
+        text: turns its tokens into text and looks for stop sequences.
+        stop_token_ids: what ends it, the model's end-of-sequence tokens included.
+        max_new_tokens: settled, at least 1.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        prompt_ids: list[int],
+        adapter: Adapter | None,
+        text: TextStream,
+        stop_token_ids: frozenset[int],
+        max_new_tokens: int,
+    ) -> None:
+        super().__init__(request.id, prompt_ids, adapter)
+        self.request = request
+        self.prompt_tokens = len(prompt_ids)
+        self.text = text
+        self.stop_token_ids = stop_token_ids
+        self.max_new_tokens = max_new_tokens
+        self.preemptions = 0
+        self.arrival = time.monotonic()
+        limit = request.stopping.time_limit
+        self.deadline = None if limit is None else self.arrival + limit
+        self.first_scheduled: float | None = None
+        self.first_token: float | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the next token may be one that ends it."""
+        return self.completion_tokens >= self.request.stopping.min_new_tokens
+
+    def accept(self, token: int, now: float) -> tuple[str, FinishReason | None]:
+        """Append a sampled token; returns the text that is now certain and why it ends here, if it does."""
+        if self.first_token is None:
+            self.first_token = now
+        stops = token in self.stop_token_ids and self.may_stop
+        self.token_ids.append(token)
+        if stops:
+            return self.text.flush(), FinishReason.STOP
+        text = self.text.push(token, match=self.completion_tokens >= self.request.stopping.min_new_tokens)
+        if self.text.matched is not None:
+            return text, FinishReason.STOP_SEQUENCE
+        if self.completion_tokens >= self.max_new_tokens:
+            return text + self.text.flush(), FinishReason.LENGTH
+        return text, None

@@ -1,0 +1,110 @@
+"""Builds and loads the C++ operators.
+
+A wheel or an image may carry prebuilt libraries beside this file (`python -m
+polygraft.layers.native.build --here`); otherwise the compiler at hand builds one into the user's cache
+directory, once for each source and instruction set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from polygraft.base.cache_dir import cache_dir
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# -fno-math-errno and -fno-trapping-math let loops over floor and select become vector code; unlike
+# -ffast-math they keep NaN and infinity, which the canary looks for.
+FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+LEVELS = {"x86-64-v4": "AVX512", "x86-64-v3": "AVX2"}
+
+
+def instruction_sets() -> list[str]:
+    """What this machine can run, the best first, as `-march` spells it; [""] is the compiler's default."""
+    # torch must come first in any case: the library shares the OpenMP runtime that torch has loaded.
+    import torch
+
+    if platform.machine() not in {"x86_64", "AMD64"}:
+        return [""]
+    best = torch.backends.cpu.get_cpu_capability()
+    names = list(LEVELS)
+    for at, name in enumerate(names):
+        if best.startswith(LEVELS[name]):
+            return [*names[at:], ""]
+    return [""]
+
+
+def library_name(march: str) -> str:
+    """File name of the library for one instruction set; changes with the source and the flags."""
+    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:12]
+    return f"kernels-{march or platform.machine()}-{digest}.so"
+
+
+def build(march: str, folder: Path) -> Path:
+    """Compile for one instruction set into a folder.
+
+    Raises:
+        OSError: no compiler, or the folder can't be written.
+        subprocess.CalledProcessError: the compiler failed; `stderr` holds its words.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler: neither CXX nor g++, c++ or clang++")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / library_name(march)
+    # Compiled aside and moved into place, so that nobody loads half a file.
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        output = Path(aside) / target.name
+        arch = [f"-march={march}"] if march else []
+        subprocess.run(  # noqa: S603 - the compiler that the user's environment names
+            [compiler, *FLAGS, "-Wno-psabi", *arch, "-o", str(output), str(SOURCE)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        output.replace(target)
+    return target
+
+
+def load() -> ctypes.CDLL | None:
+    """The operators' library, built first if need be; None where none can be had, with a warning."""
+    levels = instruction_sets()
+    for march in levels:
+        for folder in (SOURCE.parent, cache_dir() / "kernels"):
+            path = folder / library_name(march)
+            if path.is_file():
+                return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(build(levels[0], cache_dir() / "kernels")))
+    except subprocess.CalledProcessError as error:
+        log.warning("the C++ operators don't compile, the slower torch ones serve: %s", error.stderr.strip())
+    except OSError as error:
+        log.warning("no C++ operators, the slower torch ones serve: %s", error)
+    return None
+
+
+def main() -> None:
+    """Build ahead of the first start."""
+    parser = argparse.ArgumentParser(description="Build the C++ operators.")
+    parser.add_argument(
+        "--here", action="store_true", help="for every instruction set, into the package itself"
+    )
+    if parser.parse_args().here:
+        for march in LEVELS if platform.machine() in {"x86_64", "AMD64"} else [""]:
+            print(build(march, SOURCE.parent).name)  # noqa: T201 - a command's output
+    elif load() is None:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

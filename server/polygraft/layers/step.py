@@ -1,0 +1,102 @@
+"""What the layers know of the step that runs.
+
+`model_runner` fills a plan for each step and hands it to the layers through one `StepContext` that they
+share. Layers read tensors and flags of the plan, never a request or an adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from polygraft.layers.native.kernels import PlanStruct
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """Where the step's rows lie in the paged cache. All int32 but `slot_mapping` (int64).
+
+    A sequence's keys are its shared prefix's, then its own; the last prefix block may be part full, and
+    the sequence's own blocks start right after it.
+
+    Args:
+        slot_mapping: [rows] where each row's key goes: block * block_size + offset.
+        query_start: [sequences + 1] first row of each sequence.
+        context_lens: [sequences] keys visible to a sequence's last row, its prefix included.
+        prefix_lens: [sequences] keys in shared prefix blocks.
+        block_tables: [sequences, max_blocks] prefix blocks first, then the sequence's own.
+    """
+
+    slot_mapping: torch.Tensor
+    query_start: torch.Tensor
+    context_lens: torch.Tensor
+    prefix_lens: torch.Tensor
+    block_tables: torch.Tensor
+    _native: PlanStruct | None = None
+
+    def native(self) -> PlanStruct:
+        """The same for the C++ operators; valid as long as the plan."""
+        if self._native is None:
+            self._native = PlanStruct(
+                self.slot_mapping.data_ptr(),
+                self.query_start.data_ptr(),
+                self.context_lens.data_ptr(),
+                self.prefix_lens.data_ptr(),
+                self.block_tables.data_ptr(),
+                self.block_tables.shape[1],
+                self.context_lens.shape[0],
+                self.slot_mapping.shape[0],
+            )
+        return self._native
+
+
+@dataclass(slots=True)
+class Segments:
+    """Runs of neighbouring rows that use one adapter; rows of no adapter are in none.
+
+    Args:
+        table: int32 [n, 3] of (first row, last row + 1, slot).
+        host: the same, for the operators written in torch.
+        touched: bit m is set if any of these adapters has a primitive in module m.
+        max_rank: the largest rank among these adapters.
+    """
+
+    table: torch.Tensor
+    host: list[tuple[int, int, int]]
+    touched: int
+    max_rank: int
+
+
+NO_SEGMENTS = Segments(torch.zeros(0, 3, dtype=torch.int32), [], 0, 0)
+
+
+@dataclass(slots=True)
+class StepContext:
+    """The plan of the running step, shared by all layers of one base model.
+
+    Args:
+        attention: None outside a step.
+        segments: over all rows.
+        head_segments: over the rows whose logits are computed; the output head sees no others.
+        scratch: float32 [>= rows, >= largest rank], for products between A and B.
+    """
+
+    attention: AttentionPlan | None = None
+    segments: Segments = field(default_factory=lambda: NO_SEGMENTS)
+    head_segments: Segments = field(default_factory=lambda: NO_SEGMENTS)
+    scratch: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+    def begin(
+        self, attention: AttentionPlan, segments: Segments, head_segments: Segments, rows: int
+    ) -> None:
+        """Describe the step that is about to run."""
+        self.attention, self.segments, self.head_segments = attention, segments, head_segments
+        if self.scratch.shape[0] < rows or self.scratch.shape[1] < segments.max_rank:
+            self.scratch = torch.empty(
+                max(rows, self.scratch.shape[0]), max(segments.max_rank, self.scratch.shape[1])
+            )
+
+    def end(self) -> None:
+        """Forget it, so that nothing of a finished step can be read by mistake."""
+        self.attention, self.segments, self.head_segments = None, NO_SEGMENTS, NO_SEGMENTS

@@ -1,0 +1,66 @@
+"""Engines over tiny models, and what tests ask of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from polygraft.adapters.registry import Adapter
+from polygraft.base.loader import load_base
+from polygraft.config import ServerConfig
+from polygraft.engine.engine import Engine
+from polygraft.engine.request import AdapterRef, FinishReason, Request, StoppingParams
+from polygraft.engine.sequence import CanarySequence
+
+
+def make_engine(
+    model: Path, store: Path | None = None, *, precision: str = "float32", native: bool = True, **settings: object
+) -> Engine:
+    """An engine with every adapter of the store, ready to step."""
+    config = ServerConfig(**{"adapters": store, "kv_cache_bytes": 4 * 2**20, **settings})
+    base = load_base(
+        str(model),
+        dtype="float32" if precision == "float32" else "bfloat16",
+        quantization="nf4" if precision == "nf4" else "none",
+    )
+    engine = Engine(base, config, native=native)
+    engine.adapters.load_store()
+    engine.finish_background()
+    return engine
+
+
+def greedy(id: str, prompt: list[int], adapter: str | None, steps: int, **stopping: object) -> Request:
+    """A greedy request for exactly so many tokens."""
+    return Request(
+        id,
+        tuple(prompt),
+        adapter=None if adapter is None else AdapterRef(adapter),
+        stopping=StoppingParams(max_new_tokens=steps, ignore_eos=True, **stopping),
+    )
+
+
+def run_greedy(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    """Tokens of each request, run together; the engine must be clean afterwards."""
+    tokens = []
+    for outputs in engine.generate(requests):
+        assert [o.terminal for o in outputs] == [False] * (len(outputs) - 1) + [True]
+        assert outputs[-1].finished is not None, outputs[-1].error
+        assert outputs[-1].finished.reason == FinishReason.LENGTH
+        tokens.append([token for output in outputs for token in output.token_ids])
+    assert not engine.has_work
+    engine.check_integrity()
+    return tokens
+
+
+def forced_logits(engine: Engine, rows: list[tuple[list[int], str | None]]) -> torch.Tensor:
+    """Logits [rows, vocabulary] behind each token list under its adapter, all in the same steps."""
+    sequences = []
+    for at, (tokens, name) in enumerate(rows):
+        adapter: Adapter | None = None if name is None else engine.adapters.registry.resolve(AdapterRef(name))
+        sequences.append(CanarySequence(f"forced-{at}", tokens, adapter))
+        engine.scheduler.add(sequences[-1])
+    while engine.scheduler.has_work:
+        engine.step()
+    engine.check_integrity()
+    return torch.stack([sequence.logits for sequence in sequences if sequence.logits is not None])
