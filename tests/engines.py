@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-
 from polygraft.adapters.registry import Adapter
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
@@ -15,7 +14,12 @@ from polygraft.engine.sequence import CanarySequence
 
 
 def make_engine(
-    model: Path, store: Path | None = None, *, precision: str = "float32", native: bool = True, **settings: object
+    model: Path,
+    store: Path | None = None,
+    *,
+    precision: str = "float32",
+    native: bool = True,
+    **settings: object,
 ) -> Engine:
     """An engine with every adapter of the store, ready to step."""
     config = ServerConfig(**{"adapters": store, "kv_cache_bytes": 4 * 2**20, **settings})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -52,6 +53,23 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class _ConfigFile(PydanticBaseSettingsSource):
+    """The TOML file that the sources before this one name."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Not asked for: this source answers for all fields at once."""
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        """All settings of the file; raises ConfigError if there is none."""
+        path = self.current_state.get("config")
+        if path is None:
+            return {}
+        if not Path(path).is_file():
+            raise ConfigError("--config", f"no such file: {path}")
+        return TomlConfigSettingsSource(self.settings_cls, Path(path))()
+
+
 class ServerConfig(BaseSettings):
     """All settings of `polygraft serve`. Flags beat environment variables, these beat the TOML file."""
 
@@ -62,6 +80,7 @@ class ServerConfig(BaseSettings):
         cli_kebab_case=True,
         cli_prog_name="polygraft serve",
         cli_avoid_json=True,
+        cli_implicit_flags=True,
         cli_hide_none_type=True,
         protected_namespaces=(),
     )
@@ -116,13 +135,8 @@ class ServerConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the TOML file named by `config` last; the file may be named by flag or by variable."""
-        path = init_settings().get("config") or env_settings().get("config")
-        if path is None:
-            return init_settings, env_settings
-        if not Path(path).is_file():
-            raise ConfigError("--config", f"no such file: {path}")
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(path))
+        """Put the TOML file named by `config` last; a flag or a variable may name it."""
+        return init_settings, env_settings, _ConfigFile(settings_cls)
 
     @field_validator("admin_token")
     @classmethod

@@ -79,7 +79,9 @@ class AdapterStore:
         if self._root is None:
             return []
         return sorted(
-            entry.name for entry in self._root.iterdir() if entry.is_dir() and not entry.name.startswith((".", "_"))
+            entry.name
+            for entry in self._root.iterdir()
+            if entry.is_dir() and not entry.name.startswith((".", "_"))
         )
 
     def read(self, name: str, source: str) -> AdapterFolder:
@@ -131,8 +133,8 @@ def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> A
                 raise AdapterInvalid(
                     name,
                     [
-                        f"{pickle} is a pickle, which can run code when it is read; save the adapter again with "
-                        "safe_serialization=True"
+                        f"{pickle} is a pickle, which can run code when it is read; save the adapter "
+                        "again with safe_serialization=True"
                     ],
                 )
     weights = _read_file(name, folder / WEIGHTS, max_bytes, check)

@@ -64,7 +64,9 @@ def compile_adapter(
     reader.check_base_name(base.name)
     compiled = yield from compiler(reader, base)
     if compiled.rank > limits.rank:
-        reader.problems.append(f"rank {compiled.rank} is over the limit of {limits.rank} (--max-adapter-rank)")
+        reader.problems.append(
+            f"rank {compiled.rank} is over the limit of {limits.rank} (--max-adapter-rank)"
+        )
     if compiled.virtual_tokens > limits.virtual_tokens:
         reader.problems.append(
             f"{compiled.virtual_tokens} virtual tokens are over the limit of {limits.virtual_tokens} "
@@ -72,7 +74,8 @@ def compile_adapter(
         )
     if compiled.compiled_bytes > limits.compiled_bytes:
         reader.problems.append(
-            f"{compiled.compiled_bytes} bytes are over the limit of {limits.compiled_bytes} (--max-adapter-bytes)"
+            f"{compiled.compiled_bytes} bytes are over the limit of {limits.compiled_bytes} "
+            "(--max-adapter-bytes)"
         )
     reader.finish()
     return dataclasses.replace(compiled, warnings=tuple(reader.warnings))

@@ -54,7 +54,9 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
             reader.problems.append(f"rank_pattern or alpha_pattern is not a regular expression: {error}")
             break
         if not isinstance(module_rank, int) or module_rank < 1 or not isinstance(module_alpha, int | float):
-            reader.problems.append(f"rank {module_rank!r} with alpha {module_alpha!r} for {module} makes no sense")
+            reader.problems.append(
+                f"rank {module_rank!r} with alpha {module_alpha!r} for {module} makes no sense"
+            )
             continue
         copied = f"{_PREFIX}{module}.base_layer.weight"
         if copied in reader.names():

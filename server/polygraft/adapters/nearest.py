@@ -26,7 +26,7 @@ def nearest_tokens(
     """
     virtual = torch.nn.functional.normalize(prompt.embeddings.float(), dim=-1)
     pieces = []
-    for piece in table.split(_ROWS):
+    for piece in torch.split(table, _ROWS):
         pieces.append(virtual @ torch.nn.functional.normalize(piece.float(), dim=-1).t())
         yield
     top = torch.cat(pieces, -1).topk(count)

@@ -19,12 +19,19 @@ def compile_prefix_tuning(reader: FolderReader, base: BaseSpec) -> Generator[Non
     """Compile a prefix-tuning folder; yields between layers. Problems are noted in the reader."""
     tokens = take_virtual_tokens(reader)
     reader.ignore(
-        "num_layers", "num_attention_heads", "token_dim", "prefix_projection", "encoder_hidden_size", "init_weights"
+        "num_layers",
+        "num_attention_heads",
+        "token_dim",
+        "prefix_projection",
+        "encoder_hidden_size",
+        "init_weights",
     )
     sites = list(base.attention.values())
     shapes = {(site.kv_heads, site.head_dim, site.value_dim) for site in sites}
     if len(shapes) > 1 or any(head_dim != value_dim for _, head_dim, value_dim in shapes):
-        reader.problems.append("the base's layers have keys and values of different shapes, as prefix tuning can't")
+        reader.problems.append(
+            "the base's layers have keys and values of different shapes, as prefix tuning can't"
+        )
     kv_heads, head_dim, _ = next(iter(shapes))
     rows = reader.take("prompt_embeddings", (tokens, len(sites) * 2 * kv_heads * head_dim))
     prefix = None

@@ -46,7 +46,11 @@ class FolderReader:
 
     def check_base_name(self, name: str) -> None:
         """Warn where the adapter names another base: names are often local paths, shapes decide."""
-        if self._base_name and name and self._base_name.rstrip("/").split("/")[-1] != name.rstrip("/").split("/")[-1]:
+        if (
+            self._base_name
+            and name
+            and self._base_name.rstrip("/").split("/")[-1] != name.rstrip("/").split("/")[-1]
+        ):
             self.warnings.append(f"it was trained on {self._base_name!r}, the base is {name!r}")
 
     def option(self, key: str, expected: type | tuple[type, ...], default: Any) -> Any:
@@ -85,7 +89,9 @@ class FolderReader:
             self.problems.append(f"tensor {name} is missing")
             return None
         if tensor.dtype not in _FLOATS:
-            self.problems.append(f"tensor {name} has type {tensor.dtype}, not a floating-point one of 16 or 32 bits")
+            self.problems.append(
+                f"tensor {name} has type {tensor.dtype}, not a floating-point one of 16 or 32 bits"
+            )
             return None
         fits = len(shape) == tensor.dim() and all(
             want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)

@@ -24,7 +24,9 @@ class Adapter:
         slot: in the low-rank bank; 0 for one without low-rank primitives.
     """
 
-    def __init__(self, name: str, generation: int, compiled: CompiledAdapter, slot: int, lock: threading.Lock) -> None:
+    def __init__(
+        self, name: str, generation: int, compiled: CompiledAdapter, slot: int, lock: threading.Lock
+    ) -> None:
         self.name = name
         self.generation = generation
         self.compiled = compiled
@@ -104,7 +106,9 @@ class AdapterRegistry:
             if record is None:
                 taken = sum(r.info.state != AdapterState.FAILED for r in self._records.values())
                 if taken >= self._max:
-                    raise ResourceExhausted(f"{taken} adapters are loaded, the limit is {self._max} (--max-adapters)")
+                    raise ResourceExhausted(
+                        f"{taken} adapters are loaded, the limit is {self._max} (--max-adapters)"
+                    )
                 self._records[name] = _Record(AdapterInfo(name, AdapterState.LOADING, source))
             elif record.info.state in {AdapterState.LOADING, AdapterState.UNLOADING}:
                 raise AdapterUnavailable(name, record.info.state.value.lower())
@@ -168,7 +172,11 @@ class AdapterRegistry:
             gone: list[tuple[Adapter, AdapterInfo | None]] = [(a, None) for a in self._retired if a.pins == 0]
             self._retired = [adapter for adapter in self._retired if adapter.pins]
             for name, record in list(self._records.items()):
-                if record.info.state == AdapterState.UNLOADING and record.adapter and record.adapter.pins == 0:
+                if (
+                    record.info.state == AdapterState.UNLOADING
+                    and record.adapter
+                    and record.adapter.pins == 0
+                ):
                     gone.append((record.adapter, record.info))
                     del self._records[name]
             return gone

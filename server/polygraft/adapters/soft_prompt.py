@@ -26,7 +26,9 @@ def take_virtual_tokens(reader: FolderReader) -> int:
 
 def compile_prompt_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile a prompt-tuning folder. Problems are noted in the reader."""
-    reader.ignore("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+    reader.ignore(
+        "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"
+    )
     return (yield from _compile("prompt_tuning", reader, base))
 
 

@@ -30,7 +30,9 @@ def target_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
     try:
         if targets == ALL_LINEAR:
             return [
-                name for name, shape in base.linears.items() if not shape.is_head and not _named(name, excluded)
+                name
+                for name, shape in base.linears.items()
+                if not shape.is_head and not _named(name, excluded)
             ]
         found = [
             name

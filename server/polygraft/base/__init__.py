@@ -1,0 +1,1 @@
+"""Loading the base model, and what the rest must know of it."""

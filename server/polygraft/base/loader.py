@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base.default_model import ensure_default_model
 from polygraft.base.spec import BaseSpec, inspect_base
@@ -51,7 +52,8 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(iter(self.model.parameters())).device
+        first: torch.Tensor = next(iter(self.model.parameters()))
+        return first.device
 
 
 def resolve_model(model: str) -> str:
@@ -80,6 +82,7 @@ def load_base(
         UnsupportedArchitecture: its attention can't be served.
     """
     attention.register()
+    disable_progress_bar()
     folder = resolve_model(model)
     config = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), model)
     compute = _compute_dtype(dtype, config, device)
@@ -168,8 +171,8 @@ def context_limit(config: Any) -> tuple[int, tuple[str, ...]]:
             )
             if original < limit:
                 note = (
-                    f"context capped at {original} of {limit} tokens: {parameters['rope_type']} RoPE is exact "
-                    "in a mixed step only up to its original length"
+                    f"context capped at {original} of {limit} tokens: {parameters['rope_type']} RoPE is "
+                    "exact in a mixed step only up to its original length"
                 )
                 return int(original), (note,)
     return limit, ()
@@ -203,6 +206,3 @@ def _read(read: Callable[[], T], model: str) -> T:
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = "" if Path(model).exists() or model == DEFAULT else " (no such folder; taken for a hub id)"
         raise BaseModelError(f"{model}{where}: {error}") from error
-
-
-

@@ -1,0 +1,1 @@
+"""The engine: scheduling, running and sampling, one step at a time."""

@@ -97,7 +97,9 @@ class AdapterManager:
                     done.set_result(current)
                     return
                 if not reload:
-                    raise AdapterExists(name, f"loaded from {current.source!r} with other content; reload replaces it")
+                    raise AdapterExists(
+                        name, f"loaded from {current.source!r} with other content; reload replaces it"
+                    )
             self.registry.begin_load(name, source)
         except PolygraftError as error:
             done.set_exception(error)
@@ -158,7 +160,10 @@ class AdapterManager:
         if compiled.virtual_tokens >= self._context_length - _CANARY_TOKENS:
             raise AdapterInvalid(
                 name,
-                [f"{compiled.virtual_tokens} virtual tokens leave no room in the context of {self._context_length}"],
+                [
+                    f"{compiled.virtual_tokens} virtual tokens leave no room in the context of "
+                    f"{self._context_length}"
+                ],
             )
         needed = pool.blocks_for(compiled.virtual_tokens) + pool.blocks_for(_CANARY_TOKENS)
         if needed > pool.num_blocks:

@@ -21,8 +21,8 @@ from polygraft.engine.kv_cache import KVCache
 from polygraft.engine.model_runner import ModelRunner
 from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import (
-    FinishReason,
     Finished,
+    FinishReason,
     LoraPath,
     Request,
     RequestOutput,
@@ -238,13 +238,19 @@ class Engine:
     def _expire(self) -> list[RequestOutput]:
         now = time.monotonic()
         late = [g for g in self._generations.values() if g.deadline is not None and g.deadline <= now]
-        return [self._finish(generation, FinishReason.TIME_LIMIT, generation.text.flush()) for generation in late]
+        return [
+            self._finish(generation, FinishReason.TIME_LIMIT, generation.text.flush()) for generation in late
+        ]
 
     @staticmethod
     def _note_first_scheduled(batch: Batch) -> None:
         now = time.monotonic()
         for item in batch.items:
-            if item.start == 0 and isinstance(item.sequence, Generation) and not item.sequence.first_scheduled:
+            if (
+                item.start == 0
+                and isinstance(item.sequence, Generation)
+                and not item.sequence.first_scheduled
+            ):
                 item.sequence.first_scheduled = now
 
     def _postprocess(self, batch: Batch, logits: torch.Tensor) -> list[RequestOutput]:
@@ -278,7 +284,9 @@ class Engine:
             tokens = sample(
                 logits, [g.request.sampling for g in generations], [g.num_tokens for g in generations]
             )
-            finite = torch.isfinite(logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])).tolist()
+            finite = torch.isfinite(
+                logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
+            ).tolist()
         now = time.monotonic()
         return [
             self._accept(generation, token, now) if ok else self._fail(generation)
@@ -329,7 +337,9 @@ class Engine:
         self.scheduler.remove(generation)
 
     def _stats(self, batch: Batch, seconds: float) -> StepStats:
-        decodes = sum(i.count for i in batch.items if i.start >= getattr(i.sequence, "prompt_tokens", i.start + 1))
+        decodes = sum(
+            i.count for i in batch.items if i.start >= getattr(i.sequence, "prompt_tokens", i.start + 1)
+        )
         adapters = {
             (i.sequence.adapter.name, i.sequence.adapter.compiled.kind): None
             for i in batch.items

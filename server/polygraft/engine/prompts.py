@@ -55,9 +55,13 @@ class Prompts:
             raise InvalidRequest("chat.messages", "must not be empty")
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise InvalidRequest("chat.messages", f"the model's chat template refuses them: {error}") from error
+            raise InvalidRequest(
+                "chat.messages", f"the model's chat template refuses them: {error}"
+            ) from error
         return text
 
     def check_ids(self, ids: Sequence[int], field: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from polygraft.engine.request import SamplingParams
 
 _CANDIDATES = 1024
-"""Sorting so many of the likeliest tokens nearly always settles top_k and top_p; the rest is rarely sorted."""
+"""So many of the likeliest tokens nearly always settle top_k and top_p; the rest is rarely sorted."""
 _MASK = 2**64 - 1
 
 
@@ -75,7 +75,7 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], noise: torch.Tenso
 def _smallest_kept(probabilities: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """The probability of the least likely token that top_k, then top_p keep, [rows, 1]; tokens of equal
     probability share their fate, whatever their ids."""
-    rows, vocabulary = probabilities.shape
+    vocabulary = probabilities.shape[-1]
     top_k = torch.tensor([p.top_k or vocabulary for p in params], device=probabilities.device)[:, None]
     top_p = torch.tensor([p.top_p for p in params], device=probabilities.device)[:, None]
     everything = (top_k >= vocabulary) & (top_p >= 1.0)

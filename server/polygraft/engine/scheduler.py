@@ -159,9 +159,7 @@ class Scheduler:
         """
         count = min(sequence.remaining, budget)
         if not self.prefixes.make_room(self.pool.blocks_for(sequence.num_tokens) + len(self.running)):
-            # Alone it may take all there is; `Engine.prepare` has refused what doesn't fit even then.
-            if self.running or not self.prefixes.make_room(self.pool.blocks_for(sequence.num_tokens)):
-                return 0
+            return 0
         self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.prefix = prefix

@@ -55,9 +55,7 @@ class SharedPrefixes:
         entry = SharedPrefix(adapter, primitive.virtual_tokens, start)
         if isinstance(primitive, SoftPrompt):
             self._entries[adapter.generation] = entry
-            return SoftPromptSequence(
-                f"soft-prompt-{next(self._ids)}", adapter, primitive.embeddings, entry
-            )
+            return SoftPromptSequence(f"soft-prompt-{next(self._ids)}", adapter, primitive.embeddings, entry)
         needed = self._pool.blocks_for(primitive.virtual_tokens)
         if not self.make_room(needed):
             return None

@@ -1,0 +1,1 @@
+"""What is put into the base's modules: side paths, attention over the paged cache, their operators."""

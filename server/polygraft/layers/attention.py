@@ -49,7 +49,12 @@ class Probe:
         self.site: AttentionSite | None = None
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: AttentionSite, sinks: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        site: AttentionSite,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """One unbatched sequence [1, heads, rows, head_dim] to [1, rows, heads, value_dim]."""
         self.site = site
@@ -88,7 +93,12 @@ class PagedAttention:
         self._sinks: torch.Tensor | None = None
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: AttentionSite, sinks: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        site: AttentionSite,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """[1, heads, rows, head_dim] to [1, rows, heads, value_dim]; k and v go into the cache first."""
         plan = self.step.attention
@@ -138,7 +148,9 @@ def paged_attention_torch(
     value_cache[block, :, offset] = v.to(value_cache.dtype)
     starts = plan.query_start.tolist()
     rows_out = []
-    for s, (context, prefix) in enumerate(zip(plan.context_lens.tolist(), plan.prefix_lens.tolist(), strict=True)):
+    for s, (context, prefix) in enumerate(
+        zip(plan.context_lens.tolist(), plan.prefix_lens.tolist(), strict=True)
+    ):
         first, last = starts[s], starts[s + 1]
         shared = -(-prefix // size)
         blocks = shared + -(-(context - prefix) // size)
@@ -188,7 +200,8 @@ def attention_forward(
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORED)
     if unknown:
         raise UnsupportedArchitecture(
-            f"{type(module).__name__} passes arguments to its attention that aren't served: {', '.join(unknown)}"
+            f"{type(module).__name__} passes arguments to its attention that aren't served: "
+            + ", ".join(unknown)
         )
     handler = getattr(module, _ATTRIBUTE, None)
     if isinstance(handler, PagedAttention):

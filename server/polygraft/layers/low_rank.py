@@ -136,7 +136,9 @@ class LowRankBank:
         native: False runs the operators in torch, for tests and for comparing.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, bool], step: StepContext, native: bool) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, bool], step: StepContext, native: bool
+    ) -> None:
         kernels = load_kernels() if native else None
         self._slots: dict[str, LowRankSlots] = {}
         self._touched: dict[int, int] = {}

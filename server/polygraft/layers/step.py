@@ -87,9 +87,7 @@ class StepContext:
     head_segments: Segments = field(default_factory=lambda: NO_SEGMENTS)
     scratch: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
-    def begin(
-        self, attention: AttentionPlan, segments: Segments, head_segments: Segments, rows: int
-    ) -> None:
+    def begin(self, attention: AttentionPlan, segments: Segments, head_segments: Segments, rows: int) -> None:
         """Describe the step that is about to run."""
         self.attention, self.segments, self.head_segments = attention, segments, head_segments
         if self.scratch.shape[0] < rows or self.scratch.shape[1] < segments.max_rank:

@@ -1,0 +1,1 @@
+"""The operators in C++, and how they are built and called."""

@@ -1,0 +1,95 @@
+"""Client of a Polygraft server: one base model, many adapters.
+
+from polygraft_client import Client
+
+with Client("127.0.0.1:50051") as client:
+    answer = client.generate(chat=[{"role": "user", "content": "Hello"}], adapter="headline")
+    print(answer.text)
+"""
+
+from polygraft_client._adapters import Adapters, AsyncAdapters
+from polygraft_client._async_client import AsyncClient
+from polygraft_client._client import Client
+from polygraft_client._exceptions import (
+    AlreadyExists,
+    Cancelled,
+    ConnectError,
+    DeadlineExceeded,
+    FailedPrecondition,
+    FieldViolation,
+    InternalError,
+    InvalidArgument,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    PolygraftError,
+    ResourceExhausted,
+    StatusError,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+from polygraft_client._models import (
+    Adapter,
+    AdapterState,
+    ChatMessage,
+    Chunk,
+    FinishReason,
+    Generation,
+    Health,
+    LoraPath,
+    Model,
+    NearestToken,
+    SamplingDefaults,
+    Timings,
+    Usage,
+)
+from polygraft_client._requests import Chat, GenerateOptions
+from polygraft_client._streams import AsyncStream, Stream
+
+__all__ = [
+    "Adapter",
+    "AdapterState",
+    "Adapters",
+    "AlreadyExists",
+    "AsyncAdapters",
+    "AsyncClient",
+    "AsyncStream",
+    "Cancelled",
+    "Chat",
+    "ChatMessage",
+    "Chunk",
+    "Client",
+    "ConnectError",
+    "DeadlineExceeded",
+    "FailedPrecondition",
+    "FieldViolation",
+    "FinishReason",
+    "GenerateOptions",
+    "Generation",
+    "Health",
+    "InternalError",
+    "InvalidArgument",
+    "InvalidRequest",
+    "LoraPath",
+    "Model",
+    "NearestToken",
+    "NotFound",
+    "PermissionDenied",
+    "PolygraftError",
+    "ResourceExhausted",
+    "SamplingDefaults",
+    "StatusError",
+    "Stream",
+    "Timings",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "Usage",
+]
+
+# The modules are private: errors and tracebacks name things as they are imported.
+for _name in __all__:
+    if hasattr(globals()[_name], "__module__") and _name != "Chat":
+        globals()[_name].__module__ = "polygraft_client"
+del _name

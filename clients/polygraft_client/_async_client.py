@@ -1,0 +1,83 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from polygraft_client import _calls
+from polygraft_client._adapters import AsyncAdapters
+from polygraft_client._models import Generation, Health, Model
+from polygraft_client._requests import Chat, GenerateOptions, split_timeout
+from polygraft_client._streams import AsyncStream
+from polygraft_client._transport import AsyncTransport, Endpoint
+
+
+class AsyncClient:
+    """Talks to one server from one event loop; see `Client` for arguments and errors.
+
+    Cancelling a task that waits for a call cancels the call, and the server frees what it holds.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        token: str | None = None,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        retries: int = 2,
+    ) -> None:
+        self._transport = AsyncTransport(Endpoint(address, token, timeout, credentials, retries))
+        self.adapters = AsyncAdapters(self._transport)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the server."""
+        return self._transport.endpoint.address
+
+    async def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Generation:
+        """Generate a whole answer; errors as `Client.generate`."""
+        timeout, fields = split_timeout(options)
+        return await self._transport.run(_calls.generate(prompt, fields), timeout)
+
+    def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """Generate an answer chunk by chunk; arguments and errors as `Client.generate`.
+
+        The request starts at once, so a loop must be running; its errors are raised by iterating.
+        """
+        timeout, fields = split_timeout(options)
+        return AsyncStream(self._transport.open(_calls.stream(prompt, fields), timeout), self.address)
+
+    async def tokenize(
+        self, prompt: str | None = None, *, chat: Chat | None = None, timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of a text or of a conversation, as `generate` would use them."""
+        return await self._transport.run(_calls.tokenize(prompt, chat), timeout)
+
+    async def detokenize(self, token_ids: Iterable[int], *, timeout: float | None = None) -> str:
+        """Text of token ids, without special tokens."""
+        return await self._transport.run(_calls.detokenize(token_ids), timeout)
+
+    async def model(self, *, timeout: float | None = None) -> Model:
+        """What is being served: the base model, its limits and its defaults."""
+        return await self._transport.run(_calls.model(), timeout)
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> Health:
+        """The health of the server, or of one service; errors as `Client.health`."""
+        return await self._transport.run(_calls.health(service), timeout)
+
+    async def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

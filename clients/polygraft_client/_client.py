@@ -1,0 +1,108 @@
+"""The client for ordinary code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from polygraft_client import _calls
+from polygraft_client._adapters import Adapters
+from polygraft_client._models import Generation, Health, Model
+from polygraft_client._requests import Chat, GenerateOptions, split_timeout
+from polygraft_client._streams import Stream
+from polygraft_client._transport import Endpoint, Transport
+
+
+class Client:
+    """Talks to one server; may be shared between threads.
+
+    Every method raises ConnectError if the server can't be reached, DeadlineExceeded after `timeout`
+    seconds, InvalidRequest for arguments that can't be sent, and StatusError for any other answer.
+
+    Args:
+        address: HOST:PORT of the gRPC server.
+        token: for servers that ask for one; without `credentials` it travels in plain text.
+        timeout: seconds for each call that doesn't give its own; None waits as long as it takes.
+        credentials: for TLS, such as `grpc.ssl_channel_credentials()`; None is plain text.
+        retries: further tries that gRPC makes, after short waits, while the server is unavailable;
+            from 0 to 4. Calls that change the registry are never repeated.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        token: str | None = None,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        retries: int = 2,
+    ) -> None:
+        self._transport = Transport(Endpoint(address, token, timeout, credentials, retries))
+        self.adapters = Adapters(self._transport)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the server."""
+        return self._transport.endpoint.address
+
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Generation:
+        """Generate a whole answer.
+
+        Args:
+            prompt: text, tokenized as it is; or give `token_ids` or `chat` instead.
+            **options: see `GenerateOptions`.
+
+        Raises:
+            InvalidArgument: a value is out of range, or the prompt doesn't fit; see `violations`.
+            NotFound: no such adapter.
+            FailedPrecondition: the adapter is loading, failed or unloading.
+            ResourceExhausted: the queue is full; see `retry_after`.
+            Unavailable: the server is shutting down.
+        """
+        timeout, fields = split_timeout(options)
+        return self._transport.run(_calls.generate(prompt, fields), timeout)
+
+    def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
+        """Generate an answer chunk by chunk; arguments and errors as `generate`.
+
+        The request starts at once; its errors are raised by iterating.
+        """
+        timeout, fields = split_timeout(options)
+        return Stream(self._transport.open(_calls.stream(prompt, fields), timeout), self.address)
+
+    def tokenize(
+        self, prompt: str | None = None, *, chat: Chat | None = None, timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of a text or of a conversation, as `generate` would use them."""
+        return self._transport.run(_calls.tokenize(prompt, chat), timeout)
+
+    def detokenize(self, token_ids: Iterable[int], *, timeout: float | None = None) -> str:
+        """Text of token ids, without special tokens."""
+        return self._transport.run(_calls.detokenize(token_ids), timeout)
+
+    def model(self, *, timeout: float | None = None) -> Model:
+        """What is being served: the base model, its limits and its defaults."""
+        return self._transport.run(_calls.model(), timeout)
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> Health:
+        """The health of the server, or of one service such as "polygraft.v1.InferenceService".
+
+        Raises:
+            NotFound: the server has no such service.
+        """
+        return self._transport.run(_calls.health(service), timeout)
+
+    def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

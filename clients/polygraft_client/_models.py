@@ -1,0 +1,229 @@
+"""What goes in and what comes out, free of protobuf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "STOP"
+    """An end-of-sequence token or one of the request's stop token ids."""
+    LENGTH = "LENGTH"
+    """`max_new_tokens` were generated."""
+    STOP_SEQUENCE = "STOP_SEQUENCE"
+    """The text reached a stop sequence."""
+    TIME_LIMIT = "TIME_LIMIT"
+    """`time_limit` has passed; the text is what there was."""
+    CANCELLED = "CANCELLED"
+    """The request was aborted from elsewhere."""
+    UNKNOWN = "UNKNOWN"
+    """A reason that this version of the client doesn't know."""
+
+
+class LoraPath(StrEnum):
+    """How low-rank weights reach a request's rows."""
+
+    AUTO = "AUTO"
+    UNMERGED = "UNMERGED"
+    MERGED = "MERGED"
+    UNKNOWN = "UNKNOWN"
+
+
+class AdapterState(StrEnum):
+    """Where an adapter stands."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    FAILED = "FAILED"
+    UNLOADING = "UNLOADING"
+    UNKNOWN = "UNKNOWN"
+
+
+class Health(StrEnum):
+    """What the standard health service says about the server or one of its services."""
+
+    UNKNOWN = "UNKNOWN"
+    SERVING = "SERVING"
+    NOT_SERVING = "NOT_SERVING"
+    SERVICE_UNKNOWN = "SERVICE_UNKNOWN"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation; `role` is usually "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens counted for one request.
+
+    Args:
+        prompt_tokens: special tokens included.
+        cached_tokens: of these, tokens whose keys and values were already there.
+        virtual_tokens: the adapter's; they occupy the context and are computed once for all requests.
+        completion_tokens: the one that stopped the request included.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    virtual_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds, as the server saw them.
+
+    Args:
+        queue: from arrival to first being scheduled.
+        prefill: from there to the first token.
+        time_to_first_token: from arrival to the first token.
+        total: from arrival to the end.
+    """
+
+    queue: float
+    prefill: float
+    time_to_first_token: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A whole answer.
+
+    Args:
+        text: without special tokens and stop sequences.
+        token_ids: empty unless asked for with `return_token_ids`.
+        seed: the request's own, or the one that the server drew.
+        adapter_generation: what served it; 0 for the base model.
+        stop_sequence: what ended it, for STOP_SEQUENCE; else "".
+        stop_token_id: what ended it, for STOP; else None.
+        preemptions: how often its place in the cache was taken away and recomputed.
+        request_id: the id under which the server's log knows it.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    seed: int
+    adapter_generation: int
+    lora_path: LoraPath
+    stop_sequence: str
+    stop_token_id: int | None
+    preemptions: int
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer: whole characters only, so `text` may lag behind `token_ids`.
+
+    `token_ids` is empty unless asked for with `return_token_ids`; `generation` is set on the last
+    chunk only.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    generation: Generation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What unset sampling arguments mean on a server; None is not told."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The base model as it is served.
+
+    Args:
+        model: as given to `polygraft serve --model`.
+        context_length: most tokens (virtual, prompt and generated) of one request.
+        weight_bytes: the base's weights as loaded.
+        max_num_seqs: most requests that run at once.
+        max_num_batched_tokens: most rows in one step.
+        notes: what a user of this model should know.
+    """
+
+    model: str
+    architecture: str
+    dtype: str
+    quantization: str
+    device: str
+    context_length: int
+    vocabulary_size: int
+    parameters: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    eos_token_ids: tuple[int, ...]
+    default_sampling: SamplingDefaults
+    has_chat_template: bool
+    server_version: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NearestToken:
+    """A token of the vocabulary near to a virtual token; `similarity` is the cosine, in [-1, 1]."""
+
+    token_id: int
+    text: str
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One adapter of the registry.
+
+    Args:
+        generation: grows with every load of any adapter; 0 for one that never loaded.
+        kind: PEFT's name for the method in lower case, such as "lora" or "prefix_tuning".
+        primitives: what it was compiled to, such as "low_rank".
+        modules: modules of the base that it touches.
+        rank: the largest, for low-rank kinds.
+        source: folder relative to the server's store.
+        content_hash: SHA-256 over configuration and weights, in hexadecimal.
+        running_requests: requests that hold it now.
+        load_time: when it became ready (UTC), or None.
+        load_seconds: what loading took.
+        problems: why it failed.
+        warnings: it works, but.
+        nearest_tokens: for each virtual token of a soft prompt, if asked for, the vocabulary's nearest
+            tokens, the nearest first.
+    """
+
+    name: str
+    generation: int
+    state: AdapterState
+    kind: str
+    primitives: tuple[str, ...]
+    modules: int
+    rank: int
+    virtual_tokens: int
+    parameters: int
+    disk_bytes: int
+    compiled_bytes: int
+    source: str
+    content_hash: str
+    running_requests: int
+    load_time: datetime | None
+    load_seconds: float
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+    nearest_tokens: tuple[tuple[NearestToken, ...], ...] = ()

@@ -1,0 +1,149 @@
+"""From the contract's responses to this package's models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from polygraft_api.v1 import adapters_pb2, inference_pb2
+
+from polygraft_client._models import (
+    Adapter,
+    AdapterState,
+    Chunk,
+    FinishReason,
+    Generation,
+    LoraPath,
+    Model,
+    NearestToken,
+    SamplingDefaults,
+    Timings,
+    Usage,
+)
+
+_E = TypeVar("_E", bound=StrEnum)
+
+
+def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
+    """Convert a whole answer."""
+    summary = response.summary
+    return Generation(
+        text=response.text,
+        token_ids=tuple(response.token_ids),
+        finish_reason=_named(
+            FinishReason, "FINISH_REASON_", inference_pb2.FinishReason.Name, summary.finish_reason
+        ),
+        usage=Usage(
+            prompt_tokens=summary.usage.prompt_tokens,
+            cached_tokens=summary.usage.cached_tokens,
+            virtual_tokens=summary.usage.virtual_tokens,
+            completion_tokens=summary.usage.completion_tokens,
+        ),
+        timings=Timings(
+            queue=summary.timings.queue,
+            prefill=summary.timings.prefill,
+            time_to_first_token=summary.timings.time_to_first_token,
+            total=summary.timings.total,
+        ),
+        seed=summary.seed,
+        adapter_generation=summary.adapter_generation,
+        lora_path=_named(LoraPath, "LORA_PATH_", inference_pb2.LoraPath.Name, summary.lora_path),
+        stop_sequence=summary.stop_sequence,
+        stop_token_id=summary.stop_token_id if summary.HasField("stop_token_id") else None,
+        preemptions=summary.preemptions,
+        request_id=summary.request_id,
+    )
+
+
+def chunk_from(response: inference_pb2.GenerateStreamResponse) -> Chunk:
+    """Convert a piece of an answer."""
+    return Chunk(
+        text=response.text,
+        token_ids=tuple(response.token_ids),
+        generation=generation_from(response.final) if response.HasField("final") else None,
+    )
+
+
+def token_ids_from(response: inference_pb2.TokenizeResponse) -> tuple[int, ...]:
+    """Convert token ids."""
+    return tuple(response.token_ids)
+
+
+def text_from(response: inference_pb2.DetokenizeResponse) -> str:
+    """Convert text."""
+    return response.text
+
+
+def model_from(response: inference_pb2.GetModelResponse) -> Model:
+    """Convert the description of the base model."""
+    sampling = response.default_sampling
+    return Model(
+        model=response.model,
+        architecture=response.architecture,
+        dtype=response.dtype,
+        quantization=response.quantization,
+        device=response.device,
+        context_length=response.context_length,
+        vocabulary_size=response.vocabulary_size,
+        parameters=response.parameters,
+        weight_bytes=response.weight_bytes,
+        kv_cache_bytes=response.kv_cache_bytes,
+        max_num_seqs=response.max_num_seqs,
+        max_num_batched_tokens=response.max_num_batched_tokens,
+        eos_token_ids=tuple(response.eos_token_ids),
+        default_sampling=SamplingDefaults(
+            temperature=sampling.temperature if sampling.HasField("temperature") else None,
+            top_p=sampling.top_p if sampling.HasField("top_p") else None,
+            top_k=sampling.top_k if sampling.HasField("top_k") else None,
+            min_p=sampling.min_p if sampling.HasField("min_p") else None,
+        ),
+        has_chat_template=response.has_chat_template,
+        server_version=response.server_version,
+        notes=tuple(response.notes),
+    )
+
+
+def adapter_from(
+    adapter: adapters_pb2.Adapter, nearest_tokens: tuple[tuple[NearestToken, ...], ...] = ()
+) -> Adapter:
+    """Convert an adapter."""
+    return Adapter(
+        name=adapter.name,
+        generation=adapter.generation,
+        state=_named(AdapterState, "ADAPTER_STATE_", adapters_pb2.AdapterState.Name, adapter.state),
+        kind=adapter.kind,
+        primitives=tuple(adapter.primitives),
+        modules=adapter.modules,
+        rank=adapter.rank,
+        virtual_tokens=adapter.virtual_tokens,
+        parameters=adapter.parameters,
+        disk_bytes=adapter.disk_bytes,
+        compiled_bytes=adapter.compiled_bytes,
+        source=adapter.source,
+        content_hash=adapter.content_hash,
+        running_requests=adapter.running_requests,
+        load_time=adapter.load_time.ToDatetime(tzinfo=UTC) if adapter.HasField("load_time") else None,
+        load_seconds=adapter.load_seconds,
+        problems=tuple(adapter.problems),
+        warnings=tuple(adapter.warnings),
+        nearest_tokens=nearest_tokens,
+    )
+
+
+def adapter_detail_from(response: adapters_pb2.GetAdapterResponse) -> Adapter:
+    """Convert an adapter with its nearest tokens."""
+    nearest = tuple(
+        tuple(NearestToken(token.token_id, token.text, token.similarity) for token in virtual.tokens)
+        for virtual in response.nearest_tokens
+    )
+    return adapter_from(response.adapter, nearest)
+
+
+def _named(enum: type[_E], prefix: str, name_of: Callable[[Any], str], value: int) -> _E:
+    """The member behind a contract's value such as FINISH_REASON_STOP; UNKNOWN for a newer server's."""
+    try:
+        return enum(name_of(value).removeprefix(prefix))
+    except ValueError:
+        return enum("UNKNOWN")

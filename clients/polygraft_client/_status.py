@@ -1,0 +1,109 @@
+"""From a gRPC status to one of this package's errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import cast
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from polygraft_client._exceptions import (
+    AlreadyExists,
+    Cancelled,
+    ConnectError,
+    DeadlineExceeded,
+    FailedPrecondition,
+    FieldViolation,
+    InternalError,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    PolygraftError,
+    ResourceExhausted,
+    StatusError,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+
+STATUS_ERRORS: Mapping[grpc.StatusCode, type[StatusError]] = MappingProxyType(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+        grpc.StatusCode.OUT_OF_RANGE: InvalidArgument,
+        grpc.StatusCode.NOT_FOUND: NotFound,
+        grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
+        grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
+        grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
+        grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+        grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
+        grpc.StatusCode.UNAVAILABLE: Unavailable,
+        grpc.StatusCode.ABORTED: InternalError,
+        grpc.StatusCode.DATA_LOSS: InternalError,
+        grpc.StatusCode.INTERNAL: InternalError,
+        grpc.StatusCode.UNKNOWN: InternalError,
+    }
+)
+"""Every code that means an answer of the server; the other two are the caller's own."""
+
+
+def error_from_rpc(error: grpc.RpcError, address: str) -> PolygraftError:
+    """Translate what grpc raised for a call to `address`."""
+    code, message = error.code(), error.details() or error.code().value[1]
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"{address}: {message}")
+    if code is grpc.StatusCode.CANCELLED:
+        return Cancelled(f"{address}: {message}")
+    details = _Details(error)
+    if code is grpc.StatusCode.UNAVAILABLE and not details.reason:
+        # The transport makes up UNAVAILABLE by itself; only a server attaches a reason to it.
+        return ConnectError(address, message)
+    return STATUS_ERRORS[code](
+        message,
+        reason=details.reason,
+        violations=details.violations,
+        retry_after=details.retry_after,
+        metadata=details.metadata,
+    )
+
+
+def error_from_cancellation(error: asyncio.CancelledError, address: str) -> Cancelled:
+    """Translate the CancelledError of a call; raises it on if the task itself is being cancelled.
+
+    grpc.aio raises it for a call that was cancelled under a waiting task too, by closing its stream or
+    its client. That task is not cancelled and must not look so to its own callers.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise error
+    return Cancelled(f"{address}: the stream or its client was closed")
+
+
+class _Details:
+    """The google.rpc details of a status, as far as this package shows them."""
+
+    def __init__(self, error: grpc.RpcError) -> None:
+        self.reason = ""
+        self.metadata: dict[str, str] = {}
+        self.violations: list[FieldViolation] = []
+        self.retry_after: float | None = None
+        try:
+            status = rpc_status.from_call(cast(grpc.Call, error))
+        except ValueError:  # details that contradict their own status are no better than none
+            status = None
+        for packed in status.details if status is not None else ():
+            info, request, retry = (
+                error_details_pb2.ErrorInfo(),
+                error_details_pb2.BadRequest(),
+                error_details_pb2.RetryInfo(),
+            )
+            if packed.Unpack(info):
+                self.reason, self.metadata = info.reason, dict(info.metadata)
+            elif packed.Unpack(request):
+                self.violations += [FieldViolation(v.field, v.description) for v in request.field_violations]
+            elif packed.Unpack(retry):
+                self.retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9

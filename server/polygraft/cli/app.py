@@ -1,0 +1,87 @@
+"""The commands, and how every failure of theirs ends: one line on stderr and an exit status."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import polygraft_client
+import typer
+from typer.core import TyperGroup
+
+from polygraft import __version__
+from polygraft.cli import adapters, demo, generate, serve
+from polygraft.errors import ConfigError, PolygraftError
+
+FAILED = 1
+MISUSED = 2
+INTERRUPTED = 130
+"""Exit statuses; the last is the shells' own for SIGINT."""
+
+
+class Commands(TyperGroup):
+    """The commands; shows a failure as one line instead of a traceback."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command and exit."""
+        extra["standalone_mode"] = False
+        try:
+            status = super().main(*args, **extra)
+        except Exception as error:
+            status = exit_status(error)
+            if status is None:
+                raise
+            if line := " ".join(_text(error).split()):  # empty where the help is the answer
+                print("error:", line, file=sys.stderr)
+        sys.exit(status)
+
+
+def exit_status(error: Exception) -> int | None:
+    """The exit status for an error; None for one that only a fault of the program can explain."""
+    match error:
+        case ConfigError() | polygraft_client.InvalidRequest():
+            return MISUSED
+        case typer.TyperException():
+            return error.exit_code
+        case PolygraftError() | polygraft_client.PolygraftError() | OSError() | typer.Abort():
+            return FAILED
+    return None
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, typer.TyperException):
+        return error.format_message()
+    if isinstance(error, typer.Abort):
+        return "aborted"
+    return str(error)
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Serve one base language model with many adapters, mixed in every step.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)(serve.serve)
+app.command()(generate.generate)
+app.add_typer(adapters.app, name="adapters")
+app.command()(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Only carries the options that need no command."""

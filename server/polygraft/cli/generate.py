@@ -1,0 +1,106 @@
+"""`polygraft generate`: one answer from a running server."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from polygraft_client import Client, GenerateOptions, Generation, Stream
+
+from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, to_json
+
+STANDARD_INPUT = "-"
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    adapter: Annotated[str | None, typer.Option(help="Adapter to use. [default: the base model]")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="As a user's message, or as bare text. [default: --chat if the model has a template]",
+        ),
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream", help="Print as it is generated. [default: --stream on a terminal]"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Fewest tokens to generate.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; at most 100.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this share.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest's probability.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling. [default: drawn]")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.")] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="Stop at this token; repeatable.")] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")
+    ] = False,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds after which the answer ends where it is.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which the call fails.")] = None,
+    server: Server = DEFAULT_SERVER,
+    as_json: AsJson = False,
+) -> None:
+    """Generate an answer and print it."""
+    text = sys.stdin.read() if prompt == STANDARD_INPUT else prompt
+    options: GenerateOptions = {
+        "adapter": adapter,
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "seed": seed,
+        "stop": stop or (),
+        "stop_token_ids": stop_token_id or (),
+        "ignore_eos": ignore_eos,
+        "time_limit": time_limit,
+        "return_token_ids": as_json,
+    }
+    streaming = sys.stdout.isatty() and not as_json if stream is None else stream
+    with Client(server, timeout=timeout) as client:
+        if client.model().has_chat_template if chat is None else chat:
+            options["chat"], bare = [{"role": "user", "content": text}], None
+        else:
+            bare = text
+        if streaming:
+            with client.stream(bare, **options) as chunks:
+                _print_chunks(chunks, as_json)
+        else:
+            answer = client.generate(bare, **options)
+            print(to_json(answer) if as_json else answer.text)
+            _print_summary(answer)
+
+
+def _print_chunks(stream: Stream, as_json: bool) -> None:
+    """Print chunks as they come; as JSON one line each, the last with the whole answer."""
+    for chunk in stream:
+        if as_json:
+            print(to_json(chunk, indent=None), flush=True)
+        else:
+            print(chunk.text, end="", flush=True)
+    if not as_json:
+        print()
+    _print_summary(stream.until_done())
+
+
+def _print_summary(answer: Generation) -> None:
+    """Say on a terminal what the text doesn't; a pipe gets nothing but the answer."""
+    if not sys.stderr.isatty():
+        return
+    tokens, timings = answer.usage.completion_tokens, answer.timings
+    print(
+        f"[{answer.finish_reason}, {answer.usage.prompt_tokens} + {tokens} tokens, first after "
+        f"{timings.time_to_first_token:.2f} s, all after {timings.total:.2f} s, seed {answer.seed}]",
+        file=sys.stderr,
+    )

@@ -1,0 +1,41 @@
+"""Options that several commands share, and how values look on a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+PIPED_WIDTH = 160  # columns of a table that isn't shown on a terminal
+
+Server = Annotated[
+    str, typer.Option("--server", metavar="HOST:PORT", envvar="POLYGRAFT_SERVER", help="The server to call.")
+]
+Token = Annotated[
+    str | None,
+    typer.Option("--token", envvar="POLYGRAFT_ADMIN_TOKEN", help="The server's admin token, if it has one."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DEFAULT_SERVER = "127.0.0.1:50051"
+
+
+def console() -> Console:
+    """Standard output; wide where it isn't a terminal, so that tables aren't cut."""
+    out = Console()
+    return out if out.is_terminal else Console(width=PIPED_WIDTH)
+
+
+def to_json(value: Any, *, indent: int | None = 2) -> str:
+    """A dataclass, or a list of them, as JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, datetime):
+            return value.isoformat()
+        return dataclasses.asdict(value)
+
+    return json.dumps(value, default=plain, ensure_ascii=False, indent=indent)

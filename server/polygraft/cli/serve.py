@@ -1,0 +1,66 @@
+"""`polygraft serve`: settings from flags, variables and a TOML file; then the server itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from tomllib import TOMLDecodeError
+from typing import TYPE_CHECKING
+
+import typer
+
+from polygraft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from polygraft.config import ServerConfig
+
+
+def serve(context: typer.Context) -> None:
+    """Serve a base model and its adapters over gRPC. `polygraft serve --help` shows all settings."""
+    config = read_config(context.args)
+    from polygraft import server  # it imports torch, which takes seconds that a wrong flag shouldn't cost
+
+    raise typer.Exit(server.run(config))
+
+
+def read_config(arguments: Sequence[str]) -> ServerConfig:
+    """Settle all settings; exits after printing them for `--help`.
+
+    Raises:
+        ConfigError: anything is wrong with them; lists everything, each by its flag.
+    """
+    from pydantic import ValidationError
+    from pydantic_settings import CliApp, SettingsError
+
+    from polygraft.config import ServerConfig
+
+    try:
+        config = CliApp.run(ServerConfig, cli_args=list(arguments), cli_exit_on_error=False)
+    except ValidationError as error:
+        raise _by_flag(error) from None
+    except SettingsError as error:
+        raise _by_argument(str(error)) from None
+    except TOMLDecodeError as error:
+        raise ConfigError("--config", str(error)) from None
+    config.check()
+    return config
+
+
+def _by_flag(error: ValidationError) -> ConfigError:
+    """Name each wrong setting as the command line spells it; values stay out, one may be a secret."""
+    problems = []
+    for detail in error.errors(include_url=False, include_input=False):
+        flag = "--" + ".".join(map(str, detail["loc"])).replace("_", "-")
+        problems.append((flag, detail["msg"].removeprefix("Value error, ")))
+    (flag, problem), *others = problems
+    return ConfigError(flag, "; ".join([problem, *(f"{flag}: {problem}" for flag, problem in others)]))
+
+
+def _by_argument(text: str) -> ConfigError:
+    """Name the argument that can't be read at all."""
+    text = text.removeprefix("error parsing CLI: ")
+    if found := re.fullmatch(r"argument (?P<flag>--\S+): (?P<problem>.*)", text, re.DOTALL):
+        return ConfigError(found["flag"], found["problem"])
+    return ConfigError("polygraft serve", text)

@@ -1,0 +1,116 @@
+"""Adapters and check reports as rich tables. Cells are `Text`: nothing in a name is markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from polygraft_client import Adapter, AdapterState
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from polygraft.adapters.check import CheckReport
+
+_STYLES = {AdapterState.READY: "green", AdapterState.FAILED: "red"}
+
+
+def adapters(found: Sequence[Adapter]) -> Table:
+    """One row for each adapter."""
+    table = Table(title=f"{len(found)} adapters", title_justify="left")
+    for column in ("name", "state", "kind", "size"):
+        table.add_column(column, no_wrap=True)
+    for column in ("parameters", "memory", "running"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("remarks")
+    for adapter in found:
+        table.add_row(
+            Text(adapter.name),
+            Text(adapter.state.lower(), _STYLES.get(adapter.state, "yellow")),
+            Text(adapter.kind),
+            size(adapter.rank, adapter.virtual_tokens),
+            f"{adapter.parameters:,}",
+            decimal(adapter.compiled_bytes),
+            str(adapter.running_requests),
+            Text("; ".join((*adapter.problems, *adapter.warnings))),
+        )
+    return table
+
+
+def adapter(shown: Adapter) -> Table:
+    """Everything about one adapter."""
+    table = _facts(
+        name=shown.name,
+        state=shown.state.lower(),
+        kind=shown.kind,
+        primitives=", ".join(shown.primitives),
+        size=size(shown.rank, shown.virtual_tokens),
+        modules=str(shown.modules or ""),
+        parameters=f"{shown.parameters:,}",
+        on_disk=decimal(shown.disk_bytes),
+        in_memory=decimal(shown.compiled_bytes),
+        folder=shown.source,
+        sha256=shown.content_hash,
+        generation=str(shown.generation),
+        running=str(shown.running_requests),
+        loaded=f"{shown.load_time:%Y-%m-%d %H:%M:%S} UTC, in {shown.load_seconds:.2f} s"
+        if shown.load_time
+        else "",
+    )
+    _add_remarks(table, shown.problems, shown.warnings)
+    return table
+
+
+def nearest_tokens(shown: Adapter) -> Table:
+    """The vocabulary's nearest tokens to each virtual token, with their similarity."""
+    table = Table("virtual token", "nearest tokens (cosine similarity)", title_justify="left")
+    for index, near in enumerate(shown.nearest_tokens):
+        table.add_row(
+            str(index), Text(", ".join(f"{token.text!r} ({token.similarity:.2f})" for token in near))
+        )
+    return table
+
+
+def check_report(report: CheckReport) -> Table:
+    """What a folder holds and whether it can be served."""
+    share = f"{report.share_of_base:.3%} of the base's {report.base_parameters:,}"
+    ranks = ", ".join(f"{rank} on {modules} modules" for rank, modules in report.ranks.items())
+    table = _facts(
+        folder=str(report.folder),
+        fits="yes" if report.fits else "no",
+        kind=report.kind,
+        primitives=", ".join(report.primitives),
+        ranks=ranks,
+        virtual_tokens=str(report.virtual_tokens or ""),
+        modules=str(report.modules or ""),
+        parameters=f"{report.parameters:,} ({share})" if report.parameters else "",
+        on_disk=decimal(report.disk_bytes) if report.disk_bytes else "",
+        in_memory=decimal(report.compiled_bytes) if report.compiled_bytes else "",
+    )
+    _add_remarks(table, report.problems, report.warnings)
+    return table
+
+
+def size(rank: int, virtual_tokens: int) -> str:
+    """The measure that a kind is known by."""
+    parts = [f"rank {rank}" if rank else "", f"{virtual_tokens} virtual tokens" if virtual_tokens else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _facts(**facts: str) -> Table:
+    """Two columns; what is empty is left out."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in facts.items():
+        if value:
+            table.add_row(name.replace("_", " "), Text(value))
+    return table
+
+
+def _add_remarks(table: Table, problems: Iterable[str], warnings: Iterable[str]) -> None:
+    for problem in problems:
+        table.add_row("problem", Text(problem, "red"))
+    for warning in warnings:
+        table.add_row("warning", Text(warning, "yellow"))

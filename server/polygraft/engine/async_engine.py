@@ -1,0 +1,270 @@
+"""Runs an engine on a thread of its own beside an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from polygraft.adapters.folder import check_name
+from polygraft.adapters.info import AdapterInfo, NearToken
+from polygraft.adapters.nearest import nearest_tokens
+from polygraft.adapters.primitives import SoftPrompt
+from polygraft.engine.background import Job
+from polygraft.engine.engine import Engine, StepResult
+from polygraft.engine.handle import ModelInfo, Observer
+from polygraft.engine.request import Chat, Request, RequestOutput
+from polygraft.errors import Draining, EngineDead, InvalidRequest, ResourceExhausted
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One request as the event loop sees it. `queue` is None once nobody listens any more."""
+
+    queue: asyncio.Queue[RequestOutput] | None
+    adapter: str
+    kind: str
+    last_tokens: float | None = None
+
+
+class AsyncEngine:
+    """`EngineHandle` over an engine on a thread of this process.
+
+    The thread alone touches the engine; calls reach it through an inbox that it empties between steps, and
+    each step's outputs come back to the loop in one hand-over.
+
+    Args:
+        engine: loaded; this object owns it from here on.
+        max_waiting: most requests that may be on their way and not yet running.
+    """
+
+    def __init__(self, engine: Engine, observer: Observer, *, max_waiting: int) -> None:
+        self._engine = engine
+        self._observer = observer
+        self._max_waiting = max_waiting
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._draining = False
+        self._failure: Exception | None = None
+        self._failed = asyncio.Event()
+        self._streams: dict[str, _Stream] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        for info in self.list_adapters():
+            self._observer.adapter_changed(info)
+        self._thread.start()
+
+    # ---- on the event loop's thread ---------------------------------------------------------------------
+
+    @property
+    def model(self) -> ModelInfo:
+        """The base model as it is served."""
+        return self._engine.model
+
+    @property
+    def failure(self) -> Exception | None:
+        """What killed the engine, or None while it works."""
+        return self._failure
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """See `EngineHandle.generate`."""
+        self._check_open()
+        if request.id in self._streams:
+            raise InvalidRequest("request_id", f"{request.id!r} is running already")
+        waiting = len(self._streams) - len(self._engine.scheduler.running)
+        if waiting >= self._max_waiting:
+            raise ResourceExhausted(f"{waiting} requests are waiting, the limit is {self._max_waiting}")
+        generation = self._engine.prepare(request)
+        queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        adapter = generation.adapter
+        stream = _Stream(
+            queue, adapter.name if adapter else "", adapter.compiled.kind if adapter else "",
+        )  # fmt: skip
+        self._streams[request.id] = stream
+        self._idle.clear()
+        self._observer.request_submitted(stream.adapter, stream.kind)
+        self._post(lambda: self._engine.add(generation))
+        terminal = False
+        try:
+            while not terminal:
+                output = await queue.get()
+                terminal = output.terminal
+                if output.error is not None:
+                    raise output.error
+                yield output
+        finally:
+            stream.queue = None
+            if not terminal:
+                self._abort(request.id)
+
+    def _abort(self, request_id: str) -> None:
+        self._post(lambda: self._hand_over(StepResult(outputs=self._engine.abort(request_id))))
+
+    def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
+        """See `EngineHandle.tokenize`."""
+        return tuple(self._engine.prompts.token_ids(prompt))
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """See `EngineHandle.detokenize`."""
+        return self._engine.prompts.decode(token_ids)
+
+    async def load_adapter(self, name: str, source: str = "") -> AdapterInfo:
+        """See `EngineHandle.load_adapter`."""
+        return await self._load(name, source or name, reload=False)
+
+    async def reload_adapter(self, name: str) -> AdapterInfo:
+        """See `EngineHandle.reload_adapter`."""
+        return await self._load(name, self.get_adapter(name).source, reload=True)
+
+    async def _load(self, name: str, source: str, *, reload: bool) -> AdapterInfo:
+        self._check_open()
+        check_name(name)
+        # Reading blocks on the disk and holds no core; what follows runs between steps.
+        folder = await asyncio.to_thread(self._engine.adapters.store.read, name, source)
+        return await self._command(
+            lambda done: self._engine.adapters.load(name, source, folder, done, reload=reload)
+        )
+
+    async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
+        """See `EngineHandle.unload_adapter`."""
+        return await self._command(lambda done: self._engine.adapters.unload(name, done, wait=wait))
+
+    async def _command(self, command: Callable[[Future[T]], None]) -> T:
+        if self._failure is not None:
+            raise EngineDead(str(self._failure))
+        done: Future[T] = Future()
+        self._post(lambda: command(done))
+        # Shielded: a caller that gives up must not cancel what the engine is doing.
+        return await asyncio.shield(asyncio.wrap_future(done))
+
+    def get_adapter(self, name: str) -> AdapterInfo:
+        """See `EngineHandle.get_adapter`."""
+        return self._engine.adapters.registry.get(name)
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        """See `EngineHandle.list_adapters`."""
+        return self._engine.adapters.registry.list()
+
+    async def nearest_tokens(self, name: str, count: int) -> list[list[NearToken]]:
+        """See `EngineHandle.nearest_tokens`."""
+        prompt = self._engine.adapters.registry.compiled(name).prefix
+        if not isinstance(prompt, SoftPrompt) or count == 0:
+            return []
+        table = self._engine.base.model.get_input_embeddings().weight
+
+        def job(done: Future[list[list[NearToken]]]) -> Job:
+            try:
+                done.set_result(
+                    (yield from nearest_tokens(prompt, table, count, lambda token: self.detokenize([token])))
+                )
+            except Exception as error:  # noqa: BLE001 - passed on to the caller
+                done.set_exception(error)
+
+        return await self._command(lambda done: self._engine.background.add(job(done)))
+
+    async def wait_failed(self) -> None:
+        """Return when the engine has died."""
+        await self._failed.wait()
+
+    async def drain(self, timeout: float) -> int:
+        """See `EngineHandle.drain`."""
+        self._draining = True
+        aborted = 0
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            aborted = len(self._streams)
+            for request_id in list(self._streams):
+                self._abort(request_id)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), 10.0)
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+        return aborted
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise EngineDead(str(self._failure))
+        if self._draining:
+            raise Draining("the server is shutting down")
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._inbox.append(command)
+        self._wake.set()
+
+    def _deliver(self, result: StepResult) -> None:
+        now = time.monotonic()
+        for output in result.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            if output.token_ids:
+                interval = None if stream.last_tokens is None else now - stream.last_tokens
+                self._observer.tokens_generated(stream.adapter, stream.kind, len(output.token_ids), interval)
+                stream.last_tokens = now
+            if output.terminal:
+                del self._streams[output.request_id]
+                self._observer.request_finished(stream.adapter, stream.kind, output.finished, output.error)
+            if stream.queue is not None:
+                stream.queue.put_nowait(output)
+        if result.stats is not None:
+            self._observer.step_finished(result.stats)
+        for info, removed in result.adapter_events:
+            (self._observer.adapter_removed if removed else self._observer.adapter_changed)(info)
+        if not self._streams:
+            self._idle.set()
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        dead = EngineDead("the engine has failed")
+        outputs = [RequestOutput(request_id, error=dead) for request_id in self._streams]
+        self._deliver(StepResult(outputs=outputs))
+        self._failed.set()
+
+    # ---- on the engine's thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                # Cleared before the inbox is read, so that what is posted in between wakes it again.
+                self._wake.clear()
+                while self._inbox:
+                    self._inbox.popleft()()
+                if self._engine.has_work:
+                    self._hand_over(self._engine.step())
+                else:
+                    events = self._engine.adapters.take_events()
+                    if events:
+                        self._hand_over(StepResult(adapter_events=events))
+                    self._wake.wait()
+        except Exception as error:
+            # The engine's state is unknown: nobody may go on with it.
+            log.critical("the engine has failed", exc_info=error)
+            self._call(self._fail, error)
+
+    def _hand_over(self, result: StepResult) -> None:
+        if result.outputs or result.stats is not None or result.adapter_events:
+            self._call(self._deliver, result)
+
+    def _call(self, function: Callable[[T], None], argument: T) -> None:
+        # The loop may be closed already when a server is torn down.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, argument)

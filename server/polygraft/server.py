@@ -1,0 +1,45 @@
+"""`polygraft serve`: load, then serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+
+from polygraft.config import ServerConfig
+from polygraft.engine.async_engine import AsyncEngine
+from polygraft.engine.engine import Engine
+from polygraft.rpc.serve import Ports, serve
+from polygraft.telemetry.logging import configure_logging
+from polygraft.telemetry.metrics import Metrics
+
+
+def run(config: ServerConfig) -> int:
+    """Serve; returns the exit status.
+
+    Prints one line on standard output once calls are answered: `polygraft ready: grpc=HOST:PORT
+    metrics=HOST:PORT` (without the second where metrics are off), so that whoever asked for port 0 learns
+    which it became.
+
+    Raises:
+        ConfigError, BaseModelError, UnsupportedArchitecture.
+    """
+    configure_logging(config.log_level)
+    engine = Engine.from_config(config)
+    return asyncio.run(_serve(config, engine))
+
+
+async def _serve(config: ServerConfig, engine: Engine) -> int:
+    metrics = Metrics()
+    handle = AsyncEngine(engine, metrics, max_waiting=config.max_waiting)
+    handle.start()
+
+    def announce(ports: Ports) -> None:
+        line = f"polygraft ready: grpc={_with_port(config.listen, ports.grpc)}"
+        if ports.metrics is not None:
+            line += f" metrics={_with_port(config.metrics, ports.metrics)}"
+        print(line, flush=True)  # noqa: T201 - this line is for programs
+
+    return await serve(config, handle, metrics, on_ready=announce)
+
+
+def _with_port(address: str, port: int) -> str:
+    return f"{address.rpartition(':')[0]}:{port}"

@@ -1,0 +1,135 @@
+"""`polygraft adapters` against a scripted server, and its check, which needs none."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from polygraft_api.v1 import adapters_pb2
+
+from tests.client.scripted import Script, adapter
+
+from .conftest import Invoke
+
+
+@pytest.fixture
+def mixed(script: Script) -> Script:
+    """A registry with one of each sort."""
+    script.page_size = 2
+    script.adapters = [
+        adapter("headline", running_requests=4),
+        adapter("mood", kind="p_tuning", rank=0, virtual_tokens=16, warnings=["changes nothing"]),
+        adapter(
+            "odd [red]name",
+            state=adapters_pb2.ADAPTER_STATE_FAILED,
+            problems=["q_proj: rank 8, expected 4"],
+        ),
+    ]
+    return script
+
+
+def test_list(call: Invoke, mixed: Script) -> None:
+    result = call("adapters", "list")
+    assert result.exit_code == 0
+    rows = {
+        name: next(line for line in result.stdout.splitlines() if name in line)
+        for name in ("headline", "mood")
+    }
+    assert all(cell in rows["headline"] for cell in ("ready", "lora", "rank 8", "921,600", "1.8 MB", "4"))
+    assert all(cell in rows["mood"] for cell in ("p_tuning", "16 virtual tokens", "changes nothing"))
+    assert "odd [red]name" in result.stdout
+    assert "q_proj: rank 8, expected 4" in result.stdout
+
+
+def test_list_as_json(call: Invoke, mixed: Script) -> None:
+    found = json.loads(call("adapters", "list", "--json").stdout)
+    assert [a["name"] for a in found] == ["headline", "mood", "odd [red]name"]
+    assert found[0]["state"] == "READY"
+    assert found[0]["load_time"] == "2023-11-14T22:13:20+00:00"
+
+
+def test_show(call: Invoke, mixed: Script) -> None:
+    near = [
+        adapters_pb2.NearestToken(token_id=4, text=" joy", similarity=0.5),
+        adapters_pb2.NearestToken(token_id=5, text="[bold]", similarity=0.25),
+    ]
+    mixed.nearest = [adapters_pb2.NearestTokens(tokens=near)]
+    shown = call("adapters", "show", "mood", "--nearest", 2).stdout
+    assert mixed.requests[-1].nearest_tokens == 2
+    for part in ("p_tuning", "changes nothing", "ab" * 32, "in 0.25 s", "' joy' (0.50), '[bold]' (0.25)"):
+        assert part in shown
+
+
+def test_show_unknown(call: Invoke) -> None:
+    result = call("adapters", "show", "nobody")
+    assert (result.exit_code, result.stderr) == (1, "error: adapter 'nobody': not registered\n")
+
+
+def test_load_and_reload(call: Invoke, script: Script) -> None:
+    assert "folder/new" in call("adapters", "load", "new", "folder/new").stdout
+    assert script.requests[-1] == adapters_pb2.LoadAdapterRequest(name="new", source="folder/new")
+    assert json.loads(call("adapters", "reload", "new", "--json").stdout)["generation"] == 4
+
+
+def test_unload(call: Invoke, script: Script) -> None:
+    assert call("adapters", "unload", "mood").stdout == "mood is unloaded\n"
+    assert script.requests[-1].mode == adapters_pb2.UNLOAD_MODE_WAIT
+    call("adapters", "unload", "mood", "--no-wait")
+    assert script.requests[-1].mode == adapters_pb2.UNLOAD_MODE_REFUSE
+
+
+@pytest.mark.parametrize("way", ["flag", "variable"])
+def test_token(call: Invoke, script: Script, way: str) -> None:
+    if way == "flag":
+        call("adapters", "list", "--token", "sesame")
+    else:
+        call("adapters", "list", env={"POLYGRAFT_ADMIN_TOKEN": "sesame"})
+    assert script.metadata["authorization"] == "Bearer sesame"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check returns, as far as it is shown."""
+
+    folder: Path
+    fits: bool
+    kind: str = "lora"
+    primitives: tuple[str, ...] = ("low_rank",)
+    modules: int = 60
+    rank: int = 8
+    ranks: dict[int, int] = field(default_factory=lambda: {4: 20, 8: 40})
+    virtual_tokens: int = 0
+    parameters: int = 921_600
+    base_parameters: int = 134_515_008
+    share_of_base: float = 921_600 / 134_515_008
+    disk_bytes: int = 1_850_000
+    compiled_bytes: int = 1_843_200
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A stand-in for the check, which imports torch."""
+    stand_in = ModuleType("polygraft.adapters.check")
+    stand_in.check_folder = lambda folder, model: Report(str(folder), fits=model != "other")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "polygraft.adapters.check", stand_in)
+    return stand_in
+
+
+def test_check(invoke: Invoke, checks: ModuleType, tmp_path: Path) -> None:
+    result = invoke("adapters", "check", tmp_path)
+    assert result.exit_code == 0
+    for part in ("yes", "4 on 20 modules, 8 on 40 modules", "921,600 (0.685% of", "1.8 MB"):
+        assert part in result.stdout
+
+
+def test_check_that_fails(invoke: Invoke, checks: ModuleType, tmp_path: Path) -> None:
+    result = invoke("adapters", "check", tmp_path, "--model", "other", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["fits"] is False
+    assert json.loads(result.stdout)["folder"] == str(tmp_path)

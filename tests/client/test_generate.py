@@ -1,0 +1,208 @@
+"""Arguments to requests, responses to models, through a real channel."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from polygraft_api.v1 import adapters_pb2, inference_pb2
+from polygraft_client import (
+    AdapterState,
+    AsyncClient,
+    ChatMessage,
+    Client,
+    FinishReason,
+    Health,
+    InvalidRequest,
+    LoraPath,
+    NearestToken,
+    NotFound,
+)
+
+from .scripted import INFERENCE, Script, ScriptedServer, adapter
+
+
+@pytest.fixture
+def client(server: ScriptedServer):
+    with Client(server.address) as client:
+        yield client
+
+
+def test_every_option_reaches_the_server(client: Client, script: Script) -> None:
+    client.generate(
+        "Hello",
+        adapter="headline",
+        lora_path=LoraPath.UNMERGED,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=0,
+        min_p=0.1,
+        seed=2**63 - 1,
+        max_new_tokens=9,
+        min_new_tokens=2,
+        stop="END",
+        stop_token_ids=[5],
+        ignore_eos=True,
+        time_limit=3.5,
+        return_token_ids=True,
+        timeout=10,
+    )
+    assert script.requests == [
+        inference_pb2.GenerateRequest(
+            prompt="Hello",
+            adapter="headline",
+            lora_path=inference_pb2.LORA_PATH_UNMERGED,
+            sampling=inference_pb2.SamplingOptions(
+                temperature=0.5, top_p=0.9, top_k=0, min_p=0.1, seed=2**63 - 1
+            ),
+            stopping=inference_pb2.StoppingOptions(
+                max_new_tokens=9,
+                min_new_tokens=2,
+                stop_sequences=["END"],
+                stop_token_ids=[5],
+                ignore_eos=True,
+                time_limit=3.5,
+            ),
+            response=inference_pb2.ResponseOptions(token_ids=True),
+        )
+    ]
+
+
+def test_what_is_left_out_stays_unset(client: Client, script: Script) -> None:
+    client.generate("Hello")
+    (request,) = script.requests
+    assert not request.sampling.ListFields()
+    assert not request.stopping.ListFields()
+    assert request.lora_path == inference_pb2.LORA_PATH_UNSPECIFIED
+
+
+def test_answer(client: Client) -> None:
+    answer = client.generate(token_ids=[1, 2, 3], adapter="mood", return_token_ids=True)
+    assert answer.text == "MOOD one two three"
+    assert answer.token_ids == (10, 11, 12)
+    assert answer.finish_reason is FinishReason.STOP
+    assert (answer.usage.prompt_tokens, answer.usage.virtual_tokens, answer.usage.completion_tokens) == (
+        5,
+        2,
+        3,
+    )
+    assert (answer.timings.queue, answer.timings.prefill, answer.timings.total) == (0.25, 0.5, 1.5)
+    assert (answer.seed, answer.adapter_generation, answer.lora_path) == (7, 3, LoraPath.UNMERGED)
+    assert (answer.stop_token_id, answer.stop_sequence, answer.request_id) == (2, "", "r-1")
+
+
+def test_chat_as_dicts_or_messages(client: Client, script: Script) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, ChatMessage("user", "Hi")]
+    client.generate(chat=turns)
+    messages = [(m.role, m.content) for m in script.requests[0].chat.messages]
+    assert messages == [("system", "Be brief."), ("user", "Hi")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "a", "chat": []}, "chat"),
+        ({"prompt": b"\xff"}, "prompt"),
+        ({"prompt": "a", "top_k": -1}, "top_k"),
+        ({"prompt": "a", "seed": 2**64}, "seed"),
+        ({"prompt": "a", "stop_token_ids": ["x"]}, "stop_token_ids"),
+        ({"token_ids": [-1]}, "token_ids"),
+        ({"chat": [{"role": "user"}]}, r"chat\[0\]"),
+        ({"chat": ["hello"]}, r"chat\[0\]"),
+        ({"chat": [{"role": "user", "content": 3}]}, r"chat\[0\].content"),
+        ({"prompt": "bad \ud800"}, "prompt"),
+        ({"prompt": "a", "lora_path": LoraPath.UNKNOWN}, "lora_path"),
+        ({"prompt": "a", "lora_path": "sideways"}, "lora_path"),
+        ({"prompt": "a", "adapter": 3}, "adapter"),
+    ],
+)
+def test_what_cannot_be_sent_is_named(client: Client, script: Script, arguments: dict, names: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{names}: "):
+        client.generate(**arguments)
+    assert script.requests == []
+
+
+def test_unknown_options_are_refused(client: Client) -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        client.generate("Hello", temprature=1.0)  # type: ignore[call-arg]
+
+
+def test_tokenize_and_back(client: Client) -> None:
+    assert client.detokenize(client.tokenize("Grüße")) == "Grüße"
+    assert client.tokenize(chat=[{"role": "user", "content": "a"}]) == (97,)
+
+
+def test_model(client: Client) -> None:
+    model = client.model()
+    assert (model.architecture, model.weight_bytes, model.eos_token_ids) == ("llama", 269_030_016, (2,))
+    assert (model.default_sampling.temperature, model.default_sampling.top_k) == (0.0, None)
+    assert model.notes == ("a note",)
+
+
+def test_health(client: Client, script: Script) -> None:
+    assert client.health() is Health.SERVING
+    assert client.health(INFERENCE) is Health.NOT_SERVING
+    with pytest.raises(NotFound):
+        client.health("no.such.Service")
+
+
+def test_token_goes_along(server: ScriptedServer) -> None:
+    with Client(server.address, token="secret") as client:
+        client.model()
+        assert "secret" not in repr(vars(client))
+    assert server.script.metadata["authorization"] == "Bearer secret"
+
+
+def test_adapters(client: Client, script: Script) -> None:
+    loaded = client.adapters.load("new", "folder/new")
+    assert (loaded.name, loaded.source, loaded.state) == ("new", "folder/new", AdapterState.READY)
+    assert loaded.load_time == datetime.fromtimestamp(1_700_000_000, UTC)
+    assert client.adapters.reload("new").generation == 4
+    client.adapters.unload("new")
+    client.adapters.unload("new", wait=False)
+    modes = [request.mode for request in script.requests[-2:]]
+    assert modes == [adapters_pb2.UNLOAD_MODE_WAIT, adapters_pb2.UNLOAD_MODE_REFUSE]
+
+
+def test_adapter_with_nearest_tokens(client: Client, script: Script) -> None:
+    near = adapters_pb2.NearestToken(token_id=4, text=" joy", similarity=0.5)
+    script.nearest = [adapters_pb2.NearestTokens(tokens=[near])]
+    assert client.adapters.get("mood").nearest_tokens == ()
+    shown = client.adapters.get("mood", nearest_tokens=1)
+    assert shown.nearest_tokens == ((NearestToken(4, " joy", 0.5),),)
+    assert (shown.kind, shown.rank, shown.disk_bytes) == ("lora", 8, 1_850_000)
+
+
+def test_listing_fetches_all_pages(client: Client, script: Script) -> None:
+    script.adapters = [adapter(f"a{i}") for i in range(5)]
+    script.page_size = 2
+    assert [a.name for a in client.adapters.list()] == ["a0", "a1", "a2", "a3", "a4"]
+    assert [r.page_token for r in script.requests] == ["", "2", "4"]
+    assert len(list(client.adapters.list(page_size=5))) == 5
+
+
+def test_values_of_a_newer_server(client: Client, script: Script) -> None:
+    script.adapters = [adapter("later", state=17)]
+    assert client.adapters.get("later").state is AdapterState.UNKNOWN
+
+
+async def test_async_client_is_the_same(server: ScriptedServer, client: Client) -> None:
+    async with AsyncClient(server.address) as other:
+        asked = {"adapter": "mood", "return_token_ids": True}
+        assert await other.generate("Hello", **asked) == client.generate("Hello", **asked)
+        assert await other.model() == client.model()
+        assert await other.health() is Health.SERVING
+        assert await other.detokenize(await other.tokenize("abc")) == "abc"
+        assert [a async for a in other.adapters.list(page_size=1)] == list(client.adapters.list())
+        assert await other.adapters.get("mood") == client.adapters.get("mood")
+        assert await other.adapters.load("new") == client.adapters.load("new")
+        assert await other.adapters.reload("new") == client.adapters.reload("new")
+        assert await other.adapters.unload("new") == client.adapters.unload("new")
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def public(cls: type) -> set[str]:
+        return {name for name in vars(cls) if not name.startswith("_")}
+
+    assert public(Client) == public(AsyncClient)

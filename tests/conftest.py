@@ -1,0 +1,53 @@
+"""Tiny models and adapter stores, made once for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.peft_folders import KINDS, save_adapter
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model by architecture."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = save_tiny_model(tmp_path_factory.mktemp(architecture), architecture)
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def adapter_store(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    """Folder with one adapter of every kind, for a tiny model by architecture."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            store = tmp_path_factory.mktemp(f"{architecture}-store")
+            for seed, kind in enumerate(KINDS):
+                save_adapter(store / kind, tiny_model(architecture), architecture, kind, seed)
+            made[architecture] = store
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture
+def llama(tiny_model: Callable[[str], Path]) -> Path:
+    """A tiny model of the commonest architecture."""
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def llama_store(adapter_store: Callable[[str], Path]) -> Path:
+    """One adapter of every kind for it."""
+    return adapter_store("llama")

@@ -1,0 +1,97 @@
+"""Sampling: the filters are transformers' own, the noise is a function of seed and position."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from polygraft.engine import sampler
+from polygraft.engine.request import SamplingParams
+from polygraft.engine.sampler import sample, uniform
+
+VOCABULARY = 400
+
+
+def logits(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def kept_by_transformers(row: torch.Tensor, p: SamplingParams) -> set[int]:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(p.temperature)])
+    if p.top_k:
+        warpers.append(TopKLogitsWarper(p.top_k))
+    if p.top_p < 1:
+        warpers.append(TopPLogitsWarper(p.top_p))
+    if p.min_p:
+        warpers.append(MinPLogitsWarper(p.min_p))
+    return set(warpers(None, row[None])[0].isfinite().nonzero().flatten().tolist())
+
+
+PARAMS = [
+    SamplingParams(temperature=0.7, top_k=5),
+    SamplingParams(temperature=1.3, top_p=0.5),
+    SamplingParams(temperature=1.0, top_k=9, top_p=0.8),
+    SamplingParams(temperature=1.5, min_p=0.2),
+    SamplingParams(temperature=0.9, top_k=20, top_p=0.95, min_p=0.05),
+    SamplingParams(temperature=2.0, top_p=0.999),
+]
+
+
+@pytest.mark.parametrize("candidates", [8, 1024])
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_draws_exactly_from_what_transformers_keeps(
+    params: SamplingParams, candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "_CANDIDATES", candidates)
+    row = logits(1, seed=3)[0]
+    draws = 3000
+    got = sample(row.expand(draws, -1), [params] * draws, range(draws))
+    kept = kept_by_transformers(row, params)
+    assert set(got) <= kept
+    expected = (row / params.temperature).softmax(-1)
+    expected = expected / expected[list(kept)].sum()
+    likeliest = int(row.argmax())
+    share = got.count(likeliest) / draws
+    # Five standard errors of a binomial share; the noise is fixed, so this can't flicker.
+    p = float(expected[likeliest])
+    assert abs(share - p) < 5 * (p * (1 - p) / draws) ** 0.5 + 1e-9
+
+
+def test_equal_logits_give_equal_tokens_in_any_batch() -> None:
+    rows = logits(6)
+    params = [SamplingParams(seed=i, temperature=1.0) if i % 2 else PARAMS[i] for i in range(6)]
+    params[2] = SamplingParams()
+    together = sample(rows, params, list(range(10, 16)))
+    alone = [sample(rows[i : i + 1], [params[i]], [10 + i])[0] for i in range(6)]
+    order = [3, 1, 5, 0, 2, 4]
+    shuffled = sample(rows[order], [params[i] for i in order], [10 + i for i in order])
+    assert together == alone
+    assert [shuffled[order.index(i)] for i in range(6)] == alone
+
+
+def test_greedy_takes_the_first_of_the_likeliest() -> None:
+    row = torch.zeros(1, VOCABULARY, dtype=torch.bfloat16)
+    row[0, [7, 11]] = 2.0
+    assert sample(row, [SamplingParams()], [0]) == [7]
+
+
+def test_noise_is_even_and_never_repeats() -> None:
+    draws = [uniform(seed, position) for seed in range(50) for position in range(100)]
+    assert all(0 <= draw < 1 for draw in draws)
+    assert len(set(draws)) == len(draws)
+    counts = torch.histc(torch.tensor(draws, dtype=torch.float64), 10, 0, 1)
+    assert (counts - 500).abs().max() < 5 * (5000 * 0.1 * 0.9) ** 0.5
+
+
+def test_a_rare_token_at_the_end_of_the_vocabulary_can_be_drawn() -> None:
+    row = torch.full((1, 100_000), 0.0)
+    tokens = sample(row.expand(200, -1), [SamplingParams(temperature=1.0, seed=1)] * 200, range(200))
+    assert max(tokens) > 90_000
+    assert min(tokens) < 10_000

@@ -1,0 +1,219 @@
+"""Properties of scheduling: whatever arrives and leaves, budgets hold, blocks add up, all work ends."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polygraft.adapters.primitives import CompiledAdapter, Prefix, SoftPrompt
+from polygraft.adapters.registry import Adapter
+from polygraft.engine.block_pool import BlockPool
+from polygraft.engine.kv_cache import KVCache
+from polygraft.engine.scheduler import Batch, Scheduler
+from polygraft.engine.sequence import Sequence, SoftPromptSequence
+from polygraft.engine.shared_prefix import SharedPrefixes
+
+BLOCKS, SIZE, MAX_SEQS, BUDGET = 12, 4, 4, 8
+
+
+def adapters() -> list[Adapter | None]:
+    """None, one without virtual tokens, two prefixes, one soft prompt."""
+    keys = (torch.zeros(5, 1, 2),)
+    primitives = [
+        None,
+        Prefix(keys, keys, start=5),
+        Prefix(keys, keys, start=5),
+        SoftPrompt(torch.zeros(6, 2)),
+    ]
+    lock = threading.Lock()
+    made = [
+        Adapter(f"a{i}", i + 1, CompiledAdapter("kind", 1, prefix=primitive), 0 if primitive else i + 1, lock)
+        for i, primitive in enumerate(primitives)
+    ]
+    return [None, *made]
+
+
+def make_scheduler() -> Scheduler:
+    pool = BlockPool(BLOCKS, SIZE)
+    no_cache = cast("KVCache", SimpleNamespace(write=lambda *args: None))
+    return Scheduler(
+        pool, SharedPrefixes(pool, no_cache), max_num_seqs=MAX_SEQS, max_num_batched_tokens=BUDGET
+    )
+
+
+class Simulation:
+    """Runs batches without a model: a completed sequence gets one more token, or has reached its end."""
+
+    def __init__(self) -> None:
+        self.scheduler = make_scheduler()
+        self.adapters = adapters()
+        self.goal: dict[Sequence, int] = {}
+        self.finished: list[Sequence] = []
+        self.tokens: dict[Sequence, list[int]] = {}
+
+    def arrive(self, prompt: int, new: int, adapter: int) -> None:
+        chosen = self.adapters[adapter]
+        sequence = Sequence(f"s{len(self.goal)}", list(range(prompt)), chosen)
+        if chosen is not None:
+            chosen.pin()
+        self.goal[sequence] = prompt + new
+        self.tokens[sequence] = list(sequence.token_ids)
+        self.scheduler.add(sequence)
+
+    def cancel(self, which: int) -> None:
+        live = [s for s in self.scheduler if s in self.goal]
+        if live:
+            self.scheduler.remove(live[which % len(live)])
+            del self.goal[live[which % len(live)]]
+
+    def step(self) -> Batch:
+        batch = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        assert batch.rows <= BUDGET
+        assert len(self.scheduler.running) <= MAX_SEQS
+        slots = [item.sequence.slot for item in batch.items]
+        assert slots == sorted(slots), "an adapter's rows must be neighbours"
+        for item in batch.items:
+            sequence = item.sequence
+            assert item.count >= 1
+            assert item.start == sequence.num_computed
+            assert len(sequence.blocks) * SIZE >= item.start + item.count
+            assert sequence.wants_prefix == (sequence.prefix is not None)
+            assert sequence.prefix is None or sequence.prefix.ready
+            sequence.num_computed += item.count
+            if not item.completes:
+                continue
+            if isinstance(sequence, SoftPromptSequence):
+                self.scheduler.prefixes.adopt(sequence)
+                self.scheduler.remove(sequence)
+                continue
+            assert sequence.token_ids == self.tokens[sequence], "a token was lost"
+            sequence.token_ids.append(len(sequence.token_ids))
+            self.tokens[sequence].append(sequence.token_ids[-1])
+            if sequence.num_tokens >= self.goal[sequence]:
+                self.scheduler.remove(sequence)
+                self.finished.append(sequence)
+        self.scheduler.check_integrity()
+        return batch
+
+
+# At most 24 tokens and 6 virtual ones: 8 of the 12 blocks, so that any one fits and four never do.
+arrivals = st.tuples(st.just("arrive"), st.integers(1, 16), st.integers(1, 8), st.integers(0, 4))
+cancels = st.tuples(st.just("cancel"), st.integers(0, 100), st.just(0), st.just(0))
+steps = st.tuples(st.just("step"), st.just(0), st.just(0), st.just(0))
+
+
+@given(st.lists(st.one_of(arrivals, arrivals, cancels, steps, steps), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_everything_ends_and_nothing_leaks(events: list[tuple[str, int, int, int]]) -> None:
+    simulation = Simulation()
+    for name, a, b, c in events:
+        if name == "arrive":
+            simulation.arrive(a, b, c)
+        elif name == "cancel":
+            simulation.cancel(a)
+        else:
+            simulation.step()
+    for _ in range(2000):
+        if not simulation.scheduler.has_work:
+            break
+        assert simulation.step().items, "work is left and nothing runs"
+    assert not simulation.scheduler.has_work
+    assert set(simulation.finished) == set(simulation.goal)
+    assert all(adapter is None or adapter.pins == 0 for adapter in simulation.adapters)
+    for adapter in simulation.adapters:
+        if adapter is not None:
+            simulation.scheduler.prefixes.forget(adapter)
+    assert simulation.scheduler.pool.free == BLOCKS
+
+
+def run(simulation: Simulation, limit: int = 100) -> list[Batch]:
+    batches = []
+    while simulation.scheduler.has_work:
+        batches.append(simulation.step())
+        assert len(batches) < limit
+    return batches
+
+
+def test_decodes_come_before_prefill_chunks_and_share_the_step() -> None:
+    simulation = Simulation()
+    simulation.arrive(2, 6, 0)
+    simulation.step()
+    simulation.arrive(20, 1, 0)
+    batch = simulation.step()
+    assert [(i.sequence.id, i.count) for i in batch.items] == [("s0", 1), ("s1", BUDGET - 1)]
+
+
+def test_when_blocks_run_out_the_latest_gives_way_and_ends_later() -> None:
+    simulation = Simulation()
+    for _ in range(3):
+        simulation.arrive(4, 20, 0)
+    batches = run(simulation)
+    assert sum(batch.preempted for batch in batches) > 0
+    assert [s.id for s in simulation.finished] == ["s0", "s1", "s2"]
+
+
+def test_a_prefix_is_in_the_cache_once_for_all_its_users() -> None:
+    simulation = Simulation()
+    for _ in range(3):
+        simulation.arrive(2, 4, 2)
+    simulation.step()
+    assert len(list(simulation.scheduler.prefixes.held_blocks())) == 2
+    run(simulation)
+    assert len(list(simulation.scheduler.prefixes.held_blocks())) == 2
+
+
+def test_a_soft_prompt_runs_once_and_later_arrivals_overtake_it() -> None:
+    simulation = Simulation()
+    simulation.arrive(2, 3, 4)
+    simulation.arrive(2, 3, 4)
+    simulation.arrive(2, 3, 0)
+    first = simulation.step()
+    assert [i.sequence.id for i in first.items] == ["soft-prompt-0", "s2"]
+    second = simulation.step()
+    assert {i.sequence.id for i in second.items} == {"s0", "s1", "s2"}
+    assert not any("soft" in i.sequence.id for b in run(simulation) for i in b.items)
+
+
+def test_an_unused_prefix_gives_way_and_a_used_one_does_not() -> None:
+    simulation = Simulation()
+    simulation.arrive(1, 1, 2)
+    run(simulation)
+    simulation.arrive(1, 30, 3)
+    simulation.step()
+    simulation.arrive(32, 1, 0)
+    run(simulation)
+    held = {entry.adapter.name for entry in simulation.scheduler.prefixes._entries.values()}
+    assert held == {"a2"}
+
+
+def test_one_that_waits_behind_a_full_cache_is_not_overtaken_for_ever() -> None:
+    simulation = Simulation()
+    simulation.arrive(4, 16, 0)
+    simulation.step()
+    simulation.arrive(40, 1, 0)
+    simulation.arrive(4, 16, 0)
+    run(simulation)
+    assert [s.id for s in simulation.finished] == ["s0", "s1", "s2"]
+
+
+def test_integrity_check_sees_a_block_that_was_lost_and_one_that_is_held_twice() -> None:
+    for damage in ("lost", "twice"):
+        simulation = Simulation()
+        simulation.arrive(4, 16, 0)
+        simulation.step()
+        blocks: Any = simulation.scheduler.running[0].blocks
+        if damage == "lost":
+            blocks.pop()
+        else:
+            blocks.append(blocks[0])
+        try:
+            simulation.scheduler.check_integrity()
+        except AssertionError:
+            continue
+        raise AssertionError(f"a block was {damage} and the check saw nothing")
