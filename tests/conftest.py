@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.peft_folders import KINDS, save_adapter
 from tests.tiny import save_tiny_model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+
 from polygraft.adapters.registry import Adapter
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig

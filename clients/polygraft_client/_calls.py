@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
-from polygraft_api.v1 import adapters_pb2, inference_pb2
 
+from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client import _requests, _responses
 from polygraft_client._models import Adapter, Chunk, Generation, Health, Model
 from polygraft_client._requests import Chat

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.message import Message
-from polygraft_api.v1 import adapters_pb2, inference_pb2
 
+from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client._exceptions import InvalidRequest
 from polygraft_client._models import ChatMessage, LoraPath
 

@@ -8,7 +8,6 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from polygraft_api.v1 import adapters_pb2, inference_pb2
-
 from polygraft_client._models import (
     Adapter,
     AdapterState,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
-from polygraft.config import ServerConfig
+from polygraft.config import ServerConfig, split_host_port
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.engine.engine import Engine
+from polygraft.errors import ConfigError
 from polygraft.rpc.serve import Ports, serve
 from polygraft.telemetry.logging import configure_logging
 from polygraft.telemetry.metrics import Metrics
@@ -23,6 +25,10 @@ def run(config: ServerConfig) -> int:
         ConfigError, BaseModelError, UnsupportedArchitecture.
     """
     configure_logging(config.log_level)
+    # A port that is taken is to be known now, and not after the model has been loaded.
+    check_free("--listen", config.listen)
+    if config.metrics:
+        check_free("--metrics", config.metrics)
     engine = Engine.from_config(config)
     return asyncio.run(_serve(config, engine))
 
@@ -39,6 +45,18 @@ async def _serve(config: ServerConfig, engine: Engine) -> int:
         print(line, flush=True)  # noqa: T201 - this line is for programs
 
     return await serve(config, handle, metrics, on_ready=announce)
+
+
+def check_free(flag: str, address: str) -> None:
+    """Raise ConfigError unless the address can be listened on now."""
+    host, port = split_host_port(flag, address)
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+    except OSError as error:
+        raise ConfigError(flag, f"can't listen on {address}: {error.strerror or error}") from error
 
 
 def _with_port(address: str, port: int) -> str:

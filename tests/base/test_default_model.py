@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from polygraft.base import default_model
 from polygraft.base.default_model import FOLDER_NAME, ensure_default_model
 from polygraft.errors import BaseModelError

@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from polygraft.cli.app import app
 from typer.testing import CliRunner, Result
 
+from polygraft.cli.app import app
 from tests.client.scripted import Script, ScriptedServer
 
 Invoke = Callable[..., Result]

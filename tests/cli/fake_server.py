@@ -11,9 +11,9 @@ import sys
 import threading
 from pathlib import Path
 
-from polygraft_api.v1 import adapters_pb2
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
+from polygraft_api.v1 import adapters_pb2
 from tests.client.scripted import ScriptedServer, adapter
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from polygraft_api.v1 import adapters_pb2
 
+from polygraft_api.v1 import adapters_pb2
 from tests.client.scripted import Script, adapter
 
 from .conftest import Invoke

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
 from polygraft.cli.demo import command, launcher
 from polygraft.cli.demo.burst import ANY_PROMPT, Ask, Burst, plan, read_prompts
 from polygraft.cli.demo.display import TokenDisplay
@@ -21,8 +23,6 @@ from polygraft.errors import ConfigError
 from polygraft_api.v1 import inference_pb2
 from polygraft_client import FinishReason, Generation, LoraPath, Timings, Usage
 from polygraft_client._responses import adapter_from, model_from
-from rich.console import Console
-
 from tests.client.scripted import adapter
 
 from .conftest import Invoke

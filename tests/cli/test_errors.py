@@ -6,9 +6,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from polygraft.cli.app import exit_status
 from polygraft.errors import BaseModelError, ConfigError, PolygraftError
-
 from tests.client.scripted import Script, status
 
 from .conftest import Invoke

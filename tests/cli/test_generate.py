@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from polygraft_api.v1 import inference_pb2
 
+from polygraft_api.v1 import inference_pb2
 from tests.client.scripted import Script
 
 from .conftest import Invoke

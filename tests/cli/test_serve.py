@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from polygraft.cli.serve import read_config
 from polygraft.config import ServerConfig
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
+
 from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client import (
     AdapterState,

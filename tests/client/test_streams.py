@@ -6,6 +6,7 @@ import asyncio
 import threading
 
 import pytest
+
 from polygraft_client import AsyncClient, Cancelled, Client, DeadlineExceeded
 
 from .scripted import Script, ScriptedServer

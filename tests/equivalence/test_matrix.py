@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from polygraft.engine.engine import Engine
 from tests.engines import forced_logits, greedy, make_engine, run_greedy
 from tests.equivalence.reference import Reference, forced, generate, load_reference
 from tests.peft_folders import KINDS
 from tests.tiny import CONFIGS
-
-from polygraft.engine.engine import Engine
 
 BASE = "base"
 ROWS = [BASE, *KINDS]

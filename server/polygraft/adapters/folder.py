@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -101,13 +102,17 @@ class AdapterStore:
             raise InvalidRequest("source", f"must be a folder below the store, got {source[:200]!r}")
         folder = self._root / relative
         self._check_inside(folder, source)
-        if not folder.is_dir():
-            raise AdapterInvalid(name, [f"no such folder in the store: {source}"])
+        if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long
+            raise AdapterInvalid(name, [f"no such folder in the store: {source[:200]}"])
         return read_folder(name, folder, self._max_bytes, check=lambda path: self._check_inside(path, source))
 
     def _check_inside(self, path: Path, source: str) -> None:
         assert self._root is not None
-        if not path.resolve().is_relative_to(self._root):
+        try:
+            inside = path.resolve().is_relative_to(self._root)
+        except (OSError, RuntimeError):  # RuntimeError: a symlink that leads to itself, before Python 3.13
+            inside = False
+        if not inside:
             raise InvalidRequest("source", f"leads out of the store: {source[:200]!r}")
 
 
@@ -123,13 +128,13 @@ def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> A
     raw_config = _read_file(name, folder / CONFIG, MAX_CONFIG_BYTES, check)
     try:
         config = json.loads(raw_config)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a number of 5000 digits
         raise AdapterInvalid(name, [f"{CONFIG} is not JSON: {error}"]) from None
     if not isinstance(config, dict):
         raise AdapterInvalid(name, [f"{CONFIG} must hold an object"])
-    if not (folder / WEIGHTS).exists():
+    if not os.path.exists(folder / WEIGHTS):
         for pickle in PICKLES:
-            if (folder / pickle).exists():
+            if os.path.exists(folder / pickle):
                 raise AdapterInvalid(
                     name,
                     [
@@ -147,13 +152,21 @@ def _read_file(name: str, path: Path, max_bytes: int, check: Any) -> bytes:
     if check is not None:
         check(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise AdapterInvalid(name, [f"{path.name} has {size} bytes, the limit is {max_bytes}"])
-            return file.read(max_bytes + 1)
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterInvalid(name, [f"{path.name} is not a file"])
+            if status.st_size > max_bytes:
+                raise AdapterInvalid(
+                    name, [f"{path.name} has {status.st_size} bytes, the limit is {max_bytes}"]
+                )
+            return file.read(max_bytes)
     except FileNotFoundError:
         raise AdapterInvalid(name, [f"{path.name} is missing"]) from None
     except OSError as error:
         raise AdapterInvalid(name, [f"{path.name} can't be read: {error.strerror}"]) from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for a pipe's writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

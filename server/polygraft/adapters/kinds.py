@@ -15,7 +15,7 @@ from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.lora import compile_lora
 from polygraft.adapters.prefix_tuning import compile_prefix_tuning
 from polygraft.adapters.primitives import CompiledAdapter
-from polygraft.adapters.reader import FolderReader
+from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.soft_prompt import compile_p_tuning, compile_prompt_tuning
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
@@ -60,7 +60,7 @@ def compile_adapter(
     compiler = KINDS.get(peft_type) if isinstance(peft_type, str) else None
     if compiler is None:
         known = ", ".join(sorted(KINDS))
-        raise AdapterInvalid(folder.name, [f"peft_type {peft_type!r} isn't served; served are {known}"])
+        raise AdapterInvalid(folder.name, [f"peft_type {shown(peft_type)} isn't served; served are {known}"])
     reader.check_base_name(base.name)
     compiled = yield from compiler(reader, base)
     if compiled.rank > limits.rank:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Generator
 
+import torch
+
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
-from polygraft.adapters.reader import FolderReader
+from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import matching_key, target_modules
 from polygraft.base.spec import BaseSpec
 
@@ -29,7 +32,7 @@ _TRAINING_ONLY = (
 def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile a LoRA folder; yields between modules. Problems are noted in the reader."""
     rank = reader.option("r", int, 8)
-    alpha = float(reader.option("lora_alpha", (int, float), 8))
+    alpha = reader.option("lora_alpha", (int, float), 8)
     rank_pattern = reader.option("rank_pattern", dict, {})
     alpha_pattern = reader.option("alpha_pattern", dict, {})
     rslora = reader.option("use_rslora", bool, False)
@@ -53,9 +56,9 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         except re.error as error:
             reader.problems.append(f"rank_pattern or alpha_pattern is not a regular expression: {error}")
             break
-        if not isinstance(module_rank, int) or module_rank < 1 or not isinstance(module_alpha, int | float):
+        if not _is_rank(module_rank) or not _is_alpha(module_alpha):
             reader.problems.append(
-                f"rank {module_rank!r} with alpha {module_alpha!r} for {module} makes no sense"
+                f"rank {shown(module_rank)} with alpha {shown(module_alpha)} for {module} makes no sense"
             )
             continue
         copied = f"{_PREFIX}{module}.base_layer.weight"
@@ -71,8 +74,23 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         bias = reader.take(f"{_PREFIX}{module}.lora_B.bias", (shape.out_features,)) if has_bias else None
         if a is None or b is None or (has_bias and bias is None):
             continue
-        # Scaled in float32, so that a scaling that is no power of two costs one rounding and not two; laid
-        # out so that the transpose, which the operator reads, is contiguous.
-        scaled = (b.float() * scaling).to(b.dtype).t().contiguous().t()
-        primitives[module] = LowRank(a.contiguous(), scaled, None if bias is None else bias.float() * scaling)
+        # A module's two matrices have one type, whatever the file's have. Scaled in float32, so that a
+        # scaling that is no power of two costs one rounding and not two; laid out so that the transpose,
+        # which the operator reads, is contiguous.
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        scaled = (b.float() * scaling).to(dtype).t().contiguous().t()
+        bias = None if bias is None else bias.float() * scaling
+        if not scaled.isfinite().all() or (bias is not None and not bias.isfinite().all()):
+            reader.problems.append(f"scaling {scaling} makes weights of {module} infinite")
+            continue
+        primitives[module] = LowRank(a.to(dtype).contiguous(), scaled, bias)
     return CompiledAdapter("lora", reader.parameters, low_rank=primitives)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _is_alpha(value: object) -> bool:
+    # NaN fails the comparison.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

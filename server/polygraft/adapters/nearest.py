@@ -29,7 +29,7 @@ def nearest_tokens(
     for piece in torch.split(table, _ROWS):
         pieces.append(virtual @ torch.nn.functional.normalize(piece.float(), dim=-1).t())
         yield
-    top = torch.cat(pieces, -1).topk(count)
+    top = torch.cat(pieces, -1).topk(min(count, len(table)))
     return [
         [NearToken(token, text_of(token), similarity) for token, similarity in zip(ids, values, strict=True)]
         for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)

@@ -18,14 +18,7 @@ from polygraft.base.spec import BaseSpec
 def compile_prefix_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile a prefix-tuning folder; yields between layers. Problems are noted in the reader."""
     tokens = take_virtual_tokens(reader)
-    reader.ignore(
-        "num_layers",
-        "num_attention_heads",
-        "token_dim",
-        "prefix_projection",
-        "encoder_hidden_size",
-        "init_weights",
-    )
+    reader.ignore("prefix_projection", "encoder_hidden_size", "init_weights")
     sites = list(base.attention.values())
     shapes = {(site.kv_heads, site.head_dim, site.value_dim) for site in sites}
     if len(shapes) > 1 or any(head_dim != value_dim for _, head_dim, value_dim in shapes):
@@ -33,6 +26,12 @@ def compile_prefix_tuning(reader: FolderReader, base: BaseSpec) -> Generator[Non
             "the base's layers have keys and values of different shapes, as prefix tuning can't"
         )
     kv_heads, head_dim, _ = next(iter(shapes))
+    # The same numbers multiply to the same width in another order.
+    served = {"num_layers": len(sites), "num_attention_heads": kv_heads, "token_dim": kv_heads * head_dim}
+    for key, have in served.items():
+        asked = reader.option(key, int, have)
+        if asked != have:
+            reader.problems.append(f"{key} is {asked}, the base has {have}")
     rows = reader.take("prompt_embeddings", (tokens, len(sites) * 2 * kv_heads * head_dim))
     prefix = None
     if rows is not None and not reader.problems:

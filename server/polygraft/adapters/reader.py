@@ -6,7 +6,6 @@ whatever was wrong, missing or left over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +18,14 @@ _PROVENANCE = {
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
     "task_type",
 }  # fmt: skip
-_CAUSAL_TASKS = {None, "CAUSAL_LM", "FEATURE_EXTRACTION"}
+_CAUSAL_TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def shown(value: object) -> str:
+    """A configuration value for an error's text."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 class FolderReader:
@@ -39,8 +44,9 @@ class FolderReader:
         self._dtype = adapter_dtype
         self.parameters = sum(tensor.numel() for tensor in self._tensors.values())
         if self._config.get("task_type") not in _CAUSAL_TASKS:
-            self.problems.append(f"task_type {self._config['task_type']!r} isn't causal language modelling")
-        self._base_name = self._config.get("base_model_name_or_path")
+            task = shown(self._config["task_type"])
+            self.problems.append(f"task_type {task} isn't causal language modelling")
+        self._base_name = self.option("base_model_name_or_path", str, "")
         for key in _PROVENANCE:
             self._config.pop(key, None)
 
@@ -58,8 +64,9 @@ class FolderReader:
         value = self._config.pop(key, None)
         if value is None:
             return default
-        if not isinstance(value, expected) or (isinstance(value, bool) and expected in (int, float)):
-            self.problems.append(f"{key} has the wrong type: {value!r}")
+        types = expected if isinstance(expected, tuple) else (expected,)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            self.problems.append(f"{key} has the wrong type: {shown(value)}")
             return default
         return value
 
@@ -67,12 +74,6 @@ class FolderReader:
         """Pass over configuration that has no effect on what the adapter computes once it is trained."""
         for key in keys:
             self._config.pop(key, None)
-
-    def neutral(self, defaults: Mapping[str, Any]) -> None:
-        """Pass over configuration that has no effect as long as it has these values."""
-        for key, default in defaults.items():
-            if key in self._config and self._config[key] == default:
-                del self._config[key]
 
     def names(self) -> list[str]:
         """Names of the tensors that haven't been taken."""
@@ -100,18 +101,19 @@ class FolderReader:
             wanted = ", ".join("any" if want is None else str(want) for want in shape)
             self.problems.append(f"tensor {name} has shape {list(tensor.shape)}, expected [{wanted}]")
             return None
+        # float16 holds no value that float32 can't, and neither the base nor the operators compute in it.
+        dtype = self._dtype or (torch.float32 if tensor.dtype == torch.float16 else tensor.dtype)
+        tensor = tensor.to(dtype)
         if not torch.isfinite(tensor).all():
             self.problems.append(f"tensor {name} holds NaN or infinity")
             return None
-        # float16 holds no value that float32 can't, and neither the base nor the operators compute in it.
-        dtype = self._dtype or (torch.float32 if tensor.dtype == torch.float16 else tensor.dtype)
-        return tensor.to(dtype)
+        return tensor
 
     def finish(self) -> None:
         """Raise AdapterInvalid if anything was wrong or is left over."""
         for key, value in sorted(self._config.items()):
             if value not in (None, False, [], {}, ""):
-                self.problems.append(f"{key}={value!r} isn't served")
+                self.problems.append(f"{key[:200]}={shown(value)} isn't served")
         self.problems += [f"tensor {name} isn't expected" for name in sorted(self._tensors)]
         if self.problems:
             raise AdapterInvalid(self.name, self.problems)

@@ -48,10 +48,17 @@ class Adapter:
 
 @dataclass(slots=True)
 class _Record:
-    """What stands under a name. `adapter` is None until its first load has succeeded."""
+    """What stands under a name. `adapter` is None until its first load has succeeded; `loading` is set while
+    a load or a reload is on its way."""
 
     info: AdapterInfo
     adapter: Adapter | None = None
+    loading: bool = True
+
+    def check_settled(self) -> None:
+        """Raise AdapterUnavailable while it is loading, reloading or unloading."""
+        if self.loading or self.info.state == AdapterState.UNLOADING:
+            raise AdapterUnavailable(self.info.name, "loading" if self.loading else "unloading")
 
 
 class AdapterRegistry:
@@ -103,17 +110,17 @@ class AdapterRegistry:
         """
         with self._lock:
             record = self._records.get(name)
-            if record is None:
-                taken = sum(r.info.state != AdapterState.FAILED for r in self._records.values())
-                if taken >= self._max:
-                    raise ResourceExhausted(
-                        f"{taken} adapters are loaded, the limit is {self._max} (--max-adapters)"
-                    )
-                self._records[name] = _Record(AdapterInfo(name, AdapterState.LOADING, source))
-            elif record.info.state in {AdapterState.LOADING, AdapterState.UNLOADING}:
-                raise AdapterUnavailable(name, record.info.state.value.lower())
-            elif record.adapter is None:
-                record.info = AdapterInfo(name, AdapterState.LOADING, source)
+            if record is not None:
+                record.check_settled()
+                if record.adapter is not None:
+                    record.loading = True
+                    return
+            taken = sum(r.info.state != AdapterState.FAILED for r in self._records.values())
+            if taken >= self._max:
+                raise ResourceExhausted(
+                    f"{taken} adapters are loaded, the limit is {self._max} (--max-adapters)"
+                )
+            self._records[name] = _Record(AdapterInfo(name, AdapterState.LOADING, source))
 
     def new_adapter(self, name: str, compiled: CompiledAdapter, slot: int) -> Adapter:
         """A new generation, not yet under its name."""
@@ -127,6 +134,7 @@ class AdapterRegistry:
                 self._retired.append(record.adapter)
             record.adapter = adapter
             record.info = info
+            record.loading = False
             return info
 
     def fail_load(self, name: str, source: str, problems: tuple[str, ...], *, keep: bool) -> AdapterInfo:
@@ -137,6 +145,7 @@ class AdapterRegistry:
         """
         with self._lock:
             record = self._records[name]
+            record.loading = False
             failed = AdapterInfo(name, AdapterState.FAILED, source, problems=problems)
             if record.adapter is None:
                 record.info = failed
@@ -155,8 +164,7 @@ class AdapterRegistry:
             record = self._records.get(name)
             if record is None:
                 raise AdapterNotFound(name, "not registered")
-            if record.info.state in {AdapterState.LOADING, AdapterState.UNLOADING}:
-                raise AdapterUnavailable(name, record.info.state.value.lower())
+            record.check_settled()
             if record.adapter is None:
                 del self._records[name]
                 return record.info

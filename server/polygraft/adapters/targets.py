@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from polygraft.adapters.reader import FolderReader
+from polygraft.adapters.reader import FolderReader, shown
 from polygraft.base.spec import BaseSpec
 
 ALL_LINEAR = "all-linear"
@@ -27,29 +27,31 @@ def target_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
     if not targets:
         reader.problems.append("target_modules is empty")
         return []
+    # PEFT refuses these as well.
+    if isinstance(targets, str) and (layers or patterns):
+        reader.problems.append("layers_to_transform and layers_pattern go with a list of target_modules")
+    elif patterns and not layers:
+        reader.problems.append("layers_pattern without layers_to_transform has no meaning")
+    names = [*base.linears, *base.others]
     try:
-        if targets == ALL_LINEAR:
-            return [
-                name
-                for name, shape in base.linears.items()
-                if not shape.is_head and not _named(name, excluded)
-            ]
-        found = [
-            name
-            for name in (*base.linears, *base.others)
-            if _named(name, targets)
-            and not _named(name, excluded)
-            # PEFT applies layers_to_transform to lists only; a regular expression says it itself.
-            and (isinstance(targets, str) or not layers or _layer(name, patterns) in layers)
-        ]
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            found = [name for name, shape in base.linears.items() if not shape.is_head]
+            missing = []
+        else:
+            found = [name for name in names if _targeted(name, targets, layers, patterns)]
+            each = [targets] if isinstance(targets, str) else [[target] for target in targets]
+            missing = [one for one in each if not any(_named(name, one) for name in names)]
+        found = [name for name in found if not _named(name, excluded)]
     except re.error as error:
-        reader.problems.append(f"target_modules or exclude_modules is not a regular expression: {error}")
+        reader.problems.append(
+            f"target_modules, exclude_modules or layers_pattern is not a regular expression: {error}"
+        )
         return []
-    if isinstance(targets, str):
-        missing = [] if found else [targets]
-    else:
-        missing = [target for target in targets if not any(_named(name, [target]) for name in found)]
-    reader.problems += [f"target {target!r} matches no module of the base" for target in missing]
+    for target in missing:
+        culprit = target if isinstance(target, str) else target[0]
+        reader.problems.append(f"target {shown(culprit)} matches no module of the base")
+    if not found and not missing:
+        reader.problems.append("exclude_modules or layers_to_transform leaves no module of the base")
     reader.problems += [
         f"target {name} is a {base.others[name]}, which low-rank weights aren't served on"
         for name in found
@@ -71,6 +73,14 @@ def _named(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _targeted(
+    name: str, targets: str | Sequence[str], layers: Sequence[int] | None, patterns: Sequence[str]
+) -> bool:
+    if isinstance(targets, str) or name in targets or not layers:
+        return _named(name, targets)  # a module that is named in full is targeted in any layer
+    return _named(name, targets) and _layer(name, patterns) in layers
 
 
 def _layer(name: str, patterns: Sequence[str]) -> int | None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from polygraft_client import Adapter, Client
 
 from polygraft.cli import tables
 from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, Token, console, to_json
+from polygraft_client import Adapter, Client
 
 app = typer.Typer(help="Show, load, unload and check adapters.", no_args_is_help=True)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import polygraft_client
 import typer
 from typer.core import TyperGroup
 
+import polygraft_client
 from polygraft import __version__
 from polygraft.cli import adapters, demo, generate, serve
 from polygraft.errors import ConfigError, PolygraftError

@@ -6,9 +6,9 @@ import sys
 from typing import Annotated
 
 import typer
-from polygraft_client import Client, GenerateOptions, Generation, Stream
 
 from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, to_json
+from polygraft_client import Client, GenerateOptions, Generation, Stream
 
 STANDARD_INPUT = "-"
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def serve(context: typer.Context) -> None:
     """Serve a base model and its adapters over gRPC. `polygraft serve --help` shows all settings."""
     config = read_config(context.args)
-    from polygraft import server  # it imports torch, which takes seconds that a wrong flag shouldn't cost
+    from polygraft.server import run  # it imports torch, which takes seconds that a wrong flag shouldn't cost
 
-    raise typer.Exit(server.run(config))
+    raise typer.Exit(run(config))
 
 
 def read_config(arguments: Sequence[str]) -> ServerConfig:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from polygraft_client import Adapter, AdapterState
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
+
+from polygraft_client import Adapter, AdapterState
 
 if TYPE_CHECKING:
     from polygraft.adapters.check import CheckReport

@@ -57,7 +57,8 @@ class AdapterManager:
         self._context_length = context_length
         self._ids = itertools.count()
         self._base_canary: torch.Tensor | None = None
-        self._unloading: dict[str, list[Future[AdapterInfo]]] = {}
+        self._loading: dict[str, tuple[str, Future[AdapterInfo]]] = {}  # content hash and outcome
+        self._unloading: dict[str, Future[AdapterInfo]] = {}
         self._events: list[AdapterEvent] = []
 
     def load_store(self) -> None:
@@ -85,15 +86,20 @@ class AdapterManager:
     def load(
         self, name: str, source: str, folder: AdapterFolder, done: Future[AdapterInfo], *, reload: bool
     ) -> None:
-        """Start loading what has been read; `done` gets the outcome.
+        """Start loading what has been read; `done` gets the outcome, which is that of a load of the same
+        content that is on its way already.
 
         Args:
             reload: whether the name may be taken by other content, which is then replaced.
         """
+        content, outcome = self._loading.get(name, ("", done))
+        if content == folder.content_hash:
+            outcome.add_done_callback(lambda first: _follow(first, done))
+            return
         try:
             current = next((info for info in self.registry.list() if info.name == name), None)
             if current is not None and current.state == AdapterState.READY:
-                if current.content_hash == folder.content_hash and current.source == source:
+                if current.content_hash == folder.content_hash:
                     done.set_result(current)
                     return
                 if not reload:
@@ -105,6 +111,8 @@ class AdapterManager:
             done.set_exception(error)
             return
         keep_failed = current is not None
+        self._loading[name] = folder.content_hash, done
+        done.add_done_callback(lambda _: self._loading.pop(name))
         self._background.add(self._load(name, source, folder, done, keep_failed=keep_failed))
 
     def _load(
@@ -207,7 +215,7 @@ class AdapterManager:
             done.set_result(info)
             return
         self._events.append((info, False))
-        self._unloading.setdefault(name, []).append(done)
+        self._unloading[name] = done
         self.collect()
 
     def collect(self) -> None:
@@ -218,8 +226,7 @@ class AdapterManager:
                 continue
             log.info("adapter %s is unloaded", adapter.name)
             self._events.append((info, True))
-            for done in self._unloading.pop(adapter.name, []):
-                done.set_result(info)
+            self._unloading.pop(adapter.name).set_result(info)
 
     def _free(self, adapter: Adapter) -> None:
         if adapter.slot:
@@ -230,3 +237,11 @@ class AdapterManager:
         """What has happened since the last call."""
         events, self._events = self._events, []
         return events
+
+
+def _follow(first: Future[AdapterInfo], second: Future[AdapterInfo]) -> None:
+    error = first.exception()
+    if error is None:
+        second.set_result(first.result())
+    else:
+        second.set_exception(error)

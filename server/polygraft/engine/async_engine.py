@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from polygraft.adapters.folder import check_name
 from polygraft.adapters.info import AdapterInfo, NearToken
@@ -21,10 +21,13 @@ from polygraft.engine.background import Job
 from polygraft.engine.engine import Engine, StepResult
 from polygraft.engine.handle import ModelInfo, Observer
 from polygraft.engine.request import Chat, Request, RequestOutput
-from polygraft.errors import Draining, EngineDead, InvalidRequest, ResourceExhausted
+from polygraft.errors import Draining, EngineDead, InvalidRequest, PolygraftError, ResourceExhausted
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_LONG_PROMPT = 16_384
+"""Characters: tokenizing so many takes some milliseconds."""
 
 
 @dataclass(slots=True)
@@ -59,6 +62,7 @@ class AsyncEngine:
         self._failure: Exception | None = None
         self._failed = asyncio.Event()
         self._streams: dict[str, _Stream] = {}
+        self._commands: set[Future[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop = asyncio.get_running_loop()
@@ -90,7 +94,11 @@ class AsyncEngine:
         waiting = len(self._streams) - len(self._engine.scheduler.running)
         if waiting >= self._max_waiting:
             raise ResourceExhausted(f"{waiting} requests are waiting, the limit is {self._max_waiting}")
-        generation = self._engine.prepare(request)
+        if isinstance(request.prompt, str) and len(request.prompt) > _LONG_PROMPT:
+            # It would hold up everybody's stream on this thread for as long as it takes.
+            generation = await asyncio.to_thread(self._engine.prepare, request)
+        else:
+            generation = self._engine.prepare(request)
         queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
         adapter = generation.adapter
         stream = _Stream(
@@ -148,7 +156,11 @@ class AsyncEngine:
     async def _command(self, command: Callable[[Future[T]], None]) -> T:
         if self._failure is not None:
             raise EngineDead(str(self._failure))
+        if self._stopping:
+            raise Draining("the server is shutting down")
         done: Future[T] = Future()
+        self._commands.add(done)
+        done.add_done_callback(self._commands.discard)
         self._post(lambda: command(done))
         # Shielded: a caller that gives up must not cancel what the engine is doing.
         return await asyncio.shield(asyncio.wrap_future(done))
@@ -198,7 +210,13 @@ class AsyncEngine:
         self._wake.set()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        self._end_commands(Draining("the server is shutting down"))
         return aborted
+
+    def _end_commands(self, error: PolygraftError) -> None:
+        """Answer those that wait for a command; the engine's thread has ended and won't."""
+        for done in list(self._commands):
+            done.set_exception(error)
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -237,15 +255,18 @@ class AsyncEngine:
         dead = EngineDead("the engine has failed")
         outputs = [RequestOutput(request_id, error=dead) for request_id in self._streams]
         self._deliver(StepResult(outputs=outputs))
+        self._end_commands(dead)
         self._failed.set()
 
     # ---- on the engine's thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
-                # Cleared before the inbox is read, so that what is posted in between wakes it again.
+            while True:
+                # Cleared before anything is read, so that what comes in between wakes it again.
                 self._wake.clear()
+                if self._stopping:
+                    return
                 while self._inbox:
                     self._inbox.popleft()()
                 if self._engine.has_work:

@@ -284,13 +284,12 @@ class Engine:
             tokens = sample(
                 logits, [g.request.sampling for g in generations], [g.num_tokens for g in generations]
             )
-            finite = torch.isfinite(
-                logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
-            ).tolist()
+            # The largest is NaN if any is, and -inf if none can be picked.
+            finite = torch.isfinite(logits.amax(-1)).tolist()
         now = time.monotonic()
         return [
             self._accept(generation, token, now) if ok else self._fail(generation)
-            for generation, token, (ok,) in zip(generations, tokens, finite, strict=True)
+            for generation, token, ok in zip(generations, tokens, finite, strict=True)
         ]
 
     def _accept(self, generation: Generation, token: int, now: float) -> RequestOutput:

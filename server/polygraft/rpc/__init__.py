@@ -1,0 +1,1 @@
+"""Everything that speaks protobuf and gRPC: nothing above it knows either."""

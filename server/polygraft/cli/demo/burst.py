@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polygraft_client import Adapter, AsyncClient, GenerateOptions, Generation
-
 from polygraft.errors import ConfigError
+from polygraft_client import Adapter, AsyncClient, GenerateOptions, Generation
 
 BASE = ""
 """The name of no adapter."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Never
 
 import typer
-from polygraft_client import AdapterState, AsyncClient, Model, PolygraftError
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -20,6 +19,7 @@ from polygraft.cli.demo.display import TokenDisplay
 from polygraft.cli.demo.launcher import Addresses, ServerFailed, ServerProcess, serve_command
 from polygraft.cli.demo.scrape import scrape
 from polygraft.cli.options import Token, console
+from polygraft_client import AdapterState, AsyncClient, Model, PolygraftError
 
 PROMPTS_FILE = "demo.json"
 READY_SECONDS = 300.0  # of a cold start on a slow disk; a warm one takes a few seconds

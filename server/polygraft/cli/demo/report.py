@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from polygraft_client import FinishReason, Generation, Model
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
 from polygraft.cli.demo.burst import BASE, Burst
 from polygraft.cli.demo.scrape import Scrape
+from polygraft_client import FinishReason, Generation, Model
 
 BASE_KIND = "base"
 """The metrics' kind for rows without an adapter."""

@@ -44,6 +44,13 @@ def instruction_sets() -> list[str]:
     return [""]
 
 
+def torch_openmp() -> list[Path]:
+    """GNU's OpenMP runtime inside torch's wheel; empty where torch uses the system's."""
+    import torch
+
+    return sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+
+
 def library_name(march: str) -> str:
     """File name of the library for one instruction set; changes with the source and the flags."""
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:12]
@@ -66,8 +73,11 @@ def build(march: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         output = Path(aside) / target.name
         arch = [f"-march={march}"] if march else []
+        # The OpenMP runtime that torch has loaded, under whatever name its wheel gave it: a second one
+        # would bring a second set of threads. The compiler's own is left out where nothing needs it.
+        runtime = ["-Wl,--as-needed", *map(str, torch_openmp())]
         subprocess.run(  # noqa: S603 - the compiler that the user's environment names
-            [compiler, *FLAGS, "-Wno-psabi", *arch, "-o", str(output), str(SOURCE)],
+            [compiler, *FLAGS, "-Wno-psabi", *arch, "-o", str(output), str(SOURCE), *runtime],
             check=True,
             capture_output=True,
             text=True,
@@ -79,12 +89,12 @@ def build(march: str, folder: Path) -> Path:
 def load() -> ctypes.CDLL | None:
     """The operators' library, built first if need be; None where none can be had, with a warning."""
     levels = instruction_sets()
-    for march in levels:
-        for folder in (SOURCE.parent, cache_dir() / "kernels"):
-            path = folder / library_name(march)
-            if path.is_file():
-                return ctypes.CDLL(str(path))
     try:
+        for march in levels:
+            for folder in (SOURCE.parent, cache_dir() / "kernels"):
+                path = folder / library_name(march)
+                if path.is_file():
+                    return ctypes.CDLL(str(path))
         return ctypes.CDLL(str(build(levels[0], cache_dir() / "kernels")))
     except subprocess.CalledProcessError as error:
         log.warning("the C++ operators don't compile, the slower torch ones serve: %s", error.stderr.strip())

@@ -57,6 +57,14 @@ inline vec load(const bf16* p) {
 }
 inline vec splat(float x) { return vec{} + x; }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(bf16* p, vec v) {
+  uvec bits;
+  std::memcpy(&bits, &v, sizeof(v));
+  const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uvec is_nan = uvec(v != v);
+  const hvec h = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), hvec);
+  std::memcpy(p, &h, sizeof(h));
+}
 
 inline float sum(vec v) {
   float total = 0;
@@ -143,11 +151,7 @@ inline void expand_tile(X* out, int64_t width, const W* b, const float* bias, co
     }
     for (int r = 0; r < ROWS; r++) {
       X* o = out + r * width + c;
-      for (int k = 0; k < kVecs; k++) {
-        float sums[kLanes];
-        store(sums, acc[r][k] + load(o + k * kLanes));
-        for (int l = 0; l < kLanes; l++) from_float(sums[l], o + k * kLanes + l);
-      }
+      for (int k = 0; k < kVecs; k++) store(o + k * kLanes, acc[r][k] + load(o + k * kLanes));
     }
   }
   for (; c < last; c++) {
@@ -386,7 +390,9 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
     for (int64_t g = 0; g < group; g++) {
       const float* from = result + (r * group + g) * vdim;
       T* to = out + ((first_row + r) * layer.heads + kv_head * group + g) * vdim;
-      for (int64_t d = 0; d < vdim; d++) from_float(from[d], to + d);
+      int64_t d = 0;
+      for (; d + kLanes <= vdim; d += kLanes) store(to + d, load(from + d));
+      for (; d < vdim; d++) from_float(from[d], to + d);
     }
 }
 

@@ -1,0 +1,64 @@
+# Each target sets up what it needs: `make demo` and `make test` work alone on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := $(wildcard protos/polygraft_api/v1/*.proto)
+STUBS := --python_out=protos --grpc_python_out=protos --mypy_out=protos --mypy_grpc_out=protos
+THREADS := OMP_NUM_THREADS=2
+
+.PHONY: help setup model demo serve test test-full check format protos adapters bench-w bench-boundary clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/.done  ## Create .venv with pinned versions and build the C++ operators
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,train,bench,dev]'
+	$(BIN)/python -m polygraft.layers.native.build || echo 'no C++ compiler: the slower torch operators will serve'
+	touch $@
+
+model: setup  ## Fetch and convert the default model into the user's cache directory, once
+	$(BIN)/python -m polygraft.base.default_model
+
+demo: model  ## Serve the sample adapters, send one mixed burst, show the answers
+	$(BIN)/polygraft demo
+
+serve: model  ## Serve the sample adapters until interrupted
+	@echo 'call it:  $(BIN)/polygraft generate "I loved every minute of it." --adapter sentiment'
+	@echo '          $(BIN)/grpcurl -plaintext -d '\''{"prompt": "Hello"}'\'' 127.0.0.1:50051 polygraft.v1.InferenceService/Generate'
+	@echo 'metrics:  http://127.0.0.1:9090/metrics'
+	$(BIN)/polygraft serve --adapters adapters
+
+test: model  ## Run the tests, the demo included
+	$(BIN)/python -m pytest -m 'not full'
+
+test-full: model  ## Run the tests with the whole equivalence matrix
+	$(BIN)/python -m pytest
+
+check: setup  ## Lint, format, types, protos and their stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+
+format: setup  ## Mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: setup  ## Generate the stubs
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos $(STUBS) $(PROTOS)
+
+adapters: model  ## Train the sample adapters again
+	$(BIN)/python adapters/train.py
+
+bench-w: model  ## Workload W: 16 requests over 8 LoRA adapters, against the base alone and PEFT
+	$(THREADS) $(BIN)/python benchmarks/workload_w.py
+
+bench-boundary: model  ## Engine on a thread against engine in a process of its own
+	$(THREADS) $(BIN)/python benchmarks/boundary.py
+
+clean:  ## Remove what these targets made here
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build

@@ -1,0 +1,141 @@
+"""Workload W through gRPC, against the base alone, the engine in process and PEFT's mixed batch.
+
+Rounds of all sides are interleaved, so that drift of the machine cancels; each figure is the median of its
+rounds. The last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.sides.protocol import Side
+from benchmarks.workload import NEW_TOKENS, requests, write_adapters
+from polygraft.base.loader import inspect_without_weights
+from polygraft.cli.demo.launcher import ServerProcess, serve_command
+from polygraft.cli.demo.scrape import scrape
+from polygraft_client import AsyncClient
+
+
+async def one(client: AsyncClient, prompt: list[int], adapter: str | None) -> tuple[float, float, int]:
+    """Stream one request: time to first token, seconds between tokens, and tokens."""
+    started = time.perf_counter()
+    first = last = 0.0
+    tokens = 0
+    stream = client.stream(
+        token_ids=prompt,
+        adapter=adapter,
+        max_new_tokens=NEW_TOKENS,
+        ignore_eos=True,
+        temperature=0.0,
+        return_token_ids=True,
+    )
+    async with stream:
+        async for chunk in stream:
+            last = time.perf_counter()
+            first = first or last
+            tokens += len(chunk.token_ids)
+    return first - started, (last - first) / (tokens - 1), tokens
+
+
+async def through_grpc(address: str, mixed: bool) -> dict[str, float]:
+    async with AsyncClient(address) as client:
+        started = time.perf_counter()
+        results = await asyncio.gather(
+            *(one(client, prompt, name if mixed else None) for prompt, name in requests())
+        )
+        seconds = time.perf_counter() - started
+    return {
+        "tokens_per_s": sum(tokens for *_, tokens in results) / seconds,
+        "ttft_s": statistics.median(ttft for ttft, *_ in results),
+        "itl_ms": 1000 * statistics.median(itl for _, itl, _ in results),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quantization", default="none", choices=["none", "nf4"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--no-peft", action="store_true", help="leave the slow peer out")
+    args = parser.parse_args()
+    precision = (args.quantization, args.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder)
+        write_adapters(store, inspect_without_weights("default"))
+        command = serve_command(
+            "--adapters", str(store), "--kv-cache-bytes", "128MiB", "--threads", "2",
+            "--quantization", args.quantization, "--dtype", args.dtype,
+        )  # fmt: skip
+        started = time.perf_counter()
+        with ServerProcess(command) as server:
+            where = server.wait_ready(120, report=lambda line: None)
+            ready = time.perf_counter() - started
+            with Side("benchmarks.sides.engine_in_process", str(store), *precision) as engine:
+                sides: dict[str, Callable[[], dict[str, Any]]] = {
+                    "mixed": lambda: asyncio.run(through_grpc(where.grpc, mixed=True)),
+                    "base": lambda: asyncio.run(through_grpc(where.grpc, mixed=False)),
+                    "engine_mixed": lambda: engine.round("mixed"),
+                }
+                if args.no_peft:
+                    measured = measure(sides, args.rounds)
+                else:
+                    with Side("benchmarks.sides.peft_mixed", str(store), *precision) as peft:
+                        measured = measure(sides | {"peft_mixed": lambda: peft.round("mixed")}, args.rounds)
+            memory = scrape(where.metrics).resident_bytes
+            server.stop()
+    report(measured, {"ready_s": ready, "resident_mb": memory / 1e6, "precision": "-".join(precision)})
+
+
+def measure(sides: dict[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """One warm-up round, then the counted ones, all sides in turn."""
+    measured: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in sides}
+    for n in range(rounds + 1):
+        for name, run in sides.items():
+            result = run()
+            print(f"round {n}: {name:13}", {k: round(v, 3) for k, v in result.items()}, flush=True)
+            if n:
+                for key, value in result.items():
+                    measured[name][key].append(value)
+    return measured
+
+
+def report(measured: dict[str, dict[str, list[float]]], extra: dict[str, Any]) -> None:
+    """A table, then everything as one line of JSON."""
+    medians = {
+        f"{name}_{key}": statistics.median(values)
+        for name, figures in measured.items()
+        for key, values in figures.items()
+    }
+
+    def ratio(a: str, b: str) -> float | None:
+        if b not in measured:
+            return None
+        pairs = zip(measured[a]["tokens_per_s"], measured[b]["tokens_per_s"], strict=True)
+        return statistics.median(x / y for x, y in pairs)
+
+    result = {
+        **extra,
+        **medians,
+        "mixed_over_base": ratio("mixed", "base"),
+        "mixed_over_engine": ratio("mixed", "engine_mixed"),
+        "mixed_over_peft": ratio("mixed", "peft_mixed"),
+    }
+    for key, value in result.items():
+        print(f"{key:28} {value if isinstance(value, str | None) else round(value, 3)}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""AdapterService on top of an engine."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from polygraft.engine.handle import EngineHandle
+from polygraft.errors import InvalidRequest, NotSupported
+from polygraft.rpc import messages
+from polygraft.rpc.convert import adapter_name
+from polygraft_api.v1 import adapters_pb2 as pb
+from polygraft_api.v1 import adapters_pb2_grpc
+
+_DEFAULT_PAGE = 100
+_MAX_PAGE = 1000
+_MAX_NEAREST = 16
+_TOKEN_PREFIX = b"1:"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
+    """Translates between the contract and the registry; errors are the interceptor's to map."""
+
+    def __init__(self, handle: EngineHandle) -> None:
+        self._handle = handle
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:  # noqa: N802
+        """Load a folder of the store."""
+        name = adapter_name("name", request.name)
+        info = await self._handle.load_adapter(name, request.source)
+        return pb.LoadAdapterResponse(adapter=messages.adapter(info))
+
+    async def UnloadAdapter(  # noqa: N802
+        self, request: pb.UnloadAdapterRequest, context: Context
+    ) -> pb.UnloadAdapterResponse:
+        """Unload, waiting for running requests or refusing if there are any."""
+        name = adapter_name("name", request.name)
+        if request.mode not in pb.UnloadMode.values():
+            raise InvalidRequest("mode", f"unknown value {request.mode}")
+        info = await self._handle.unload_adapter(name, wait=request.mode != pb.UNLOAD_MODE_REFUSE)
+        return pb.UnloadAdapterResponse(adapter=messages.adapter(info))
+
+    async def ReloadAdapter(  # noqa: N802
+        self, request: pb.ReloadAdapterRequest, context: Context
+    ) -> pb.ReloadAdapterResponse:
+        """Load a folder again under a new generation."""
+        info = await self._handle.reload_adapter(adapter_name("name", request.name))
+        return pb.ReloadAdapterResponse(adapter=messages.adapter(info))
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:  # noqa: N802
+        """Show one adapter."""
+        name = adapter_name("name", request.name)
+        count = request.nearest_tokens
+        if count > _MAX_NEAREST:
+            raise InvalidRequest("nearest_tokens", f"must be in [0, {_MAX_NEAREST}], got {count}")
+        info = self._handle.get_adapter(name)
+        rows = await self._handle.nearest_tokens(name, count) if count else []
+        return pb.GetAdapterResponse(
+            adapter=messages.adapter(info), nearest_tokens=[messages.nearest(row) for row in rows]
+        )
+
+    async def ListAdapters(  # noqa: N802
+        self, request: pb.ListAdaptersRequest, context: Context
+    ) -> pb.ListAdaptersResponse:
+        """List adapters by name, a page at a time."""
+        if request.page_size > _MAX_PAGE:
+            raise InvalidRequest("page_size", f"must be in [0, {_MAX_PAGE}], got {request.page_size}")
+        after = _read_page_token(request.page_token)
+        infos = self._handle.list_adapters()
+        rest = [info for info in infos if after is None or info.name > after]
+        page = rest[: request.page_size or _DEFAULT_PAGE]
+        return pb.ListAdaptersResponse(
+            adapters=[messages.adapter(info) for info in page],
+            next_page_token=_page_token(page[-1].name) if len(page) < len(rest) else "",
+            total_size=len(infos),
+        )
+
+    async def UpdateAdapter(  # noqa: N802
+        self, request: pb.UpdateAdapterRequest, context: Context
+    ) -> pb.UpdateAdapterResponse:
+        """Not served yet."""
+        raise NotSupported("UpdateAdapter", "not served yet")
+
+    async def UploadAdapter(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
+    ) -> pb.UploadAdapterResponse:
+        """Not served yet."""
+        raise NotSupported("UploadAdapter", "not served yet")
+
+
+def _page_token(last: str) -> str:
+    # The last name rather than an index: adapters may come and go between two pages.
+    return base64.urlsafe_b64encode(_TOKEN_PREFIX + last.encode()).decode()
+
+
+def _read_page_token(token: str) -> str | None:
+    if not token:
+        return None
+    try:
+        data = base64.b64decode(token.encode(), altchars=b"-_", validate=True)
+        if not data.startswith(_TOKEN_PREFIX):
+            raise ValueError("foreign")
+        return data.removeprefix(_TOKEN_PREFIX).decode()
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest("page_token", "not one that this method returned") from error

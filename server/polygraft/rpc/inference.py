@@ -1,0 +1,89 @@
+"""InferenceService on top of an engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from polygraft.engine.handle import EngineHandle
+from polygraft.engine.request import LoraPath
+from polygraft.errors import NotSupported
+from polygraft.rpc import convert, messages
+from polygraft.telemetry.logging import request_id
+from polygraft_api.v1 import inference_pb2 as pb
+from polygraft_api.v1 import inference_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Translates between the contract and the engine; errors are the interceptor's to map.
+
+    Args:
+        handle: the engine.
+        default_path: the path of requests that don't name one.
+    """
+
+    def __init__(self, handle: EngineHandle, default_path: LoraPath = LoraPath.AUTO) -> None:
+        self._handle = handle
+        self._default_path = default_path
+        self._numbers = itertools.count()
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
+        """Generate the whole answer: a stream's last message."""
+        async with aclosing(self.GenerateStream(request, context)) as chunks:
+            async for chunk in chunks:
+                if chunk.HasField("final"):
+                    return chunk.final
+        raise AssertionError("a stream ends with its final message or with an error")
+
+    async def GenerateStream(  # noqa: N802
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """Generate chunk by chunk; closing this generator aborts the request."""
+        call = request_id.get()
+        # The caller may choose a call's id and choose it again while the engine still drops the first.
+        unique = f"{call}/{next(self._numbers)}"
+        domain = convert.generate_request(request, unique, self._handle.model, self._default_path)
+        want_ids = request.response.token_ids
+        texts: list[str] = []
+        token_ids: list[int] = []
+        async with aclosing(self._handle.generate(domain)) as outputs:
+            async for output in outputs:
+                if output.error is not None:
+                    raise output.error
+                texts.append(output.text)
+                chunk = pb.GenerateStreamResponse(text=output.text)
+                if want_ids:
+                    token_ids.extend(output.token_ids)
+                    chunk.token_ids.extend(output.token_ids)
+                if output.finished is not None:
+                    summary = messages.summary(output.finished, call)
+                    final = pb.GenerateResponse(text="".join(texts), token_ids=token_ids, summary=summary)
+                    chunk.final.CopyFrom(final)
+                    yield chunk
+                    return
+                if chunk.text or chunk.token_ids:
+                    yield chunk
+        raise RuntimeError("the engine ended a request without saying how")
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:  # noqa: N802
+        """Not served yet."""
+        raise NotSupported("Score", "not served yet")
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
+        """Text to token ids."""
+        prompt = convert.tokenize_request(request, self._handle.model)
+        return pb.TokenizeResponse(token_ids=self._handle.tokenize(prompt))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
+        """Token ids to text."""
+        return pb.DetokenizeResponse(text=self._handle.detokenize(request.token_ids))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+        """What is being served."""
+        return messages.model(self._handle.model)

@@ -1,0 +1,159 @@
+"""What happens around every call: id, gate, authorisation, parsing, errors, access log, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, NoReturn, Protocol
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from polygraft.errors import InvalidRequest, Unauthenticated
+from polygraft.rpc.calls import Calls
+from polygraft.rpc.status import code_of, to_status
+from polygraft.telemetry.logging import request_id
+
+REQUEST_ID_KEY = "x-request-id"
+"""Metadata key of the request id: taken from the call if it is sane, returned in the trailers."""
+
+_DETAILS_KEY = "grpc-status-details-bin"
+_OWN_PREFIX = "/polygraft.v1."
+_ADMIN_PREFIX = "/polygraft.v1.AdapterService/"
+
+_log = logging.getLogger("polygraft.rpc")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CallObserver(Protocol):
+    """Is told about every call that ended; `code` is the status code's name."""
+
+    def call_finished(self, method: str, code: str) -> None:
+        """A call ended; `method` is one of the contract's, as /package.Service/Method."""
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the contract's methods; health and reflection pass untouched.
+
+    Args:
+        calls: where calls in flight are kept.
+        observer: is told about each call's end.
+        admin_token: what AdapterService asks for; None asks for nothing.
+    """
+
+    def __init__(
+        self, calls: Calls, observer: CallObserver | None = None, admin_token: str | None = None
+    ) -> None:
+        self._calls = calls
+        self._observer = observer
+        self._expected = None if admin_token is None else f"Bearer {admin_token}".encode()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the handler of one of the contract's methods."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(_OWN_PREFIX):
+            return handler
+        details = handler_call_details
+
+        # Requests are parsed in here: left to gRPC, a malformed one would end as UNKNOWN with a traceback.
+        async def unary_unary(data: bytes, context: Context) -> Any:
+            async with self._call(details, context):
+                return await handler.unary_unary(_parse(handler, data), context)
+
+        # A coroutine that writes, so that a dropped call closes the servicer's generator before it
+        # returns; of a generator handed to gRPC that would be the garbage collector's task.
+        async def unary_stream(data: bytes, context: Context) -> None:
+            async with (
+                self._call(details, context),
+                aclosing(handler.unary_stream(_parse(handler, data), context)) as responses,
+            ):
+                async for response in responses:
+                    await context.write(response)
+
+        async def stream_unary(requests: AsyncIterator[Any], context: Context) -> Any:
+            async with self._call(details, context):
+                return await handler.stream_unary(requests, context)
+
+        serializer = handler.response_serializer
+        if handler.request_streaming:
+            assert not handler.response_streaming, "the contract has no method that streams both ways"
+            return grpc.stream_unary_rpc_method_handler(
+                stream_unary, handler.request_deserializer, serializer
+            )
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(unary_stream, None, serializer)
+        return grpc.unary_unary_rpc_method_handler(unary_unary, None, serializer)
+
+    @asynccontextmanager
+    async def _call(self, details: grpc.HandlerCallDetails, context: Context) -> AsyncIterator[None]:
+        metadata = dict(details.invocation_metadata)
+        name = self._calls.enter(_text(metadata.get(REQUEST_ID_KEY)))
+        request_id.set(name)
+        started = time.perf_counter()
+        code = grpc.StatusCode.OK
+        try:
+            context.set_trailing_metadata(((REQUEST_ID_KEY, name),))
+            self._admit(details.method, metadata)
+            yield
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():
+                # Not this call was cancelled but something it waited for: gRPC would answer nothing at all.
+                code = grpc.StatusCode.INTERNAL
+                await self._abort(details.method, context, name, RuntimeError(repr(error)))
+            remaining = context.time_remaining()
+            expired = remaining is not None and remaining <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+            raise
+        except grpc.aio.BaseError:  # gRPC's own: the caller went away while something was being sent
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
+            code = code_of(error)
+            await self._abort(details.method, context, name, error)
+        finally:
+            self._calls.leave(name)
+            if self._observer is not None:
+                self._observer.call_finished(details.method, code.name)
+            level = logging.DEBUG if code is grpc.StatusCode.OK else logging.INFO
+            _log.log(level, "%s %s %.3f s", details.method, code.name, time.perf_counter() - started)
+
+    async def _abort(self, method: str, context: Context, name: str, error: Exception) -> NoReturn:
+        code = code_of(error)
+        if code is grpc.StatusCode.INTERNAL:
+            _log.error("%s failed", method, exc_info=error)
+        status = to_status(error, name)
+        trailers = ((_DETAILS_KEY, status.SerializeToString()), (REQUEST_ID_KEY, name))
+        await context.abort(code, status.message, trailers)
+        raise AssertionError("abort raises")
+
+    def _admit(self, method: str, metadata: dict[str, str | bytes]) -> None:
+        if self._calls.refusal is not None:
+            raise self._calls.refusal.with_traceback(None)  # one object for all: frames would pile up
+        if self._expected is None or not method.startswith(_ADMIN_PREFIX):
+            return
+        given = metadata.get("authorization", b"")
+        if not hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
+            raise Unauthenticated("this call needs the metadata 'authorization: Bearer TOKEN'")
+
+
+def _parse(handler: grpc.RpcMethodHandler[Any, Any], data: bytes) -> Any:
+    parse = handler.request_deserializer
+    assert parse is not None, "generated handlers have one"
+    try:
+        return parse(data)
+    except DecodeError as error:
+        raise InvalidRequest("request", "not a valid message, or a string in it is not UTF-8") from error
+
+
+def _text(value: str | bytes | None) -> str | None:
+    return value if isinstance(value, str) else None

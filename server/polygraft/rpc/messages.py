@@ -1,0 +1,101 @@
+"""From the domain to protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import polygraft
+from polygraft.adapters.info import AdapterInfo, NearToken
+from polygraft.engine.handle import ModelInfo
+from polygraft.engine.request import Finished
+from polygraft_api.v1 import adapters_pb2 as apb
+from polygraft_api.v1 import inference_pb2 as pb
+
+
+def summary(finished: Finished, request_id: str) -> pb.GenerateSummary:
+    """How a request ended."""
+    usage, timings = finished.usage, finished.timings
+    return pb.GenerateSummary(
+        finish_reason=pb.FinishReason.Value(f"FINISH_REASON_{finished.reason.value}"),
+        usage=pb.Usage(
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            virtual_tokens=usage.virtual_tokens,
+            completion_tokens=usage.completion_tokens,
+        ),
+        timings=pb.Timings(
+            queue=timings.queue or 0.0,
+            prefill=timings.prefill or 0.0,
+            time_to_first_token=timings.time_to_first_token or 0.0,
+            total=timings.total,
+        ),
+        adapter_generation=finished.adapter_generation or 0,
+        lora_path=pb.LoraPath.Value(f"LORA_PATH_{finished.path.value}"),
+        seed=finished.seed,
+        stop_sequence=finished.stop_sequence or "",
+        stop_token_id=finished.stop_token_id,
+        preemptions=finished.preemptions,
+        request_id=request_id,
+    )
+
+
+def model(info: ModelInfo) -> pb.GetModelResponse:
+    """What is being served."""
+    default = info.default_sampling
+    return pb.GetModelResponse(
+        model=info.model,
+        architecture=info.architecture,
+        dtype=info.dtype,
+        quantization=info.quantization,
+        device=info.device,
+        context_length=info.context_length,
+        vocabulary_size=info.vocabulary_size,
+        parameters=info.parameters,
+        weight_bytes=info.weight_bytes,
+        kv_cache_bytes=info.kv_cache_bytes,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        eos_token_ids=info.eos_token_ids,
+        default_sampling=pb.SamplingOptions(
+            temperature=default.temperature, top_p=default.top_p, top_k=default.top_k, min_p=default.min_p
+        ),
+        has_chat_template=info.has_chat_template,
+        server_version=polygraft.__version__,
+        notes=info.notes,
+    )
+
+
+def adapter(info: AdapterInfo) -> apb.Adapter:
+    """One adapter."""
+    message = apb.Adapter(
+        name=info.name,
+        generation=info.generation,
+        state=apb.AdapterState.Value(f"ADAPTER_STATE_{info.state.value}"),
+        kind=info.kind,
+        primitives=info.primitives,
+        modules=info.modules,
+        rank=info.rank,
+        virtual_tokens=info.virtual_tokens,
+        parameters=info.parameters,
+        disk_bytes=info.disk_bytes,
+        compiled_bytes=info.compiled_bytes,
+        source=info.source,
+        content_hash=info.content_hash,
+        running_requests=info.running_requests,
+        load_seconds=info.load_seconds,
+        problems=info.problems,
+        warnings=info.warnings,
+    )
+    if info.load_time > 0:
+        message.load_time.FromMicroseconds(round(info.load_time * 1e6))
+    return message
+
+
+def nearest(tokens: Sequence[NearToken]) -> apb.NearestTokens:
+    """The vocabulary's nearest tokens to one virtual token."""
+    return apb.NearestTokens(
+        tokens=[
+            apb.NearestToken(token_id=near.token_id, text=near.text, similarity=near.similarity)
+            for near in tokens
+        ]
+    )

@@ -1,0 +1,157 @@
+"""The life of a serving process: start, wait for a signal or a failure, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import polygraft
+from polygraft.config import ServerConfig
+from polygraft.engine.handle import EngineHandle
+from polygraft.errors import Draining, EngineDead
+from polygraft.rpc.server import RpcServer
+from polygraft.telemetry.endpoint import MetricsEndpoint
+from polygraft.telemetry.metrics import Metrics
+
+# What the last messages get to leave the process once nothing is in flight any more.
+_FLUSH_SECONDS = 0.5
+
+_log = logging.getLogger("polygraft.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where the server listens; `metrics` is None where the endpoint is off."""
+
+    grpc: int
+    metrics: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """How a serving process is told to end: the first request drains, the second aborts at once."""
+
+    requested: asyncio.Event = field(default_factory=asyncio.Event)
+    forced: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def request(self) -> None:
+        """What a signal does."""
+        (self.forced if self.requested.is_set() else self.requested).set()
+
+
+async def serve(
+    config: ServerConfig,
+    handle: EngineHandle,
+    metrics: Metrics | None = None,
+    *,
+    on_ready: Callable[[Ports], None] | None = None,
+    shutdown: Shutdown | None = None,
+) -> int:
+    """Serve until SIGTERM, SIGINT, `shutdown` or the engine's death; returns the exit status.
+
+    A drained server returns 0, also if requests had to be aborted after `drain_timeout`; a second
+    signal or a dead engine return 1. The engine is stopped, except where it has died.
+
+    Args:
+        metrics: counts the calls and is served on `config.metrics` (unless that is empty); the
+            engine reports to the same object.
+        on_ready: is called once everything listens.
+        shutdown: ends the server as signals do.
+
+    Raises:
+        ConfigError: an address is taken.
+    """
+    shutdown = shutdown or Shutdown()
+    with ExitStack() as stack:
+        endpoint = None
+        if metrics is not None:
+            metrics.describe_model(handle.model, polygraft.__version__)
+            if config.metrics:
+                endpoint = stack.enter_context(MetricsEndpoint(metrics.registry, config.metrics))
+        server = RpcServer(config, handle, metrics)
+        ports = Ports(await server.start(), endpoint.port if endpoint else None)
+        stack.enter_context(_signals(shutdown))
+        _log.info("serving %s on port %d", handle.model.model, ports.grpc)
+        if on_ready is not None:
+            on_ready(ports)
+        return await _until_stopped(config.drain_timeout, server, handle, shutdown)
+
+
+async def _until_stopped(
+    drain_timeout: float, server: RpcServer, handle: EngineHandle, shutdown: Shutdown
+) -> int:
+    failed = asyncio.create_task(handle.wait_failed())
+    try:
+        await _first(failed, shutdown.requested.wait())
+        if failed.done():
+            return await _fail(drain_timeout, server, handle.failure)
+        return await _drain(drain_timeout, server, handle, shutdown, failed)
+    finally:
+        failed.cancel()
+        await server.stop(None)
+
+
+async def _drain(
+    timeout: float, server: RpcServer, handle: EngineHandle, shutdown: Shutdown, failed: asyncio.Task[None]
+) -> int:
+    _log.info("draining: %d calls get up to %g s", len(server.calls), timeout)
+    await server.refuse(Draining("the server is shutting down"))
+    deadline = asyncio.get_running_loop().time() + timeout
+    drained = asyncio.create_task(handle.drain(timeout))
+    await _first(drained, failed, shutdown.forced.wait())
+    if not drained.done() and not failed.done():
+        drained.cancel()
+        _log.warning("aborting %d calls", len(server.calls))
+        await server.stop(None)
+        await handle.drain(0.0)
+        return 1
+    if failed.done():
+        drained.cancel()
+        return await _fail(timeout, server, handle.failure)
+    if error := drained.exception():
+        return await _fail(timeout, server, error)
+    if aborted := drained.result():
+        _log.warning("aborted %d requests that were still running after %g s", aborted, timeout)
+    # The engine is done; answers may still be on their way to slow readers.
+    left = max(deadline - asyncio.get_running_loop().time(), _FLUSH_SECONDS)
+    await _first(server.calls.wait_idle(left), shutdown.forced.wait())
+    await server.stop(_FLUSH_SECONDS)
+    _log.info("stopped")
+    return 0
+
+
+async def _fail(timeout: float, server: RpcServer, cause: BaseException | None) -> int:
+    _log.critical("the engine failed", exc_info=cause)
+    await server.refuse(EngineDead("the engine failed"))
+    await server.calls.wait_idle(timeout)
+    await server.stop(_FLUSH_SECONDS)
+    return 1
+
+
+async def _first(*waits: asyncio.Task[Any] | Coroutine[Any, Any, Any]) -> None:
+    """Return when the first of `waits` has ended; the coroutines among them are cancelled then."""
+    own = [asyncio.create_task(wait) for wait in waits if not isinstance(wait, asyncio.Task)]
+    given = [wait for wait in waits if isinstance(wait, asyncio.Task)]
+    try:
+        await asyncio.wait([*own, *given], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in own:
+            task.cancel()
+
+
+@contextmanager
+def _signals(shutdown: Shutdown) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    caught = (signal.SIGTERM, signal.SIGINT)
+    for number in caught:
+        loop.add_signal_handler(number, shutdown.request)
+    try:
+        yield
+    finally:
+        for number in caught:
+            loop.remove_signal_handler(number)

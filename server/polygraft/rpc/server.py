@@ -1,0 +1,92 @@
+"""The gRPC server: its options, its services, and how it opens and closes."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from polygraft.config import ServerConfig
+from polygraft.engine.handle import EngineHandle
+from polygraft.engine.request import LoraPath
+from polygraft.errors import ConfigError, PolygraftError
+from polygraft.rpc.adapters import AdapterServicer
+from polygraft.rpc.calls import Calls
+from polygraft.rpc.inference import InferenceServicer
+from polygraft.rpc.interceptors import CallInterceptor, CallObserver
+from polygraft_api.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+ADAPTERS = adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+
+class RpcServer:
+    """Serves an engine over gRPC, with health per service and reflection.
+
+    Args:
+        config: address, limits and token.
+        handle: the engine.
+        observer: is told about every call's end.
+    """
+
+    def __init__(
+        self, config: ServerConfig, handle: EngineHandle, observer: CallObserver | None = None
+    ) -> None:
+        self._config = config
+        token = config.admin_token
+        self.calls = Calls()
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(self.calls, observer, token.get_secret_value() if token else None)],
+            options=_options(config),
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(handle, LoraPath[config.lora_path.upper()]), self._server
+        )
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(handle), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (INFERENCE, ADAPTERS, HEALTH, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self) -> int:
+        """Listen, and return the port.
+
+        Raises:
+            ConfigError: the address is taken or not this machine's.
+        """
+        address = self._config.listen
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            await self._server.stop(None)
+            raise ConfigError("--listen", f"can't listen on {address}: is the port taken?") from error
+        await self._server.start()
+        for name in (INFERENCE, ADAPTERS):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return port
+
+    async def refuse(self, error: PolygraftError) -> None:
+        """Answer every new call with `error`; health turns to NOT_SERVING, and goes on answering."""
+        self.calls.refusal = error
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float | None) -> None:
+        """Close; calls that are left after `grace` seconds (None: at once) are cancelled."""
+        await self._server.stop(grace)
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        # One connection may fill the queue: a full one must answer, not make callers wait unseen.
+        ("grpc.max_concurrent_streams", config.max_num_seqs + config.max_waiting + 64),
+        # A taken port is an error, not a port shared with another server.
+        ("grpc.so_reuseport", 0),
+        # Dead peers are noticed within 80 seconds, so that their streams are freed.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]

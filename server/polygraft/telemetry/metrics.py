@@ -1,0 +1,243 @@
+"""What the server tells Prometheus. `docs/metrics.md` explains every metric."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+
+import prometheus_client
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+
+from polygraft.adapters.info import AdapterInfo, AdapterState
+from polygraft.engine.handle import ModelInfo, StepStats
+from polygraft.engine.request import Finished
+from polygraft.telemetry.labels import AdapterLabels
+
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_INTER_TOKEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_END_TO_END = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60)
+_STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_ROWS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+_LOAD = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+BASE_KIND = "base"
+"""The kind label of the base model."""
+
+
+class Metrics:
+    """Turns what the engine and the RPC layer report into metrics, on a registry of its own.
+
+    Implements `polygraft.engine.handle.Observer` and `polygraft.rpc.interceptors.CallObserver`. An
+    adapter's series vanish when it is unloaded.
+
+    Args:
+        max_adapter_labels: adapters that get series of their own, by first use; the rest share one.
+    """
+
+    def __init__(self, max_adapter_labels: int = 100) -> None:
+        # Creation times double the number of series and nothing reads them.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self._labels = AdapterLabels(max_adapter_labels)
+        self._known: dict[str, AdapterInfo] = {}
+        self._in_flight = 0
+        self._widest = (0, 0)
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._define_requests()
+        self._define_steps()
+        self._define_adapters()
+
+    def _define_requests(self) -> None:
+        own = ("adapter", "kind")
+        self._model = self._gauge(
+            "model_info",
+            "1, labelled with the base model as it is served",
+            ("model", "architecture", "dtype", "quantization", "device", "version"),
+        )
+        self._submitted = self._counter("submitted_requests", "Requests that entered the queue", own)
+        self._requests = self._counter(
+            "requests", "Requests that ended, by finish reason", (*own, "path", "finish_reason")
+        )
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens of finished requests", own)
+        self._cached = self._counter("cached_tokens", "Prompt tokens whose keys and values were reused", own)
+        self._virtual = self._counter(
+            "virtual_tokens", "Virtual tokens that finished requests attended to", own
+        )
+        self._generated = self._counter("generated_tokens", "Tokens generated", own)
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token", _LATENCY, ("kind",)
+        )
+        self._inter_token = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a request", _INTER_TOKEN, ("kind",)
+        )
+        self._end_to_end = self._histogram(
+            "end_to_end_seconds", "From arrival to the end of a request", _END_TO_END, ("kind",)
+        )
+        self._queue = self._histogram(
+            "queue_seconds", "From arrival to first being scheduled", _QUEUE, ("kind",)
+        )
+        self._running = self._gauge("running_requests", "Requests being served")
+        self._waiting = self._gauge("waiting_requests", "Requests in the queue")
+        self._calls = self._counter("rpcs", "RPCs that ended, by method", ("method",))
+        self._errors = self._counter("errors", "RPCs that ended with an error", ("method", "code"))
+
+    def _define_steps(self) -> None:
+        self._steps = self._counter("steps", "Engine steps, by the path of low-rank weights", ("path",))
+        self._step_seconds = self._histogram("step_seconds", "Duration of a step", _STEP)
+        self._rows = self._histogram(
+            "step_rows", "Tokens run through the base in a step, by phase", _ROWS, ("phase",)
+        )
+        self._step_adapters = self._histogram(
+            "step_adapters", "Distinct adapters that shared a step, the base not counted", _ADAPTERS
+        )
+        self._widest_step = self._gauge(
+            "widest_step_adapters",
+            "Distinct adapters by kind in the step that most shared so far, the base counted as one",
+            ("kind",),
+        )
+        self._preemptions = self._counter("preemptions", "Sequences that lost their place in the cache")
+        self._blocks_used = self._gauge("kv_blocks_used", "Blocks of the KV cache in use")
+        self._blocks = self._gauge("kv_blocks_capacity", "Blocks of the KV cache in all")
+        self._prefill_rows = self._rows.labels("prefill")
+        self._decode_rows = self._rows.labels("decode")
+
+    def _define_adapters(self) -> None:
+        self._adapters = self._gauge("adapters", "Registered adapters, by state", ("state",))
+        for state in AdapterState:
+            self._adapters.labels(state.value).set(0)
+        self._compiled = self._gauge("adapter_compiled_bytes", "Memory that compiled adapters take")
+        self._loads = self._counter("adapter_loads", "Loads of adapters, by result", ("result",))
+        for result in ("ok", "failed"):
+            self._loads.labels(result)
+        self._load_seconds = self._histogram("adapter_load_seconds", "Duration of a successful load", _LOAD)
+        self._unloads = self._counter("adapter_unloads", "Adapters unloaded")
+        self._per_adapter = (
+            self._submitted,
+            self._requests,
+            self._prompt,
+            self._cached,
+            self._virtual,
+            self._generated,
+        )
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(f"polygraft_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"polygraft_{name}", text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()
+    ) -> Histogram:
+        return Histogram(f"polygraft_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def describe_model(self, model: ModelInfo, version: str) -> None:
+        """Publish what is being served; `version` is the server's."""
+        self._model.clear()
+        self._model.labels(
+            model.model, model.architecture, model.dtype, model.quantization, model.device, version
+        ).set(1)
+
+    def request_submitted(self, adapter: str, kind: str) -> None:
+        """Count a request that entered the queue."""
+        self._in_flight += 1
+        self._submitted.labels(self._labels.label(adapter), kind or BASE_KIND).inc()
+
+    def tokens_generated(self, adapter: str, kind: str, count: int, interval: float | None) -> None:
+        """Count `count` tokens that came `interval` seconds after the request's previous ones."""
+        kind = kind or BASE_KIND
+        self._generated.labels(self._labels.label(adapter), kind).inc(count)
+        if interval is not None:
+            latency = self._inter_token.labels(kind)
+            for _ in range(count):
+                latency.observe(interval / count)
+
+    def request_finished(
+        self, adapter: str, kind: str, finished: Finished | None, error: Exception | None
+    ) -> None:
+        """Count a request that ended; one that failed has the finish reason ERROR and no path."""
+        self._in_flight -= 1
+        if self._in_flight == 0:  # an abort may be followed by no step that would say so
+            self._running.set(0)
+            self._waiting.set(0)
+        own = (self._labels.label(adapter), kind or BASE_KIND)
+        if finished is None:
+            self._requests.labels(*own, "", "ERROR").inc()
+            return
+        self._requests.labels(*own, finished.path.value, finished.reason.value).inc()
+        self._prompt.labels(*own).inc(finished.usage.prompt_tokens)
+        self._cached.labels(*own).inc(finished.usage.cached_tokens)
+        self._virtual.labels(*own).inc(finished.usage.virtual_tokens)
+        timings = finished.timings
+        self._end_to_end.labels(own[1]).observe(timings.total)
+        if timings.queue is not None:
+            self._queue.labels(own[1]).observe(timings.queue)
+        if timings.time_to_first_token is not None:
+            self._first_token.labels(own[1]).observe(timings.time_to_first_token)
+
+    def step_finished(self, stats: StepStats) -> None:
+        """Record what one step did."""
+        self._steps.labels(stats.path).inc()
+        self._step_seconds.observe(stats.seconds)
+        self._prefill_rows.observe(stats.prefill_rows)
+        self._decode_rows.observe(stats.decode_rows)
+        self._step_adapters.observe(len(stats.adapters))
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._blocks_used.set(stats.kv_blocks_used)
+        self._blocks.set(stats.kv_blocks_total)
+        self._preemptions.inc(stats.preemptions)
+        kinds = Tally(kind for _, kind in stats.adapters)
+        if stats.base_rows:
+            kinds[BASE_KIND] += 1
+        width = (kinds.total(), len(kinds))
+        if width > self._widest:
+            self._widest = width
+            self._widest_step.clear()
+            for kind, count in kinds.items():
+                self._widest_step.labels(kind).set(count)
+
+    def adapter_changed(self, info: AdapterInfo) -> None:
+        """Record that an adapter was loaded, failed to load, or began to unload."""
+        before = self._known.get(info.name)
+        self._known[info.name] = info
+        if info.state is AdapterState.FAILED:
+            self._loads.labels("failed").inc()
+        elif info.state is AdapterState.READY and (
+            before is None
+            or before.generation != info.generation
+            or before.state in (AdapterState.LOADING, AdapterState.FAILED)
+        ):
+            self._loads.labels("ok").inc()
+            self._load_seconds.observe(info.load_seconds)
+        self._show_adapters()
+
+    def adapter_removed(self, info: AdapterInfo) -> None:
+        """Record that an adapter is gone, and drop its series."""
+        self._known.pop(info.name, None)
+        self._unloads.inc()
+        if self._labels.forget(info.name):
+            for metric in self._per_adapter:
+                metric.remove_by_labels({"adapter": info.name})
+        self._show_adapters()
+
+    def _show_adapters(self) -> None:
+        states = Tally(info.state for info in self._known.values())
+        for state in AdapterState:
+            self._adapters.labels(state.value).set(states[state])
+        self._compiled.set(sum(info.compiled_bytes for info in self._known.values()))
+
+    def call_finished(self, method: str, code: str) -> None:
+        """Count an RPC; `code` is the gRPC status code's name."""
+        self._calls.labels(method).inc()
+        if code != "OK":
+            self._errors.labels(method, code).inc()

@@ -1,0 +1,43 @@
+"""Adapter folders to damage."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from polygraft.adapters.folder import CONFIG, WEIGHTS, read_folder
+from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.base.spec import BaseSpec
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@dataclass
+class Specimen:
+    """An adapter as PEFT saved it, to be changed and saved again."""
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def load(cls, folder: Path) -> Specimen:
+        return cls(json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS))
+
+    def save(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(self.config))
+        save_file(self.tensors, folder / WEIGHTS)
+        return folder
+
+
+def compile_folder(folder: Path, base: BaseSpec, limits: AdapterLimits | None = None) -> CompiledAdapter:
+    """All that loading does before the engine sees the adapter."""
+    limits = limits or AdapterLimits()
+    files = read_folder(folder.name, folder, limits.compiled_bytes)
+    return run_to_end(compile_adapter(files, base, limits))

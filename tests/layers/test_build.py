@@ -1,0 +1,133 @@
+"""Building the C++ operators, and going without them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polygraft.layers.native import build, kernels
+from tests.engines import greedy, make_engine, run_greedy
+
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A machine that has built nothing yet; where it would put the library."""
+    source = tmp_path / "package" / "kernels.cpp"
+    source.parent.mkdir()
+    source.write_bytes(build.SOURCE.read_bytes())
+    monkeypatch.setattr(build, "SOURCE", source)
+    monkeypatch.setenv("POLYGRAFT_CACHE", str(tmp_path / "cache"))
+    kernels.load_kernels.cache_clear()
+    yield tmp_path / "cache" / "kernels"
+    kernels.load_kernels.cache_clear()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_without_a_compiler_there_is_a_warning_and_torch_serves(
+    fresh: Path,
+    llama: Path,
+    llama_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    requests = [
+        greedy(str(name), list(range(40)), name, 6) for name in (None, "lora-bias", "prefix", "prompt")
+    ]
+    expected = run_greedy(make_engine(llama, llama_store, native=False), requests)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    engine = make_engine(llama, llama_store)
+    assert kernels.load_kernels() is None
+    assert "no C++ operators, the slower torch ones serve: no C++ compiler" in caplog.text
+    assert run_greedy(engine, requests) == expected
+
+
+@COMPILER
+def test_a_compiler_that_fails(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build.SOURCE.write_text("this is no C++\n")
+    assert kernels.load_kernels() is None
+    assert "the C++ operators don't compile" in caplog.text
+    assert "this" in caplog.text
+    assert files(fresh) == []
+
+
+def test_a_cache_folder_that_cant_be_written(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh.parent.write_text("a file where the folder should be")
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/g++")
+    assert kernels.load_kernels() is None
+    assert "no C++ operators" in caplog.text
+
+
+def test_a_library_that_cant_be_loaded(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fresh.mkdir(parents=True)
+    (fresh / build.library_name(build.instruction_sets()[0])).write_bytes(b"half a library")
+    assert kernels.load_kernels() is None
+    assert "no C++ operators" in caplog.text
+
+
+def test_the_name_changes_with_source_flags_and_instruction_set(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {build.library_name(march) for march in ("", "x86-64-v3", "x86-64-v4")}
+    assert len(names) == 3
+    build.SOURCE.write_text(build.SOURCE.read_text() + "\n// changed\n")
+    names.add(build.library_name(""))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    names.add(build.library_name(""))
+    assert len(names) == 5
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_library_appears_whole_or_not_at_all(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    monkeypatch.setenv("CXX", "compiler")
+    seen: list[list[str]] = []
+
+    def compile_slowly(command: list[str], **options: Any) -> None:
+        output = Path(command[command.index("-o") + 1])
+        output.write_bytes(b"half")
+        seen.append([name for name in files(fresh) if name.endswith(".so")])
+        if interrupted:
+            raise KeyboardInterrupt
+        output.write_bytes(b"half and half")
+
+    monkeypatch.setattr(subprocess, "run", compile_slowly)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            build.build("x86-64-v3", fresh)
+        assert files(fresh) == []
+    else:
+        path = build.build("x86-64-v3", fresh)
+        assert files(fresh) == [path.name]
+        assert path.read_bytes() == b"half and half"
+    assert seen == [[]]
+
+
+@COMPILER
+def test_what_is_built_is_used_again(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.load() is not None
+    assert len(files(fresh)) == 1
+    monkeypatch.setattr(build, "build", None)
+    assert build.load() is not None
+
+
+def test_a_library_beside_the_package_comes_first(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = build.library_name(build.instruction_sets()[0])
+    for folder in (fresh, build.SOURCE.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: path)
+    assert build.load() == str(build.SOURCE.parent / name)

@@ -1,0 +1,193 @@
+"""An engine without a model: scripted tokens, adapters in a dict, failures on demand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+
+from polygraft.adapters.info import AdapterInfo, AdapterState, NearToken
+from polygraft.engine.handle import ModelInfo
+from polygraft.engine.request import (
+    Chat,
+    Finished,
+    FinishReason,
+    LoraPath,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Timings,
+    Usage,
+)
+from polygraft.errors import AdapterNotFound, Draining, EngineDead, InvalidRequest
+
+MODEL = ModelInfo(
+    model="fake",
+    architecture="llama",
+    dtype="float32",
+    quantization="none",
+    device="cpu",
+    context_length=128,
+    vocabulary_size=1000,
+    parameters=10,
+    weight_bytes=40,
+    kv_cache_bytes=1024,
+    max_num_seqs=4,
+    max_num_batched_tokens=64,
+    eos_token_ids=(0,),
+    default_sampling=SamplingParams(temperature=0.5, top_p=0.9, top_k=20, min_p=0.1),
+    has_chat_template=True,
+    notes=("a note",),
+)
+
+
+def ready(name: str, generation: int = 1, **fields: object) -> AdapterInfo:
+    info = AdapterInfo(name, AdapterState.READY, source=name, generation=generation, kind="lora")
+    return replace(info, **fields)  # type: ignore[arg-type]
+
+
+class FakeEngine:
+    """An `EngineHandle`.
+
+    `answer` is what every request generates, one piece a step. Requests pause after `pause_after`
+    pieces until `resume` is set. `error` is raised before a request is queued, `late_error` once
+    `pause_after` pieces have come out, `adapter_error` by every adapter command.
+    """
+
+    def __init__(self) -> None:
+        self.model = MODEL
+        self.failure: Exception | None = None
+        self.answer: Sequence[str] = ("Hel", "", "lo ", "world")
+        self.pause_after = 10**9
+        self.resume = asyncio.Event()
+        self.error: BaseException | None = None
+        self.late_error: Exception | None = None
+        self.adapter_error: Exception | None = None
+        self.adapters = {"json": ready("json", 7), "shout": ready("shout", 8)}
+        self.requests: list[Request] = []
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+        self.dropped = asyncio.Event()
+        self.paused = asyncio.Event()
+        self.died = asyncio.Event()
+        self.drained_with: list[float] = []
+        self.loads: list[tuple[str, str]] = []
+        self.unloads: list[tuple[str, bool]] = []
+        self._draining = False
+        self._changed = asyncio.Event()
+
+    async def until_running(self, count: int) -> None:
+        while len(self.running) != count:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def die(self, cause: Exception) -> None:
+        self.failure = cause
+        self.died.set()
+        self.resume.set()
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        if self._draining:
+            raise Draining("the server is shutting down")
+        if self.error is not None:
+            raise self.error
+        self.requests.append(request)
+        self.running.add(request.id)
+        self._changed.set()
+        done = False
+        try:
+            for number, text in enumerate(self.answer):
+                if number == self.pause_after:
+                    if self.late_error is not None:
+                        done = True
+                        raise self.late_error
+                    self.paused.set()
+                    await self.resume.wait()
+                await asyncio.sleep(0)
+                if self.failure is not None:
+                    done = True
+                    yield RequestOutput(request.id, error=EngineDead(str(self.failure)))
+                    return
+                last = number == len(self.answer) - 1
+                done = last
+                yield RequestOutput(
+                    request.id, text, (100 + number,), finished=self._finished(request) if last else None
+                )
+        finally:
+            self.running.discard(request.id)
+            self._changed.set()
+            if not done:
+                self.aborted.append(request.id)
+                self.dropped.set()
+
+    def _finished(self, request: Request) -> Finished:
+        return Finished(
+            reason=FinishReason.STOP_SEQUENCE,
+            usage=Usage(
+                prompt_tokens=3, completion_tokens=len(self.answer), cached_tokens=1, virtual_tokens=2
+            ),
+            timings=Timings(total=0.4, queue=0.1, prefill=0.2, time_to_first_token=0.3),
+            seed=request.sampling.seed,
+            path=LoraPath.UNMERGED,
+            adapter_generation=7 if request.adapter else None,
+            stop_sequence="###",
+            preemptions=1,
+        )
+
+    def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
+        text = prompt if isinstance(prompt, str) else "".join(turn.content for turn in prompt.messages)
+        return tuple(text.encode())
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        if any(token >= self.model.vocabulary_size for token in token_ids):
+            raise InvalidRequest("token_ids", "out of range")
+        return bytes(token_ids).decode()
+
+    def _check(self) -> None:
+        if self.adapter_error is not None:
+            raise self.adapter_error
+
+    async def load_adapter(self, name: str, source: str = "") -> AdapterInfo:
+        self._check()
+        self.loads.append((name, source))
+        self.adapters[name] = ready(name, 9)
+        return self.adapters[name]
+
+    async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
+        self._check()
+        self.unloads.append((name, wait))
+        self.get_adapter(name)
+        return self.adapters.pop(name)
+
+    async def reload_adapter(self, name: str) -> AdapterInfo:
+        self._check()
+        info = self.get_adapter(name)
+        self.adapters[name] = replace(info, generation=info.generation + 1)
+        return self.adapters[name]
+
+    def get_adapter(self, name: str) -> AdapterInfo:
+        if name not in self.adapters:
+            raise AdapterNotFound(name, "not registered")
+        return self.adapters[name]
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        return sorted(self.adapters.values(), key=lambda info: info.name)
+
+    async def nearest_tokens(self, name: str, count: int) -> list[list[NearToken]]:
+        return [[NearToken(5, "five", 0.5)] * count] * 2
+
+    async def wait_failed(self) -> None:
+        await self.died.wait()
+
+    async def drain(self, timeout: float) -> int:
+        self.drained_with.append(timeout)
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout):
+                await self.until_running(0)
+        except TimeoutError:
+            left = len(self.running)
+            self.failure = Draining("aborted")
+            self.resume.set()
+            return left
+        return 0

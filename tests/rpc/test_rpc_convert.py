@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from polygraft.engine.request import AdapterRef, Chat, ChatMessage, LoraPath, Request
+from polygraft.errors import InvalidRequest, NotSupported
+from polygraft.rpc.convert import adapter_name, generate_request, tokenize_request
+from polygraft_api.v1 import inference_pb2 as pb
+from tests.rpc.fake_engine import MODEL, replace
+
+
+def convert(**fields: Any) -> Request:
+    fields = fields if {"prompt", "token_ids", "chat"} & set(fields) else {"prompt": "hi", **fields}
+    return generate_request(pb.GenerateRequest(**fields), "id-1", MODEL, LoraPath.AUTO)
+
+
+def test_unset_fields_take_the_models_defaults() -> None:
+    request = convert(prompt="hi")
+    assert request.id == "id-1"
+    assert request.prompt == "hi"
+    assert request.adapter is None
+    assert request.lora_path is LoraPath.AUTO
+    assert replace(request.sampling, seed=0) == MODEL.default_sampling
+    assert 0 <= request.sampling.seed < 2**63
+    assert convert(prompt="hi").sampling.seed != request.sampling.seed
+    assert request.stopping.max_new_tokens is None
+    assert request.stopping.min_new_tokens == 0
+    assert request.stopping.time_limit is None
+
+
+def test_set_fields_arrive() -> None:
+    request = convert(
+        token_ids={"ids": [0, 999]},
+        adapters=[{"name": "json", "generation": 3, "weight": 1.0}],
+        lora_path=pb.LORA_PATH_UNMERGED,
+        sampling={"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "seed": 0, "repetition_penalty": 1},
+        stopping={
+            "max_new_tokens": 5,
+            "min_new_tokens": 5,
+            "stop_sequences": ["a", "b" * 512],
+            "stop_token_ids": [1],
+            "ignore_eos": True,
+            "time_limit": 1.5,
+        },
+    )
+    assert request.prompt == (0, 999)
+    assert request.adapter == AdapterRef("json", 3)
+    assert request.lora_path is LoraPath.UNMERGED
+    assert request.sampling.greedy
+    assert (request.sampling.top_p, request.sampling.top_k, request.sampling.min_p) == (1, 0, 0)
+    assert request.sampling.seed == 0
+    assert request.stopping.max_new_tokens == request.stopping.min_new_tokens == 5
+    assert request.stopping.stop == ("a", "b" * 512)
+    assert request.stopping.stop_token_ids == (1,)
+    assert request.stopping.ignore_eos
+    assert request.stopping.time_limit == 1.5
+
+
+def test_chat_and_short_form() -> None:
+    request = convert(chat={"messages": [{"role": "user", "content": "hi"}]}, adapter="json")
+    assert request.prompt == Chat((ChatMessage("user", "hi"),))
+    assert request.adapter == AdapterRef("json", None)
+    assert convert(adapters=[{"name": "json"}]).adapter == AdapterRef("json", None)
+
+
+def test_the_servers_path_is_the_default() -> None:
+    message = pb.GenerateRequest(prompt="hi")
+    assert generate_request(message, "id", MODEL, LoraPath.UNMERGED).lora_path is LoraPath.UNMERGED
+    assert convert(lora_path=pb.LORA_PATH_AUTO).lora_path is LoraPath.AUTO
+
+
+NAN, INF = math.nan, math.inf
+INVALID: list[tuple[str, dict[str, Any]]] = [
+    ("prompt", {"prompt": ""}),
+    ("token_ids.ids", {"token_ids": {}}),
+    ("token_ids.ids[1]", {"token_ids": {"ids": [0, 1000]}}),
+    ("token_ids.ids[0]", {"token_ids": {"ids": [2**32 - 1]}}),
+    ("chat.messages", {"chat": {}}),
+    ("chat.messages[1].role", {"chat": {"messages": [{"role": "user"}, {"content": "x"}]}}),
+    ("adapters", {"adapter": "a", "adapters": [{"name": "a"}]}),
+    *[
+        ("adapter", {"adapter": name})
+        for name in ("../x", "a/b", "a@1", ".a", "a b", "a" * 129, "é", "a\n", "-")
+    ],
+    ("adapters[0].name", {"adapters": [{"name": ""}]}),
+    ("adapters[1].name", {"adapters": [{"name": "a"}, {"name": "../b"}]}),
+    ("adapters[0].weight", {"adapters": [{"name": "a", "weight": NAN}]}),
+    ("lora_path", {"lora_path": 17}),
+    *[("sampling.temperature", {"sampling": {"temperature": bad}}) for bad in (-0.1, 100.1, NAN, INF, -INF)],
+    *[("sampling.top_p", {"sampling": {"top_p": bad}}) for bad in (0, 1.01, -1, NAN, INF)],
+    *[("sampling.min_p", {"sampling": {"min_p": bad}}) for bad in (-0.01, 1.01, NAN, INF)],
+    *[("sampling.seed", {"sampling": {"seed": bad}}) for bad in (2**63, 2**64 - 1)],
+    *[
+        (f"sampling.{p}_penalty", {"sampling": {f"{p}_penalty": NAN}})
+        for p in ("repetition", "presence", "frequency")
+    ],
+    ("sampling.logit_bias", {"sampling": {"logit_bias": {1: INF}}}),
+    *[("stopping.max_new_tokens", {"stopping": {"max_new_tokens": bad}}) for bad in (0, 128, 2**32 - 1)],
+    ("stopping.min_new_tokens", {"stopping": {"max_new_tokens": 3, "min_new_tokens": 4}}),
+    ("stopping.min_new_tokens", {"stopping": {"min_new_tokens": 257}}),
+    ("stopping.stop_sequences", {"stopping": {"stop_sequences": ["x"] * 17}}),
+    ("stopping.stop_sequences[1]", {"stopping": {"stop_sequences": ["x", ""]}}),
+    ("stopping.stop_sequences[0]", {"stopping": {"stop_sequences": ["x" * 513]}}),
+    ("stopping.stop_token_ids", {"stopping": {"stop_token_ids": [1] * 65}}),
+    ("stopping.stop_token_ids[1]", {"stopping": {"stop_token_ids": [1, 1000]}}),
+    *[("stopping.time_limit", {"stopping": {"time_limit": bad}}) for bad in (0, -1, 86401, NAN, INF)],
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), INVALID, ids=[f"{f}-{i}" for i, (f, _) in enumerate(INVALID)])
+def test_bad_values_are_refused_by_their_path(field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        convert(**fields)
+    assert caught.value.field == field
+
+
+def test_an_input_is_needed() -> None:
+    with pytest.raises(InvalidRequest, match=r"^input: "):
+        generate_request(pb.GenerateRequest(), "id", MODEL, LoraPath.AUTO)
+
+
+def test_a_model_without_chat_template_refuses_chat() -> None:
+    message = pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="x")]))
+    with pytest.raises(InvalidRequest, match=r"^chat: "):
+        generate_request(message, "id", replace(MODEL, has_chat_template=False), LoraPath.AUTO)
+
+
+UNSERVED: list[tuple[str, dict[str, Any]]] = [
+    ("adapters", {"adapters": [{"name": "a"}, {"name": "b"}]}),
+    ("adapters[0].weight", {"adapters": [{"name": "a", "weight": 0.5}]}),
+    ("adapters[0].weight", {"adapters": [{"name": "a", "weight": 0.0}]}),
+    ("lora_path", {"lora_path": pb.LORA_PATH_MERGED}),
+    ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": 1.1}}),
+    ("sampling.presence_penalty", {"sampling": {"presence_penalty": 1}}),
+    ("sampling.frequency_penalty", {"sampling": {"frequency_penalty": -1}}),
+    ("sampling.logit_bias", {"sampling": {"logit_bias": {1: 0.0}}}),
+    ("response.logprobs", {"response": {"logprobs": True}}),
+    ("response.top_logprobs", {"response": {"top_logprobs": 1}}),
+    ("response.echo", {"response": {"echo": True}}),
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), UNSERVED, ids=[f"{f}-{i}" for i, (f, _) in enumerate(UNSERVED)])
+def test_what_is_not_served_says_so(field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(NotSupported) as caught:
+        convert(**fields)
+    assert caught.value.field == field
+
+
+def test_neutral_penalties_are_accepted() -> None:
+    convert(sampling={"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": -0.0})
+
+
+def test_a_wrong_field_beats_an_unserved_one() -> None:
+    with pytest.raises(InvalidRequest):
+        convert(sampling={"top_p": 2}, response={"echo": True})
+
+
+def test_tokenize_request() -> None:
+    assert tokenize_request(pb.TokenizeRequest(prompt=""), MODEL) == ""
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="x")])
+    assert tokenize_request(pb.TokenizeRequest(chat=chat), MODEL) == Chat((ChatMessage("user", "x"),))
+    with pytest.raises(InvalidRequest, match="input"):
+        tokenize_request(pb.TokenizeRequest(), MODEL)
+
+
+def test_a_long_bad_name_is_not_echoed_whole() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        adapter_name("adapter", "x" * 10**6)
+    assert len(str(caught.value)) < 200
+    assert adapter_name("adapter", "A0._-" + "x" * 123)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from polygraft.telemetry.logging import configure_logging, request_id
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield io.StringIO()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("polygraft").setLevel(logging.NOTSET)
+
+
+def test_a_line_says_when_how_bad_where_and_for_whom(stream: io.StringIO) -> None:
+    configure_logging("info", stream)
+    log = logging.getLogger("polygraft.engine")
+    log.info("outside")
+    token = request_id.set("abc")
+    log.warning("inside %d", 7)
+    request_id.reset(token)
+    first, second = stream.getvalue().splitlines()
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} INFO    polygraft\.engine \[-\] outside", first
+    )
+    assert second.endswith("WARNING polygraft.engine [abc] inside 7")
+
+
+@pytest.mark.parametrize(("level", "lines"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 0)])
+def test_the_level_is_ours_and_libraries_warn(stream: io.StringIO, level: str, lines: int) -> None:
+    configure_logging(level, stream)
+    for name in ("debug", "info", "warning"):
+        getattr(logging.getLogger("polygraft.x"), name)("ours")
+    logging.getLogger("library").info("theirs")
+    assert stream.getvalue().count("ours") == lines
+    assert "theirs" not in stream.getvalue()
+
+
+def test_setting_up_twice_writes_each_record_once(stream: io.StringIO) -> None:
+    configure_logging("info", stream)
+    configure_logging("info", stream)
+    logging.getLogger("polygraft").info("once")
+    assert stream.getvalue().count("once") == 1
