@@ -23,9 +23,9 @@ from polygraft.adapters.folder import (
     PICKLES,
     WEIGHTS,
     AdapterStore,
-    check_name,
     read_folder,
 )
+from polygraft.adapters.names import check_name
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid, InvalidRequest, PolygraftError
 from tests.adapters.specimen import Specimen, compile_folder

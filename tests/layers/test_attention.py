@@ -262,7 +262,7 @@ def test_an_answer_depends_on_no_neighbour() -> None:
 def test_arguments_that_change_the_result_and_arent_known_are_refused() -> None:
     q = torch.zeros(1, 2, 3, 4)
     attention_forward(nn.Identity(), q, q, q, None, is_causal=True, unheard_of=None)
-    with pytest.raises(UnsupportedArchitecture, match="Identity passes arguments .* served: unheard_of"):
+    with pytest.raises(UnsupportedArchitecture, match=r"Identity passes arguments .* served: unheard_of"):
         attention_forward(nn.Identity(), q, q, q, None, is_causal=True, unheard_of=1.5)
 
 

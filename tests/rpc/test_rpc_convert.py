@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from polygraft.adapters.names import check_name
 from polygraft.engine.request import AdapterRef, Chat, ChatMessage, LoraPath, Request
 from polygraft.errors import InvalidRequest, NotSupported
-from polygraft.rpc.convert import adapter_name, generate_request, tokenize_request
+from polygraft.rpc.convert import generate_request, tokenize_request
 from polygraft_api.v1 import inference_pb2 as pb
 from tests.rpc.fake_engine import MODEL, replace
 
@@ -169,6 +170,6 @@ def test_tokenize_request() -> None:
 
 def test_a_long_bad_name_is_not_echoed_whole() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        adapter_name("adapter", "x" * 10**6)
+        check_name("x" * 10**6, "adapter")
     assert len(str(caught.value)) < 200
-    assert adapter_name("adapter", "A0._-" + "x" * 123)
+    assert check_name("A0._-" + "x" * 123, "adapter")

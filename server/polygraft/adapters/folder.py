@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,18 +20,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin", "adapter_model.pt")
 MAX_CONFIG_BYTES = 2**20
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-def check_name(name: str, field: str = "name") -> None:
-    """Raise InvalidRequest unless the name is one that an adapter can have."""
-    if not _NAME.fullmatch(name):
-        raise InvalidRequest(field, f"must match {_NAME.pattern}, got {name[:200]!r}")
-
-
-def is_name(name: str) -> bool:
-    """Whether an adapter can have this name."""
-    return _NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

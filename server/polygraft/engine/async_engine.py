@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from polygraft.adapters.folder import check_name
 from polygraft.adapters.info import AdapterInfo, NearToken
+from polygraft.adapters.names import check_name
 from polygraft.adapters.nearest import nearest_tokens
 from polygraft.adapters.primitives import SoftPrompt
 from polygraft.engine.background import Job

@@ -10,14 +10,16 @@ import torch
 
 from polygraft.adapters.folder import AdapterStore
 from polygraft.adapters.kinds import AdapterLimits
-from polygraft.adapters.registry import Adapter, AdapterRegistry
+from polygraft.adapters.registry import AdapterRegistry
 from polygraft.base.loader import Base, load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.adapter_manager import AdapterEvent, AdapterManager
 from polygraft.engine.background import BackgroundWork
 from polygraft.engine.block_pool import BlockPool
-from polygraft.engine.handle import ModelInfo, StepStats
+from polygraft.engine.handle import StepStats
+from polygraft.engine.intake import Intake
 from polygraft.engine.kv_cache import KVCache
+from polygraft.engine.model_info import model_info
 from polygraft.engine.model_runner import ModelRunner
 from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import (
@@ -26,7 +28,6 @@ from polygraft.engine.request import (
     LoraPath,
     Request,
     RequestOutput,
-    SamplingParams,
     Timings,
     Usage,
 )
@@ -34,13 +35,10 @@ from polygraft.engine.sampler import sample
 from polygraft.engine.scheduler import Batch, Scheduler
 from polygraft.engine.sequence import CanarySequence, Generation, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefixes
-from polygraft.engine.text_stream import TextStream
-from polygraft.errors import ContextLengthExceeded, InvalidRequest, NotSupported, PolygraftError
+from polygraft.errors import InvalidRequest, PolygraftError
 from polygraft.layers.low_rank import LowRankBank
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import StepContext
-
-DEFAULT_MAX_NEW_TOKENS = 256
 
 
 @dataclass(slots=True)
@@ -108,7 +106,10 @@ class Engine:
             ),
             base.context_length,
         )
-        self.model = self._model_info()
+        self.intake = Intake(base, self.prompts, self.adapters.registry, pool)
+        self.model = model_info(
+            base, config, kv_cache_bytes=self.kv_cache.bytes, has_chat_template=self.prompts.has_chat_template
+        )
         self._generations: dict[str, Generation] = {}
 
     @classmethod
@@ -148,48 +149,9 @@ class Engine:
     def prepare(self, request: Request) -> Generation:
         """Check a request, resolve its adapter and pin it, and tokenize; may run on any thread.
 
-        Raises:
-            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable, NotSupported.
+        Raises: as `Intake.prepare`.
         """
-        if request.lora_path == LoraPath.MERGED:
-            raise NotSupported("lora_path", "MERGED isn't served")
-        prompt_ids = list(self.prompts.token_ids(request.prompt))
-        adapter = None if request.adapter is None else self.adapters.registry.resolve(request.adapter)
-        try:
-            max_new_tokens = self._check_length(request, len(prompt_ids), adapter)
-            self.prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
-        except InvalidRequest:
-            if adapter is not None:
-                adapter.release()
-            raise
-        stops = set(request.stopping.stop_token_ids)
-        if not request.stopping.ignore_eos:
-            stops |= set(self.base.eos_token_ids)
-        text = TextStream(self.base.backend, prompt_ids, request.stopping.stop)
-        return Generation(request, prompt_ids, adapter, text, frozenset(stops), max_new_tokens)
-
-    def _check_length(self, request: Request, prompt_tokens: int, adapter: Adapter | None) -> int:
-        """Settle max_new_tokens; raises ContextLengthExceeded."""
-        virtual = adapter.compiled.virtual_tokens if adapter else 0
-        context = self.base.context_length
-        asked = request.stopping.max_new_tokens
-        if asked is None:
-            asked = max(1, min(DEFAULT_MAX_NEW_TOKENS, context - virtual - prompt_tokens))
-        total = virtual + prompt_tokens + asked
-        counts = f"{prompt_tokens} prompt tokens + {asked} new tokens"
-        if virtual:
-            counts = f"{virtual} virtual tokens + {counts}"
-        if total > context:
-            raise ContextLengthExceeded("prompt", f"{counts} = {total}, the context holds {context}")
-        pool = self.scheduler.pool
-        if pool.blocks_for(virtual) + pool.blocks_for(prompt_tokens + asked) > pool.num_blocks:
-            held = pool.num_blocks * pool.block_size
-            raise ContextLengthExceeded(
-                "prompt", f"{counts} = {total}, the KV cache holds {held} (--kv-cache-bytes)"
-            )
-        if request.stopping.min_new_tokens > asked:
-            raise InvalidRequest("stopping.min_new_tokens", f"must be at most max_new_tokens, {asked}")
-        return asked
+        return self.intake.prepare(request)
 
     def add(self, generation: Generation) -> None:
         """Queue a prepared request."""
@@ -199,6 +161,8 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Prepare and queue a request. Raises as `prepare`."""
+        if request.id in self._generations:
+            raise InvalidRequest("request_id", f"{request.id!r} is running already")
         self.add(self.prepare(request))
 
     def abort(self, request_id: str) -> list[RequestOutput]:
@@ -358,46 +322,7 @@ class Engine:
             preemptions=batch.preempted,
         )
 
-    def _model_info(self) -> ModelInfo:
-        base, config = self.base, self.config
-        return ModelInfo(
-            model=base.name,
-            architecture=base.spec.architecture,
-            dtype=str(base.dtype).removeprefix("torch."),
-            quantization=base.quantization,
-            device=str(base.device),
-            context_length=base.context_length,
-            vocabulary_size=base.spec.vocabulary_size,
-            parameters=base.spec.parameters,
-            weight_bytes=base.weight_bytes,
-            kv_cache_bytes=self.kv_cache.bytes,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            eos_token_ids=base.eos_token_ids,
-            default_sampling=default_sampling(base),
-            has_chat_template=self.prompts.has_chat_template,
-            notes=base.notes,
-        )
-
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, prefixes and pins add up."""
         self.scheduler.check_integrity()
         assert set(self._generations.values()) <= set(self.scheduler)
-
-
-def default_sampling(base: Base) -> SamplingParams:
-    """What unset sampling fields mean: the model's generation_config, then greedy."""
-    given = base.model.generation_config
-    if given is None or not given.do_sample:
-        return SamplingParams()
-
-    def value(name: str, neutral: float) -> float:
-        found = getattr(given, name, None)
-        return neutral if found is None else found
-
-    return SamplingParams(
-        temperature=float(value("temperature", 1.0)),
-        top_p=float(value("top_p", 1.0)),
-        top_k=int(value("top_k", 0)),
-        min_p=float(value("min_p", 0.0)),
-    )

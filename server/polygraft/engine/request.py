@@ -7,6 +7,9 @@ from enum import StrEnum
 
 from polygraft.errors import PolygraftError
 
+DEFAULT_MAX_NEW_TOKENS = 256
+"""What a request that doesn't say gets, if the context leaves as many."""
+
 
 class FinishReason(StrEnum):
     """Why a request ended. The values are the contract's names."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import grpc
 
+from polygraft.adapters.names import check_name
 from polygraft.engine.handle import EngineHandle
 from polygraft.errors import InvalidRequest, NotSupported
 from polygraft.rpc import messages
-from polygraft.rpc.convert import adapter_name
 from polygraft_api.v1 import adapters_pb2 as pb
 from polygraft_api.v1 import adapters_pb2_grpc
 
@@ -32,7 +32,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:  # noqa: N802
         """Load a folder of the store."""
-        name = adapter_name("name", request.name)
+        name = check_name(request.name)
         info = await self._handle.load_adapter(name, request.source)
         return pb.LoadAdapterResponse(adapter=messages.adapter(info))
 
@@ -40,7 +40,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterResponse:
         """Unload, waiting for running requests or refusing if there are any."""
-        name = adapter_name("name", request.name)
+        name = check_name(request.name)
         if request.mode not in pb.UnloadMode.values():
             raise InvalidRequest("mode", f"unknown value {request.mode}")
         info = await self._handle.unload_adapter(name, wait=request.mode != pb.UNLOAD_MODE_REFUSE)
@@ -50,12 +50,12 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.ReloadAdapterRequest, context: Context
     ) -> pb.ReloadAdapterResponse:
         """Load a folder again under a new generation."""
-        info = await self._handle.reload_adapter(adapter_name("name", request.name))
+        info = await self._handle.reload_adapter(check_name(request.name))
         return pb.ReloadAdapterResponse(adapter=messages.adapter(info))
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:  # noqa: N802
         """Show one adapter."""
-        name = adapter_name("name", request.name)
+        name = check_name(request.name)
         count = request.nearest_tokens
         if count > _MAX_NEAREST:
             raise InvalidRequest("nearest_tokens", f"must be in [0, {_MAX_NEAREST}], got {count}")

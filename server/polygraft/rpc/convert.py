@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 import secrets
 
+from polygraft.adapters.names import check_name
 from polygraft.engine.handle import ModelInfo
 from polygraft.engine.request import (
+    DEFAULT_MAX_NEW_TOKENS,
     AdapterRef,
     Chat,
     ChatMessage,
@@ -19,8 +20,6 @@ from polygraft.engine.request import (
 from polygraft.errors import InvalidRequest, NotSupported
 from polygraft_api.v1 import inference_pb2 as pb
 
-_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_DEFAULT_MAX_NEW_TOKENS = 256
 _MAX_STOP_SEQUENCES = 16
 _MAX_STOP_CHARACTERS = 512
 _MAX_STOP_TOKEN_IDS = 64
@@ -59,14 +58,6 @@ def tokenize_request(message: pb.TokenizeRequest, model: ModelInfo) -> str | Cha
     raise InvalidRequest("input", "one of prompt and chat must be set")
 
 
-def adapter_name(field: str, name: str) -> str:
-    """The name, checked. Raises InvalidRequest naming `field`."""
-    if not _ADAPTER_NAME.fullmatch(name):
-        shown = repr(name if len(name) <= 40 else name[:40] + "...")
-        raise InvalidRequest(field, f"must match {_ADAPTER_NAME.pattern}, got {shown}")
-    return name
-
-
 def _input(message: pb.GenerateRequest, model: ModelInfo) -> str | tuple[int, ...] | Chat:
     match message.WhichOneof("input"):
         case "prompt":
@@ -99,10 +90,10 @@ def _adapter(message: pb.GenerateRequest) -> AdapterRef | None:
     if message.adapter and message.adapters:
         raise InvalidRequest("adapters", "must be empty where adapter is set: it is the short form")
     if message.adapter:
-        return AdapterRef(adapter_name("adapter", message.adapter))
+        return AdapterRef(check_name(message.adapter, "adapter"))
     refs = []
     for index, ref in enumerate(message.adapters):
-        name = adapter_name(f"adapters[{index}].name", ref.name)
+        name = check_name(ref.name, f"adapters[{index}].name")
         _finite(f"adapters[{index}].weight", ref.weight)
         refs.append(AdapterRef(name, ref.generation or None))
     return refs[0] if refs else None
@@ -144,7 +135,7 @@ def _stopping(options: pb.StoppingOptions, model: ModelInfo) -> StoppingParams:
     if most is not None:
         _check("stopping.max_new_tokens", 1 <= most < limit, f"in [1, {limit})", most)
     least = options.min_new_tokens
-    cap = _DEFAULT_MAX_NEW_TOKENS if most is None else most
+    cap = DEFAULT_MAX_NEW_TOKENS if most is None else most
     _check("stopping.min_new_tokens", least <= cap, f"in [0, max_new_tokens = {cap}]", least)
     stop = tuple(options.stop_sequences)
     _check("stopping.stop_sequences", len(stop) <= _MAX_STOP_SEQUENCES, "at most 16", len(stop))

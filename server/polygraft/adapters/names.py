@@ -1,0 +1,29 @@
+"""What an adapter may be called."""
+
+from __future__ import annotations
+
+import re
+
+from polygraft.errors import InvalidRequest
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def is_name(name: str) -> bool:
+    """Whether an adapter can have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def check_name(name: str, field: str = "name") -> str:
+    """The name, checked.
+
+    Args:
+        field: path of the request's field that it came in.
+
+    Raises:
+        InvalidRequest: no adapter can have it.
+    """
+    if not is_name(name):
+        shown = repr(name if len(name) <= 40 else name[:40] + "...")
+        raise InvalidRequest(field, f"must match {_NAME.pattern}, got {shown}")
+    return name

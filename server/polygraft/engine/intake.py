@@ -1,0 +1,68 @@
+"""From a request to a sequence that can be queued: everything that can be wrong with it is found here."""
+
+from __future__ import annotations
+
+from polygraft.adapters.registry import Adapter, AdapterRegistry
+from polygraft.base.loader import Base
+from polygraft.engine.block_pool import BlockPool
+from polygraft.engine.prompts import Prompts
+from polygraft.engine.request import DEFAULT_MAX_NEW_TOKENS, LoraPath, Request
+from polygraft.engine.sequence import Generation
+from polygraft.engine.text_stream import TextStream
+from polygraft.errors import ContextLengthExceeded, InvalidRequest, NotSupported
+
+
+class Intake:
+    """Prepares requests, on any thread: it reads the pool's size only, and the registry has a lock."""
+
+    def __init__(self, base: Base, prompts: Prompts, registry: AdapterRegistry, pool: BlockPool) -> None:
+        self._base = base
+        self._prompts = prompts
+        self._registry = registry
+        self._pool = pool
+
+    def prepare(self, request: Request) -> Generation:
+        """Check a request, resolve its adapter and pin it, and tokenize; may run on any thread.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable, NotSupported.
+        """
+        if request.lora_path == LoraPath.MERGED:
+            raise NotSupported("lora_path", "MERGED isn't served")
+        prompt_ids = list(self._prompts.token_ids(request.prompt))
+        adapter = None if request.adapter is None else self._registry.resolve(request.adapter)
+        try:
+            max_new_tokens = self._check_length(request, len(prompt_ids), adapter)
+            self._prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
+        except InvalidRequest:
+            if adapter is not None:
+                adapter.release()
+            raise
+        stops = set(request.stopping.stop_token_ids)
+        if not request.stopping.ignore_eos:
+            stops |= set(self._base.eos_token_ids)
+        text = TextStream(self._base.backend, prompt_ids, request.stopping.stop)
+        return Generation(request, prompt_ids, adapter, text, frozenset(stops), max_new_tokens)
+
+    def _check_length(self, request: Request, prompt_tokens: int, adapter: Adapter | None) -> int:
+        """Settle max_new_tokens; raises ContextLengthExceeded."""
+        virtual = adapter.compiled.virtual_tokens if adapter else 0
+        context = self._base.context_length
+        asked = request.stopping.max_new_tokens
+        if asked is None:
+            asked = max(1, min(DEFAULT_MAX_NEW_TOKENS, context - virtual - prompt_tokens))
+        total = virtual + prompt_tokens + asked
+        counts = f"{prompt_tokens} prompt tokens + {asked} new tokens"
+        if virtual:
+            counts = f"{virtual} virtual tokens + {counts}"
+        if total > context:
+            raise ContextLengthExceeded("prompt", f"{counts} = {total}, the context holds {context}")
+        pool = self._pool
+        if pool.blocks_for(virtual) + pool.blocks_for(prompt_tokens + asked) > pool.num_blocks:
+            held = pool.num_blocks * pool.block_size
+            raise ContextLengthExceeded(
+                "prompt", f"{counts} = {total}, the KV cache holds {held} (--kv-cache-bytes)"
+            )
+        if request.stopping.min_new_tokens > asked:
+            raise InvalidRequest("stopping.min_new_tokens", f"must be at most max_new_tokens, {asked}")
+        return asked

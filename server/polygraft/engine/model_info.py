@@ -1,0 +1,50 @@
+"""What a served model tells of itself."""
+
+from __future__ import annotations
+
+from polygraft.base.loader import Base
+from polygraft.config import ServerConfig
+from polygraft.engine.handle import ModelInfo
+from polygraft.engine.request import SamplingParams
+
+
+def model_info(
+    base: Base, config: ServerConfig, *, kv_cache_bytes: int, has_chat_template: bool
+) -> ModelInfo:
+    """The base as it is served under these settings."""
+    return ModelInfo(
+        model=base.name,
+        architecture=base.spec.architecture,
+        dtype=str(base.dtype).removeprefix("torch."),
+        quantization=base.quantization,
+        device=str(base.device),
+        context_length=base.context_length,
+        vocabulary_size=base.spec.vocabulary_size,
+        parameters=base.spec.parameters,
+        weight_bytes=base.weight_bytes,
+        kv_cache_bytes=kv_cache_bytes,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        eos_token_ids=base.eos_token_ids,
+        default_sampling=default_sampling(base),
+        has_chat_template=has_chat_template,
+        notes=base.notes,
+    )
+
+
+def default_sampling(base: Base) -> SamplingParams:
+    """What unset sampling fields mean: the model's generation_config, then greedy."""
+    given = base.model.generation_config
+    if given is None or not given.do_sample:
+        return SamplingParams()
+
+    def value(name: str, neutral: float) -> float:
+        found = getattr(given, name, None)
+        return neutral if found is None else found
+
+    return SamplingParams(
+        temperature=float(value("temperature", 1.0)),
+        top_p=float(value("top_p", 1.0)),
+        top_k=int(value("top_k", 0)),
+        min_p=float(value("min_p", 0.0)),
+    )
