@@ -30,9 +30,9 @@ def change(folder: Path, factor: float = 0.0, **config: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
 
 
-def negate(folder: Path) -> None:
+def strengthen(folder: Path) -> None:
     """Other weights that do something as visible."""
-    change(folder, -1.0)
+    change(folder, 3.0)
 
 
 def start_load(

@@ -15,8 +15,10 @@ from transformers import GenerationConfig
 from polygraft.base.loader import Base
 from polygraft.engine import engine as engine_module
 from polygraft.engine import sequence as sequence_module
-from polygraft.engine.engine import DEFAULT_MAX_NEW_TOKENS, Engine, default_sampling
+from polygraft.engine.engine import Engine
+from polygraft.engine.model_info import default_sampling
 from polygraft.engine.request import (
+    DEFAULT_MAX_NEW_TOKENS,
     AdapterRef,
     Finished,
     FinishReason,
@@ -34,7 +36,7 @@ from polygraft.errors import (
     NotSupported,
     PolygraftError,
 )
-from tests.engine.stores import poison
+from tests.engine.stores import copy_of, poison
 from tests.engines import greedy, make_engine, run_greedy
 from tests.tiny import EOS, VOCABULARY, byte_tokenizer
 
@@ -48,12 +50,12 @@ def ids(text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def shared(tiny_model: Callable[[str], Path], adapter_store: Callable[[str], Path]) -> Callable[[], Engine]:
-    """One engine with every adapter."""
+    """One engine with every adapter, or a new one if a test left it dirty."""
     made: list[Engine] = []
 
     def get() -> Engine:
-        if not made:
-            made.append(make_engine(tiny_model("llama"), adapter_store("llama")))
+        if not made or made[0].has_work:
+            made[:] = [make_engine(tiny_model("llama"), adapter_store("llama"))]
         return made[0]
 
     return get
@@ -61,7 +63,7 @@ def shared(tiny_model: Callable[[str], Path], adapter_store: Callable[[str], Pat
 
 @pytest.fixture
 def engine(shared: Callable[[], Engine]) -> Iterator[Engine]:
-    """The same, idle and whole before and after."""
+    """The same for most tests, idle and whole before and after each."""
     engine = shared()
     yield engine
     check_clean(engine)
@@ -285,16 +287,23 @@ def test_the_time_limit_while_waiting(llama: Path, clock: Clock) -> None:
 # ---- aborts ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def chunked(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[[str], Path],
+    adapter_store: Callable[[str], Path],
+) -> Engine:
+    """An engine that takes a prompt in several steps."""
+    store = copy_of(adapter_store("llama"), tmp_path_factory.mktemp("few"), "lora", "prefix", "p-tuning")
+    return make_engine(tiny_model("llama"), store, max_num_batched_tokens=16)
+
+
 @pytest.mark.parametrize("adapter", [None, "lora", "prefix", "p-tuning"])
 @pytest.mark.parametrize("steps", range(6))
 def test_abort_at_any_time_frees_everything_before_the_next_step(
-    llama: Path, llama_store: Path, steps: int, adapter: str | None
+    chunked: Engine, steps: int, adapter: str | None
 ) -> None:
-    engine = (
-        make_engine(llama, llama_store, max_num_batched_tokens=16)
-        if adapter
-        else make_engine(llama, max_num_batched_tokens=16)
-    )
+    engine = chunked
     other = greedy("other", PROMPT, None, 5)
     expected = tokens_of(engine.generate([other])[0])
     engine.submit(other)
@@ -380,6 +389,15 @@ def test_a_cache_that_holds_no_block(llama: Path) -> None:
         make_engine(llama, kv_cache_bytes=12_287)
 
 
+def test_an_id_that_is_running_already(engine: Engine) -> None:
+    engine.submit(greedy("r", PROMPT, "lora", 3))
+    with pytest.raises(InvalidRequest, match="request_id: 'r' is running already"):
+        engine.submit(greedy("r", PROMPT, "lora", 3))
+    assert engine.adapters.registry.get("lora").running_requests == 1
+    while engine.has_work:
+        engine.step()
+
+
 REFUSED: list[tuple[Request, type[PolygraftError], str]] = [
     (request(PROMPT, "nobody"), AdapterNotFound, "adapter 'nobody': not registered"),
     (request([], "lora"), InvalidRequest, "token_ids.ids: must not be empty"),
@@ -434,7 +452,7 @@ def sampled(id: str, seed: int, adapter: str | None = None) -> Request:
         tuple(PROMPT),
         None if adapter is None else AdapterRef(adapter),
         sampling=SamplingParams(temperature=1.5, top_p=0.9, seed=seed),
-        stopping=StoppingParams(max_new_tokens=12, ignore_eos=True),
+        stopping=StoppingParams(max_new_tokens=24, ignore_eos=True),
     )
 
 
@@ -449,7 +467,7 @@ def test_the_same_seed_gives_the_same_text_alone_among_others_and_preempted(
     assert len({tuple(tokens) for tokens in alone.values()}) == len(alone)
     mixed = run(engine, *(sampled(str(key), *key) for key in alone), greedy("g", PROMPT, "prompt", 9))
     assert [tokens for _, tokens, _ in mixed[:-1]] == list(alone.values())
-    # Room for two and a half of them.
+    # Two of them fit in the beginning and not to the end.
     small = make_engine(llama, llama_store, kv_cache_bytes=7 * 12_288)
     crowded = run(small, *(sampled(str(key), *key) for key in alone))
     assert [tokens for _, tokens, _ in crowded] == list(alone.values())
@@ -477,9 +495,10 @@ def test_stats_of_a_step(engine: Engine) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_adapter_gone_bad_ends_its_requests_and_no_others(
-    llama: Path, llama_store: Path, temperature: float
+    llama: Path, llama_store: Path, tmp_path: Path, temperature: float
 ) -> None:
-    engine = make_engine(llama, llama_store)
+    store = copy_of(llama_store, tmp_path / "s", "lora", "lora-bias", "rslora-patterns", "prefix", "prompt")
+    engine = make_engine(llama, store)
     names = [None, "lora-bias", "rslora-patterns", "prefix", "prompt"]
     neighbours = [greedy(str(name), PROMPT, name, 8) for name in names]
     expected = run_greedy(engine, neighbours)
@@ -506,7 +525,8 @@ def test_one_bad_logit_is_enough(
 
     def damaged(batch: Any) -> torch.Tensor:
         logits = real(batch)
-        logits[0, 5] = value
+        with torch.inference_mode():
+            logits[0, 5] = value
         return logits
 
     monkeypatch.setattr(engine.runner, "run", damaged)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base.default_model import ensure_default_model
-from polygraft.base.spec import BaseSpec, inspect_base
-from polygraft.errors import BaseModelError
+from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
+from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
 
 T = TypeVar("T")
@@ -146,8 +147,11 @@ def inspect_without_weights(model: str) -> BaseSpec:
     config = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), model)
     with torch.device("meta"):
         # bfloat16, since transformers' grouped experts take nothing else on meta.
-        empty = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=attention.NAME
+        empty: PreTrainedModel = _read(
+            lambda: AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation=attention.NAME
+            ),
+            model,
         ).eval()
     return inspect_base(empty, DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model))
 
@@ -201,8 +205,11 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 
 def _read(read: Callable[[], T], model: str) -> T:
+    where = "" if Path(model).exists() or model == DEFAULT else " (no such folder; taken for a hub id)"
     try:
         return read()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        where = "" if Path(model).exists() or model == DEFAULT else " (no such folder; taken for a hub id)"
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        # What an architecture with a table of attention classes of its own says.
+        if isinstance(error, KeyError) and error.args == (attention.NAME,):
+            raise UnsupportedArchitecture(not_through_interface(model)) from error
         raise BaseModelError(f"{model}{where}: {error}") from error

@@ -57,6 +57,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def not_through_interface(architecture: str) -> str:
+    """Why an architecture with attention of its own isn't served."""
+    return f"{architecture} doesn't send its attention through transformers' AttentionInterface"
+
+
 def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
     """Run a few rows through a model, on whatever device it is (meta too), and note what it is made of.
 
@@ -64,6 +69,8 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
         UnsupportedArchitecture: a layer doesn't reach attention through transformers' interface.
     """
     config = model.config.get_text_config()
+    # Counted before the first forward packs quantized weights; tied ones once, those of four bits each.
+    parameters = int(model.num_parameters())
     head = model.get_output_embeddings()
     rows_seen: dict[nn.Module, list[int]] = {}
 
@@ -86,6 +93,8 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
                 logits_to_keep=torch.tensor([_PROBE_ROWS - 1], device=device),
             )
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        if not probed_sites(model):
+            raise UnsupportedArchitecture(not_through_interface(config.model_type)) from error
         raise UnsupportedArchitecture(f"{config.model_type} can't run a packed step: {error}") from error
     finally:
         for hook in hooks:
@@ -112,5 +121,5 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
         attention=attention,
         hidden_size=model.get_input_embeddings().weight.shape[1],
         vocabulary_size=config.vocab_size,
-        parameters=sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+        parameters=parameters,
     )

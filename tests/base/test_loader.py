@@ -1,0 +1,229 @@
+"""Loading a base: its type, its context, its size, and what can't be one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from polygraft.base.loader import Base, context_limit, inspect_without_weights, load_base
+from polygraft.errors import BaseModelError, UnsupportedArchitecture
+from tests.engines import greedy, make_engine, run_greedy
+from tests.equivalence.reference import generate, load_reference
+from tests.tiny import CONFIGS, EOS, VOCABULARY, byte_tokenizer, save_tiny_model
+
+
+def save_in(folder: Path, model: Path, dtype: torch.dtype) -> Path:
+    """The same model, saved in another type."""
+    AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "computed"),
+    [
+        (torch.float32, "auto", torch.float32),
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.float16, "auto", torch.float32),
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float32, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_the_type_it_computes_in(
+    llama: Path, tmp_path: Path, stored: torch.dtype, asked: str, computed: torch.dtype
+) -> None:
+    base = load_base(str(save_in(tmp_path / "m", llama, stored)), dtype=asked)
+    assert base.dtype is computed
+    assert {p.dtype for p in base.model.parameters()} == {computed}
+
+
+def test_what_is_known_of_it(llama: Path) -> None:
+    base = load_base(str(llama))
+    assert (base.name, base.quantization, base.context_length, base.notes) == (str(llama), "none", 256, ())
+    assert base.eos_token_ids == (EOS,)
+    assert base.device == torch.device("cpu")
+    assert not base.model.training
+    assert not any(p.requires_grad for p in base.model.parameters())
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_tied_weights_count_once(tiny_model: Callable[[str], Path], architecture: str) -> None:
+    base = load_base(str(tiny_model(architecture)))
+    head, embedding = base.model.get_output_embeddings().weight, base.model.get_input_embeddings().weight
+    tied = head.data_ptr() == embedding.data_ptr()
+    assert tied == (architecture != "qwen2")
+    unique = sum(p.numel() for p in base.model.parameters())
+    assert base.spec.parameters == unique
+    buffers = sum(buffer.nbytes for buffer in base.model.buffers())
+    assert base.weight_bytes == 4 * unique + buffers
+
+
+def test_a_limit_below_the_models_own(llama: Path) -> None:
+    assert load_base(str(llama), max_context_length=100).context_length == 100
+    assert load_base(str(llama), max_context_length=10**6).context_length == 256
+
+
+# ---- long contexts ---------------------------------------------------------------------------------------
+
+ROPE: list[tuple[dict[str, Any], int, str]] = [
+    ({"rope_type": "default", "rope_theta": 1e4}, 256, ""),
+    ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, 256, ""),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}, 256, ""),
+    ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}, 64, "dynamic"),
+    ({"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, 256, ""),
+    ({"rope_type": "longrope", "original_max_position_embeddings": 64, "rope_theta": 1e4,
+      "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}, 64, "longrope"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rope", "limit", "name"), ROPE, ids=[f"{r['rope_type']}-{n}" for r, n, _ in ROPE])
+def test_rope_that_looks_at_its_neighbours_is_capped_with_a_note(
+    rope: dict[str, Any], limit: int, name: str
+) -> None:
+    config = AutoConfig.for_model("llama", **CONFIGS["llama"], rope_parameters=rope)
+    got, notes = context_limit(config)
+    assert got == limit
+    if name:
+        [note] = notes
+        assert note.startswith(f"context capped at {limit} of 256 tokens: {name} RoPE")
+    else:
+        assert notes == ()
+
+
+@pytest.mark.parametrize("rope", [ROPE[3][0], ROPE[5][0]], ids=["dynamic", "longrope"])
+def test_up_to_the_cap_every_row_is_exact_beside_others(tmp_path: Path, rope: dict[str, Any]) -> None:
+    folder = save_tiny_model(tmp_path / "m", "llama", rope_parameters=rope)
+    engine = make_engine(folder)
+    assert engine.model.context_length == 64
+    assert engine.model.notes[0].startswith("context capped at 64 of 256")
+    prompts = [list(range(5)), list(range(20, 78))]
+    model = load_reference(folder, None, "float32")
+    expected = [generate(model, prompt, 6).tokens for prompt in prompts]
+    assert run_greedy(engine, [greedy(str(len(p)), p, None, 6) for p in prompts]) == expected
+
+
+# ---- quantized -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def nf4(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> tuple[Base, Path]:
+    folder = tiny_model(request.param)
+    return load_base(str(folder), quantization="nf4", dtype="bfloat16"), folder
+
+
+def test_nf4_quantizes_the_linear_modules_and_not_the_head(nf4: tuple[Base, Path]) -> None:
+    base, _ = nf4
+    for name, shape in base.spec.linears.items():
+        weight = base.model.get_submodule(name).weight
+        assert (weight.dtype is torch.bfloat16) == shape.is_head
+    assert base.model.get_input_embeddings().weight.dtype is torch.bfloat16
+
+
+def test_nf4_takes_less_memory_and_has_as_many_parameters(nf4: tuple[Base, Path]) -> None:
+    base, folder = nf4
+    plain = load_base(str(folder), dtype="bfloat16")
+    assert base.quantization == "nf4"
+    assert base.weight_bytes < 0.6 * plain.weight_bytes
+    assert base.spec.parameters == plain.spec.parameters
+
+
+def test_adapters_stay_as_they_are_on_a_quantized_base(llama: Path, llama_store: Path) -> None:
+    engine = make_engine(llama, llama_store, precision="nf4")
+    for low_rank in engine.adapters.registry.compiled("lora").low_rank.values():
+        assert (low_rank.a.dtype, low_rank.b.dtype) == (torch.float32, torch.float32)
+
+
+# ---- what can't be served --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def cant_load(folder: Path | str) -> str:
+    with pytest.raises(BaseModelError) as caught:
+        load_base(str(folder))
+    text = str(caught.value)
+    assert str(folder) in text
+    return text
+
+
+def test_no_safetensors(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    assert "safetensors" in cant_load(copy)
+
+
+def test_cut_safetensors(copy: Path) -> None:
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    cant_load(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "no_such_type"}', "{}"])
+def test_a_config_that_is_none(copy: Path, text: str) -> None:
+    (copy / "config.json").write_text(text)
+    cant_load(copy)
+    with pytest.raises(BaseModelError):
+        inspect_without_weights(str(copy))
+
+
+def test_weights_of_another_size(copy: Path, tmp_path: Path) -> None:
+    other = save_tiny_model(tmp_path / "other", "llama", hidden_size=32)
+    shutil.copy(other / "model.safetensors", copy)
+    cant_load(copy)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    cant_load(tmp_path)
+
+
+def test_no_such_folder() -> None:
+    text = cant_load("./no/such/folder/at/all")
+    assert "no such folder" in text
+
+
+@pytest.mark.parametrize("left", [[], ["tokenizer_config.json"]])
+def test_no_tokenizer(copy: Path, left: list[str]) -> None:
+    for path in copy.glob("*token*"):
+        if path.name not in left:
+            path.unlink()
+    assert "tokenizer" in cant_load(copy).lower()
+
+
+def test_an_encoder_and_decoder(tmp_path: Path) -> None:
+    AutoConfig.for_model("t5", d_model=16, num_layers=1, num_heads=2, vocab_size=VOCABULARY).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(BaseModelError, match="T5Config"):
+        inspect_without_weights(str(tmp_path))
+
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": 257,
+}
+OUTSIDE: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "falcon": {"num_hidden_layers": 2, "num_attention_heads": 2},
+    "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", OUTSIDE)
+def test_an_architecture_that_doesnt_ask_for_attention_is_refused(tmp_path: Path, architecture: str) -> None:
+    config = AutoConfig.for_model(architecture, **SMALL, **OUTSIDE[architecture])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for load in (load_base, inspect_without_weights):
+        with pytest.raises(UnsupportedArchitecture, match=r"send its attention through .* AttentionInterface"):
+            load(str(tmp_path))

@@ -1,0 +1,383 @@
+"""Adapters that come and go while requests run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from polygraft.adapters.info import AdapterState
+from polygraft.engine.engine import Engine
+from polygraft.engine.request import AdapterRef, Request, StoppingParams
+from polygraft.errors import (
+    AdapterExists,
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterUnavailable,
+    PolygraftError,
+    ResourceExhausted,
+)
+from tests.engine.stores import change, copy_of, load, start_load, start_unload, strengthen
+from tests.engines import greedy, make_engine, run_greedy
+
+PROMPT = list(range(30, 60))
+
+
+@pytest.fixture
+def store(llama_store: Path, tmp_path: Path) -> Path:
+    return copy_of(llama_store, tmp_path / "store", "lora", "prefix", "prompt")
+
+
+@pytest.fixture
+def engine(llama: Path, store: Path) -> Engine:
+    return make_engine(llama, store)
+
+
+def finish(engine: Engine) -> dict[str, list[int]]:
+    """Tokens of every request, to the end of all."""
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            assert output.error is None
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    engine.check_integrity()
+    return tokens
+
+
+def at_generation(id: str, name: str, generation: int) -> Request:
+    return Request(
+        id,
+        tuple(PROMPT),
+        AdapterRef(name, generation),
+        stopping=StoppingParams(max_new_tokens=8, ignore_eos=True),
+    )
+
+
+def test_broken_folders_dont_stop_the_start_and_are_listed(
+    llama: Path, llama_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = copy_of(llama_store, tmp_path / "store", "lora", "prefix")
+    (store / "empty").mkdir()
+    shutil.copytree(store / "lora", store / "cut")
+    (store / "cut" / "adapter_model.safetensors").write_bytes(b"x")
+    shutil.copytree(store / "lora", tmp_path / "outside")
+    (store / "outside").symlink_to(tmp_path / "outside")
+    (store / "a@b").mkdir()
+    (store / "loop").symlink_to("loop")
+    engine = make_engine(llama, store)
+    states = {info.name: (info.state, info.problems) for info in engine.adapters.registry.list()}
+    assert list(states) == ["cut", "empty", "lora", "outside", "prefix"]
+    assert {name for name, (state, _) in states.items() if state is AdapterState.READY} == {"lora", "prefix"}
+    assert "can't be read" in states["cut"][1][0]
+    assert states["empty"][1] == ("adapter_config.json is missing",)
+    assert "leads out of the store" in states["outside"][1][0]
+    assert "'a@b' in the store is passed over" in caplog.text
+    with pytest.raises(AdapterUnavailable, match=r"adapter_config.json is missing"):
+        engine.submit(greedy("r", PROMPT, "empty", 1))
+    run_greedy(engine, [greedy("r", PROMPT, "lora", 3)])
+
+
+def test_what_loading_tells(engine: Engine, store: Path) -> None:
+    info = engine.adapters.registry.get("lora")
+    assert (info.state, info.kind, info.source, info.rank) == (AdapterState.READY, "lora", "lora", 4)
+    assert info.content_hash == engine.adapters.store.read("lora", "lora").content_hash
+    assert info.load_seconds > 0
+    assert info.warnings == info.problems == ()
+    generations = [i.generation for i in engine.adapters.registry.list()]
+    assert len(set(generations)) == 3
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_an_adapter_of_zeros_loads_with_a_warning(engine: Engine, store: Path, kind: str) -> None:
+    shutil.copytree(store / kind, store / "zero")
+    change(store / "zero", 0.0)
+    warnings = load(engine, "zero").warnings
+    # A prefix of zeros still draws attention away from the real tokens.
+    assert warnings == (("it changes nothing: its logits are the base's",) if kind == "lora" else ())
+    assert run_greedy(engine, [greedy("r", PROMPT, "zero", 4)])
+
+
+def test_an_adapter_that_makes_infinities_is_refused(engine: Engine, store: Path) -> None:
+    shutil.copytree(store / "lora", store / "huge")
+    change(store / "huge", 1e25)
+    expected = run_greedy(engine, [greedy("r", PROMPT, "lora", 4)])
+    with pytest.raises(AdapterInvalid, match="its logits are not finite"):
+        load(engine, "huge")
+    with pytest.raises(AdapterNotFound):
+        engine.adapters.registry.get("huge")
+    assert run_greedy(engine, [greedy("r", PROMPT, "lora", 4)]) == expected
+
+
+def test_loading_the_same_again_changes_nothing(engine: Engine, store: Path) -> None:
+    before = engine.adapters.registry.get("lora")
+    assert load(engine, "lora") == before
+    assert load(engine, "lora", reload=True) == before
+    shutil.copytree(store / "lora", store / "copy")
+    assert load(engine, "lora", "copy") == before
+
+
+def test_other_content_under_a_name_that_is_taken(engine: Engine, store: Path) -> None:
+    before = engine.adapters.registry.get("lora")
+    with pytest.raises(AdapterExists, match="'lora': loaded from 'lora' with other content"):
+        load(engine, "lora", "prefix")
+    assert engine.adapters.registry.get("lora") == before
+
+
+def test_loads_of_the_same_at_once_are_one(engine: Engine, store: Path) -> None:
+    shutil.copytree(store / "lora", store / "new")
+    outcomes = [start_load(engine, "new") for _ in range(3)]
+    assert not any(done.done() for done in outcomes)
+    engine.finish_background()
+    first, *others = [done.result(0) for done in outcomes]
+    assert others == [first, first]
+    assert first == load(engine, "new")
+
+
+def test_loads_of_the_same_at_once_fail_together(engine: Engine, store: Path) -> None:
+    shutil.copytree(store / "lora", store / "new")
+    change(store / "new", use_dora=True)
+    outcomes = [start_load(engine, "new") for _ in range(2)]
+    engine.finish_background()
+    for done in outcomes:
+        with pytest.raises(AdapterInvalid, match="use_dora=True"):
+            done.result(0)
+
+
+def test_loads_of_different_content_at_once(engine: Engine, store: Path) -> None:
+    first = start_load(engine, "new", "lora")
+    with pytest.raises(AdapterUnavailable, match="'new': loading"):
+        start_load(engine, "new", "prefix").result(0)
+    engine.finish_background()
+    assert first.result(0).kind == "lora"
+
+
+def test_loading_while_requests_run_changes_no_token(llama: Path, llama_store: Path, tmp_path: Path) -> None:
+    store = copy_of(llama_store, tmp_path / "s", "lora", "prefix", "prompt")
+    engine = make_engine(llama, store)
+    requests = [greedy(str(name), PROMPT, name, 40) for name in (None, "lora", "prefix", "prompt")]
+    expected = run_greedy(engine, requests)
+    copy_of(llama_store, store, "lora-bias", "rslora-patterns", "p-tuning")
+    for request in requests:
+        engine.submit(request)
+    tokens: dict[str, list[int]] = {}
+    loads = []
+    for _ in range(200):
+        for output in engine.step().outputs:
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        if not loads:
+            loads = [start_load(engine, kind) for kind in ("lora-bias", "rslora-patterns", "p-tuning")]
+        # Steps of a tiny model are short, and their share of time as well: it is given more.
+        engine.background.run_after_step(1.0)
+        if not engine.has_work:
+            break
+    assert [tokens[request.id] for request in requests] == expected
+    assert [done.result(0).state for done in loads] == [AdapterState.READY] * 3
+    assert run_greedy(engine, requests) == expected
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
+def test_a_reload_while_requests_run_on_the_old_generation(engine: Engine, store: Path, kind: str) -> None:
+    old = engine.adapters.registry.get(kind).generation
+    [expected] = run_greedy(engine, [greedy("r", PROMPT, kind, 40)])
+    engine.submit(greedy("old", PROMPT, kind, 40))
+    strengthen(store / kind)
+    tokens: dict[str, list[int]] = {}
+
+    def step() -> set[int]:
+        """The generations that shared it."""
+        batch = {sequence.adapter.generation for sequence in engine.scheduler if sequence.adapter}
+        for output in engine.step().outputs:
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        return batch
+
+    step()
+    done = start_load(engine, kind, reload=True)
+    while not done.done():
+        step()
+        engine.background.run_after_step(1.0)
+    new = done.result(0).generation
+    assert new > old
+    engine.submit(greedy("new", PROMPT, kind, 8))
+    engine.submit(at_generation("again", kind, old))
+    assert step() == {old, new}
+    while engine.has_work:
+        step()
+    engine.check_integrity()
+    assert tokens["old"] == expected
+    assert tokens["again"] == expected[:8]
+    assert tokens["new"] != expected[:8]
+    assert run_greedy(engine, [greedy("r", PROMPT, kind, 8)]) == [tokens["new"]]
+    with pytest.raises(AdapterNotFound, match=f"generation {old} isn't loaded"):
+        engine.submit(at_generation("late", kind, old))
+    assert engine.adapters._bank.resident == 1
+
+
+def test_a_reload_that_fails_leaves_the_old_one_serving(engine: Engine, store: Path) -> None:
+    before = engine.adapters.registry.get("lora")
+    expected = run_greedy(engine, [greedy("r", PROMPT, "lora", 5)])
+    change(store / "lora", use_dora=True)
+    with pytest.raises(AdapterInvalid, match="use_dora"):
+        load(engine, "lora", reload=True)
+    assert engine.adapters.registry.get("lora") == before
+    assert run_greedy(engine, [greedy("r", PROMPT, "lora", 5)]) == expected
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_an_unload_in_the_middle_of_a_reload_is_refused(engine: Engine, store: Path, wait: bool) -> None:
+    strengthen(store / "lora")
+    reloading = start_load(engine, "lora", reload=True)
+    engine.background.run_after_step(1.0)
+    assert not reloading.done()
+    with pytest.raises(AdapterUnavailable, match="'lora': loading"):
+        start_unload(engine, "lora", wait=wait).result(0)
+    engine.finish_background()
+    assert reloading.result(0).state is AdapterState.READY
+    assert start_unload(engine, "lora").result(0).name == "lora"
+
+
+def test_an_unload_waits_for_the_running_ones(engine: Engine) -> None:
+    [expected] = run_greedy(engine, [greedy("r", PROMPT, "lora", 5)])
+    engine.submit(greedy("r", PROMPT, "lora", 5))
+    engine.submit(greedy("queued", PROMPT, "lora", 5))
+    tokens = {output.request_id: list(output.token_ids) for output in engine.step().outputs}
+    done = start_unload(engine, "lora")
+    assert not done.done()
+    with pytest.raises(AdapterUnavailable, match="being unloaded"):
+        engine.submit(greedy("late", PROMPT, "lora", 5))
+    for id, more in finish(engine).items():
+        tokens[id] += more
+    assert tokens == {"r": expected, "queued": expected}
+    assert done.result(0).name == "lora"
+    assert engine.adapters._bank.resident == 0
+    with pytest.raises(AdapterNotFound):
+        engine.adapters.registry.get("lora")
+    assert load(engine, "lora").state is AdapterState.READY
+    assert run_greedy(engine, [greedy("r", PROMPT, "lora", 5)]) == [expected]
+
+
+def test_an_unload_that_doesnt_wait(engine: Engine) -> None:
+    engine.submit(greedy("r", PROMPT, "lora", 5))
+    with pytest.raises(AdapterUnavailable, match="in use by 1 running requests"):
+        start_unload(engine, "lora", wait=False).result(0)
+    finish(engine)
+    assert start_unload(engine, "lora", wait=False).result(0).name == "lora"
+
+
+def test_unloading_one_that_failed(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "store" / "broken").mkdir(parents=True)
+    engine = make_engine(llama, tmp_path / "store")
+    engine.adapters.take_events()
+    assert start_unload(engine, "broken").result(0).state is AdapterState.FAILED
+    assert [(info.name, removed) for info, removed in engine.adapters.take_events()] == [("broken", True)]
+    assert engine.adapters.registry.list() == []
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_unloading_frees_the_shared_blocks(engine: Engine, kind: str) -> None:
+    for name in ("prefix", "prompt"):
+        start_unload(engine, name)
+    load(engine, kind)
+    expected = run_greedy(engine, [greedy("r", PROMPT, kind, 4)])
+    assert engine.scheduler.pool.used == 1
+    start_unload(engine, kind).result(0)
+    assert engine.scheduler.pool.used == 0
+    load(engine, kind)
+    assert run_greedy(engine, [greedy("r", PROMPT, kind, 4)]) == expected
+
+
+def test_idle_prefixes_give_way_and_come_back_right(llama: Path, llama_store: Path, tmp_path: Path) -> None:
+    kinds = ["prefix", "prefix-projection", "prompt", "p-tuning"]
+    store = copy_of(llama_store, tmp_path / "s", *kinds)
+    roomy = make_engine(llama, store)
+    requests = [greedy(kind, PROMPT, kind, 6) for kind in kinds]
+    expected = run_greedy(roomy, requests)
+    # 1 + 2 + 1 + 2 blocks of virtual tokens, and 3 for each request.
+    engine = make_engine(llama, store, kv_cache_bytes=5 * 12_288)
+    for _ in range(2):
+        for request, tokens in zip(requests, expected, strict=True):
+            assert run_greedy(engine, [request]) == [tokens]
+        assert run_greedy(engine, [greedy("all", PROMPT, None, 50)])
+        assert engine.scheduler.pool.used == 0
+        assert run_greedy(engine, requests) == expected
+
+
+def test_no_more_adapters_than_allowed(llama: Path, store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine(llama, store, max_adapters=2)
+    assert [info.name for info in engine.adapters.registry.list()] == ["lora", "prefix"]
+    assert (
+        "adapter prompt is not loaded: 2 adapters are loaded, the limit is 2 (--max-adapters)" in caplog.text
+    )
+    with pytest.raises(ResourceExhausted, match="--max-adapters"):
+        load(engine, "prompt")
+    start_unload(engine, "lora")
+    assert load(engine, "prompt").state is AdapterState.READY
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "text"),
+    [
+        ({"max_adapter_rank": 3}, "lora", "--max-adapter-rank"),
+        ({"max_virtual_tokens": 4}, "prefix", "--max-virtual-tokens"),
+        ({"kv_cache_bytes": 12_288}, "prefix", r"don't fit the KV cache of 16 tokens \(--kv-cache-bytes\)"),
+        ({"max_adapter_bytes": 500}, "lora", "the limit is 500"),
+    ],
+)
+def test_adapters_over_a_limit(
+    llama: Path, store: Path, settings: dict[str, int], kind: str, text: str
+) -> None:
+    engine = make_engine(llama, store, **settings)
+    with pytest.raises(AdapterInvalid, match=text):
+        load(engine, kind)
+    engine.check_integrity()
+
+
+def test_whatever_goes_wrong_in_a_load_the_engine_lives(
+    engine: Engine, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(store / "lora", store / "new")
+    expected = run_greedy(engine, [greedy("r", PROMPT, "lora", 5)])
+    bank = engine.adapters._bank
+    real = bank.install
+
+    def fail(primitives: object) -> int:
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(bank, "install", fail)
+    with pytest.raises(RuntimeError, match="out of something"):
+        load(engine, "new")
+    monkeypatch.setattr(bank, "install", real)
+    assert run_greedy(engine, [greedy("r", PROMPT, "lora", 5)]) == expected
+    assert load(engine, "new").state is AdapterState.READY
+
+
+HOSTILE: list[tuple[str, Callable[[dict[str, object]], object]]] = [
+    ("not JSON", lambda config: "{"),
+    ("task_type", lambda config: json.dumps({**config, "task_type": ["x"]})),
+    ("base_model_name_or_path", lambda config: json.dumps({**config, "base_model_name_or_path": 5})),
+    ("makes no sense", lambda config: json.dumps({**config, "r": 10**400})),
+    ("makes no sense", lambda config: json.dumps({**config, "lora_alpha": float("nan")})),
+    ("nested", lambda config: json.dumps({**config, "nested": [[[[]]]]})),
+]
+
+
+@pytest.mark.parametrize(("text", "write"), HOSTILE, ids=[text for text, _ in HOSTILE])
+def test_hostile_configurations_end_in_a_typed_error_and_disturb_nobody(
+    engine: Engine, store: Path, text: str, write: Callable[[dict[str, object]], str]
+) -> None:
+    [expected] = run_greedy(engine, [greedy("r", PROMPT, "lora", 6)])
+    shutil.copytree(store / "lora", store / "bad")
+    path = store / "bad" / "adapter_config.json"
+    path.write_text(write(json.loads(path.read_text())))
+    engine.submit(greedy("r", PROMPT, "lora", 6))
+    try:
+        error = None
+        done = start_load(engine, "bad")
+    except PolygraftError as at_once:
+        error = at_once
+    assert finish(engine) == {"r": expected}
+    error = error or done.exception(0)
+    assert isinstance(error, AdapterInvalid)
+    assert text in str(error)

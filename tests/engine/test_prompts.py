@@ -1,0 +1,110 @@
+"""From a prompt to token ids and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from polygraft.base.loader import load_base
+from polygraft.engine.prompts import Prompts
+from polygraft.engine.request import Chat, ChatMessage
+from polygraft.errors import InvalidRequest
+from tests.tiny import EOS, VOCABULARY, byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_model: Callable[[str], Path]) -> Prompts:
+    return Prompts(load_base(str(tiny_model("llama"))))
+
+
+@pytest.fixture
+def with_template(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], Prompts]:
+    def use(template: str | None) -> Prompts:
+        monkeypatch.setattr(prompts._tokenizer, "chat_template", template)
+        return prompts
+
+    return use
+
+
+def chat(*turns: tuple[str, str]) -> Chat:
+    return Chat(tuple(ChatMessage(role, content) for role, content in turns))
+
+
+@pytest.mark.parametrize("text", ["a", "naïve 日本 🙂", " ", "\n", "\0", "a" * 5000])
+def test_text_goes_in_and_comes_out(prompts: Prompts, text: str) -> None:
+    ids = list(prompts.token_ids(text))
+    assert ids == byte_tokenizer()(text)["input_ids"]
+    assert prompts.decode(ids) == text
+
+
+def test_ids_are_taken_as_they_are(prompts: Prompts) -> None:
+    assert tuple(prompts.token_ids((0, EOS, VOCABULARY - 1))) == (0, EOS, VOCABULARY - 1)
+
+
+def test_special_tokens_have_no_text(prompts: Prompts) -> None:
+    assert prompts.decode([*prompts.token_ids("ab"), EOS]) == "ab"
+
+
+def test_a_chat_goes_through_the_template_and_asks_for_an_answer(prompts: Prompts) -> None:
+    ids = prompts.token_ids(chat(("system", "be brief"), ("user", "hi")))
+    assert prompts.decode(ids) == "[system]be brief\n[user]hi\n[assistant]"
+
+
+def test_a_chat_gets_no_special_tokens_but_the_templates(
+    with_template: Callable[[str | None], Prompts],
+) -> None:
+    prompts = with_template("<eos>{{ messages[0].content }}")
+    assert list(prompts.token_ids(chat(("user", "a")))) == [EOS, *prompts.token_ids("a")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("", "prompt: must not be empty"),
+        ((), "token_ids.ids: must not be empty"),
+        ((0, VOCABULARY), r"token_ids.ids\[1\]: must be in \[0, 288\), got 288"),
+        ((-1,), r"token_ids.ids\[0\]: must be in \[0, 288\), got -1"),
+        ((2**40,), r"token_ids.ids\[0\]: must be in"),
+        (Chat(()), "chat.messages: must not be empty"),
+    ],
+)
+def test_prompts_that_are_none(prompts: Prompts, prompt: str | tuple[int, ...] | Chat, text: str) -> None:
+    with pytest.raises(InvalidRequest, match=text):
+        prompts.token_ids(prompt)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (None, "chat: the model has no chat template"),
+        ("{{ raise_exception('no system role') }}", "chat.messages: .* refuses them: no system role"),
+        ("{{ messages[5].content.x }}", "chat.messages: .* refuses them: "),
+        ("{{ 1 + 'a' }}", "chat.messages: .* refuses them: "),
+        ("{% for %}", "chat.messages: .* refuses them: "),
+        ("", "chat: the model has no chat template"),
+        ("{% if false %}x{% endif %}", "chat: must not be empty"),
+    ],
+)
+def test_templates_that_refuse(
+    with_template: Callable[[str | None], Prompts], template: str | None, text: str
+) -> None:
+    prompts = with_template(template)
+    with pytest.raises(InvalidRequest, match=text):
+        prompts.token_ids(chat(("user", "hi")))
+
+
+def test_has_chat_template(with_template: Callable[[str | None], Prompts]) -> None:
+    assert with_template("x").has_chat_template
+    assert not with_template(None).has_chat_template
+
+
+@pytest.mark.parametrize("ids", [[-1], [VOCABULARY], [0, 1, 2**63]])
+def test_ids_that_have_no_text(prompts: Prompts, ids: list[int]) -> None:
+    with pytest.raises(InvalidRequest, match=r"token_ids\[\d\]: must be in"):
+        prompts.decode(ids)
+
+
+def test_an_id_without_a_token_has_no_text(prompts: Prompts) -> None:
+    assert prompts.decode([VOCABULARY - 1]) == ""
