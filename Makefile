@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/polygraft_api/v1/*.proto)
-STUBS := --python_out=protos --grpc_python_out=protos --mypy_out=protos --mypy_grpc_out=protos
+# Writes the stubs below the folder that follows.
+PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS) \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
 THREADS := OMP_NUM_THREADS=2
 
 .PHONY: help setup model demo serve test test-full check format protos adapters bench-w bench-boundary clean
@@ -43,13 +45,15 @@ check: setup  ## Lint, format, types, protos and their stubs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
+	rm -rf build/stubs && mkdir -p build/stubs && $(call PROTOC,build/stubs)
+	diff -r -x '*.proto' -x __init__.py -x __pycache__ build/stubs/polygraft_api/v1 protos/polygraft_api/v1
 
 format: setup  ## Mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 protos: setup  ## Generate the stubs
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos $(STUBS) $(PROTOS)
+	$(call PROTOC,protos)
 
 adapters: model  ## Train the sample adapters again
 	$(BIN)/python adapters/train.py

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from polygraft.config import ServerConfig
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.engine.engine import Engine
+from polygraft.engine.engine_thread import EngineThread
 from polygraft.engine.handle import ModelInfo
 from polygraft.engine.request import Request, RequestOutput
 from polygraft.rpc.server import RpcServer
@@ -70,7 +71,9 @@ async def main(kind: str) -> None:
     metrics = Metrics()
     handle: AsyncEngine | ProcessEngine
     if kind == "thread":
-        handle = AsyncEngine(Engine.from_config(CONFIG), metrics, max_waiting=1024)
+        thread = EngineThread()
+        engine = thread.submit(lambda: Engine.from_config(CONFIG)).result()
+        handle = AsyncEngine(engine, metrics, max_waiting=1024, thread=thread)
     else:
         handle = ProcessEngine()
     handle.start()

@@ -8,6 +8,7 @@ import socket
 from polygraft.config import ServerConfig, split_host_port
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.engine.engine import Engine
+from polygraft.engine.engine_thread import EngineThread
 from polygraft.errors import ConfigError
 from polygraft.rpc.serve import Ports, serve
 from polygraft.telemetry.logging import configure_logging
@@ -29,13 +30,14 @@ def run(config: ServerConfig) -> int:
     check_free("--listen", config.listen)
     if config.metrics:
         check_free("--metrics", config.metrics)
-    engine = Engine.from_config(config)
-    return asyncio.run(_serve(config, engine))
+    thread = EngineThread()
+    engine = thread.submit(lambda: Engine.from_config(config)).result()
+    return asyncio.run(_serve(config, engine, thread))
 
 
-async def _serve(config: ServerConfig, engine: Engine) -> int:
+async def _serve(config: ServerConfig, engine: Engine, thread: EngineThread) -> int:
     metrics = Metrics()
-    handle = AsyncEngine(engine, metrics, max_waiting=config.max_waiting)
+    handle = AsyncEngine(engine, metrics, max_waiting=config.max_waiting, thread=thread)
     handle.start()
 
     def announce(ports: Ports) -> None:

@@ -225,5 +225,7 @@ def test_an_architecture_that_doesnt_ask_for_attention_is_refused(tmp_path: Path
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     for load in (load_base, inspect_without_weights):
-        with pytest.raises(UnsupportedArchitecture, match=r"send its attention through .* AttentionInterface"):
+        with pytest.raises(
+            UnsupportedArchitecture, match=r"send its attention through .* AttentionInterface"
+        ):
             load(str(tmp_path))

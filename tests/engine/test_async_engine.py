@@ -69,6 +69,9 @@ class Recorder:
     def adapter_changed(self, info: AdapterInfo) -> None:
         self.adapters.append((info.name, info.state.value))
 
+    def adapter_load_failed(self, info: AdapterInfo) -> None:
+        self.adapters.append((info.name, "load failed"))
+
     def adapter_removed(self, info: AdapterInfo) -> None:
         self.adapters.append((info.name, "removed"))
 

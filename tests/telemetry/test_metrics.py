@@ -73,6 +73,7 @@ def busy(metrics: Metrics) -> Metrics:
     """Everything that there is to report, once."""
     metrics.describe_model(MODEL, "1.0")
     metrics.adapter_changed(READY)
+    metrics.adapter_load_failed(AdapterInfo("broken", AdapterState.FAILED, "broken", problems=("x",)))
     metrics.adapter_changed(AdapterInfo("broken", AdapterState.FAILED, "broken", problems=("x",)))
     for adapter, kind in (("json", "lora"), ("", "")):
         metrics.request_submitted(adapter, kind)
@@ -197,7 +198,9 @@ def test_loads_are_counted_once_a_generation(metrics: Metrics) -> None:
     metrics.adapter_changed(replace(READY, generation=2))
     assert value(metrics, "adapter_loads_total", result="ok") == 2
     assert value(metrics, "adapter_load_seconds_count") == 2
-    metrics.adapter_changed(AdapterInfo("b", AdapterState.FAILED, "b", problems=("x",)))
+    failed = AdapterInfo("b", AdapterState.FAILED, "b", problems=("x",))
+    metrics.adapter_load_failed(failed)
+    metrics.adapter_changed(failed)
     assert value(metrics, "adapter_loads_total", result="failed") == 1
 
 

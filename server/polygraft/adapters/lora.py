@@ -8,7 +8,6 @@ as well.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Generator
 
@@ -16,7 +15,7 @@ import torch
 
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.reader import FolderReader, shown
-from polygraft.adapters.targets import matching_key, target_modules
+from polygraft.adapters.targets import BAD_PATTERN, matching_key, target_modules
 from polygraft.base.spec import BaseSpec
 
 _PREFIX = "base_model.model."
@@ -53,8 +52,10 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         try:
             module_rank = rank_pattern.get(matching_key(rank_pattern, module), rank)
             module_alpha = alpha_pattern.get(matching_key(alpha_pattern, module), alpha)
-        except re.error as error:
-            reader.problems.append(f"rank_pattern or alpha_pattern is not a regular expression: {error}")
+        except BAD_PATTERN as error:
+            reader.problems.append(
+                f"rank_pattern or alpha_pattern is not a regular expression that can be matched: {error}"
+            )
             break
         if not _is_rank(module_rank) or not _is_alpha(module_alpha):
             reader.problems.append(

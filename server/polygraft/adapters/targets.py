@@ -6,13 +6,26 @@ and peft/utils/other.py, 0.21): an adapter must land on the same modules here as
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
+
+import regex
 
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.base.spec import BaseSpec
 
 ALL_LINEAR = "all-linear"
+
+_MATCH_SECONDS = 0.05
+"""A pattern comes from the folder, and one that backtracks without end would hold up every request."""
+
+BAD_PATTERN = (regex.error, TimeoutError)
+"""What matching raises: not a regular expression, or one that takes too long."""
+
+
+def matches(pattern: str, name: str, *, whole: bool) -> regex.Match[str] | None:
+    """`re.fullmatch` or `re.match` within a limited time. Raises one of `BAD_PATTERN`."""
+    match = regex.fullmatch if whole else regex.match
+    return match(pattern, name, timeout=_MATCH_SECONDS)
 
 
 def target_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
@@ -42,9 +55,10 @@ def target_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
             each = [targets] if isinstance(targets, str) else [[target] for target in targets]
             missing = [one for one in each if not any(_named(name, one) for name in names)]
         found = [name for name in found if not _named(name, excluded)]
-    except re.error as error:
+    except BAD_PATTERN as error:
         reader.problems.append(
-            f"target_modules, exclude_modules or layers_pattern is not a regular expression: {error}"
+            "target_modules, exclude_modules or layers_pattern is not a regular expression that can be "
+            f"matched: {error}"
         )
         return []
     for target in missing:
@@ -63,15 +77,14 @@ def target_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
 def matching_key(patterns: Iterable[str], module: str) -> str | None:
     """The first pattern of a rank or alpha pattern that fits the module's name.
 
-    Raises:
-        re.error: a pattern is not a regular expression.
+    Raises: one of `BAD_PATTERN`.
     """
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
+    return next((p for p in patterns if matches(rf"(.*\.)?({p})$", module, whole=False)), None)
 
 
 def _named(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return matches(targets, name, whole=True) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -85,8 +98,8 @@ def _targeted(
 
 def _layer(name: str, patterns: Sequence[str]) -> int | None:
     if not patterns:
-        match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+        match = matches(r".*?\.[^.]*\.(?P<idx>\d+)\.", name, whole=False)
     else:
-        tries = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name) for pattern in patterns)
+        tries = (matches(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name, whole=False) for pattern in patterns)
         match = next((m for m in tries if m), None)
     return int(match["idx"]) if match else None

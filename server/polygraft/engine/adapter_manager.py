@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
+from enum import Enum, auto
 
 import torch
 
@@ -26,8 +27,17 @@ from polygraft.layers.low_rank import LowRankBank
 log = logging.getLogger(__name__)
 
 _CANARY_TOKENS = 8
-AdapterEvent = tuple[AdapterInfo, bool]
-"""What became of an adapter, and whether it is gone."""
+
+
+class AdapterChange(Enum):
+    """What can become of an adapter; the observer's methods say more."""
+
+    CHANGED = auto()
+    REMOVED = auto()
+    LOAD_FAILED = auto()
+
+
+AdapterEvent = tuple[AdapterChange, AdapterInfo]
 
 
 class AdapterManager:
@@ -150,18 +160,20 @@ class AdapterManager:
             if adapter is not None:
                 self._free(adapter)
             problems = error.problems if isinstance(error, AdapterInvalid) else (str(error),)
-            info = self.registry.fail_load(name, source, problems, keep=keep_failed)
+            failed = self.registry.fail_load(name, source, problems, keep=keep_failed)
             if isinstance(error, PolygraftError):
                 log.warning("adapter %s is not loaded: %s", name, "; ".join(problems))
             else:
                 log.exception("adapter %s is not loaded", name)
-            self._events.append((info, False))
+            self._events.append((AdapterChange.LOAD_FAILED, failed))
+            if keep_failed:
+                self._events.append((AdapterChange.CHANGED, self.registry.get(name)))
             done.set_exception(error)
             return
         for warning in info.warnings:
             log.warning("adapter %s: %s", name, warning)
         log.info("adapter %s (%s) is generation %d", name, info.kind, info.generation)
-        self._events.append((info, False))
+        self._events.append((AdapterChange.CHANGED, info))
         done.set_result(info)
 
     def _check_room(self, name: str, compiled: CompiledAdapter) -> None:
@@ -212,10 +224,10 @@ class AdapterManager:
             done.set_exception(error)
             return
         if info.state == AdapterState.FAILED:
-            self._events.append((info, True))
+            self._events.append((AdapterChange.REMOVED, info))
             done.set_result(info)
             return
-        self._events.append((info, False))
+        self._events.append((AdapterChange.CHANGED, info))
         self._unloading[name] = done
         self.collect()
 
@@ -226,7 +238,7 @@ class AdapterManager:
             if info is None:  # a new generation has its name
                 continue
             log.info("adapter %s is unloaded", adapter.name)
-            self._events.append((info, True))
+            self._events.append((AdapterChange.REMOVED, info))
             self._unloading.pop(adapter.name).set_result(info)
 
     def _free(self, adapter: Adapter) -> None:

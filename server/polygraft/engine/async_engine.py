@@ -13,12 +13,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from polygraft.adapters.info import AdapterInfo, NearToken
+from polygraft.adapters.info import AdapterInfo, AdapterState, NearToken
 from polygraft.adapters.names import check_name
 from polygraft.adapters.nearest import nearest_tokens
 from polygraft.adapters.primitives import SoftPrompt
+from polygraft.engine.adapter_manager import AdapterChange
 from polygraft.engine.background import Job
 from polygraft.engine.engine import Engine, StepResult
+from polygraft.engine.engine_thread import EngineThread
 from polygraft.engine.handle import ModelInfo, Observer
 from polygraft.engine.request import Chat, Request, RequestOutput
 from polygraft.errors import Draining, EngineDead, InvalidRequest, PolygraftError, ResourceExhausted
@@ -49,9 +51,12 @@ class AsyncEngine:
     Args:
         engine: loaded; this object owns it from here on.
         max_waiting: most requests that may be on their way and not yet running.
+        thread: the one that the engine was loaded on; None starts one.
     """
 
-    def __init__(self, engine: Engine, observer: Observer, *, max_waiting: int) -> None:
+    def __init__(
+        self, engine: Engine, observer: Observer, *, max_waiting: int, thread: EngineThread | None = None
+    ) -> None:
         self._engine = engine
         self._observer = observer
         self._max_waiting = max_waiting
@@ -66,13 +71,16 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = thread or EngineThread()
+        self._ended: Future[None] | None = None
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start stepping."""
         for info in self.list_adapters():
+            if info.state is AdapterState.FAILED:
+                self._observer.adapter_load_failed(info)
             self._observer.adapter_changed(info)
-        self._thread.start()
+        self._ended = self._thread.submit(self._run)
 
     # ---- on the event loop's thread ---------------------------------------------------------------------
 
@@ -208,8 +216,8 @@ class AsyncEngine:
                 await asyncio.wait_for(self._idle.wait(), 10.0)
         self._stopping = True
         self._wake.set()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        if self._ended is not None:
+            await asyncio.wrap_future(self._ended)
         self._end_commands(Draining("the server is shutting down"))
         return aborted
 
@@ -245,8 +253,14 @@ class AsyncEngine:
                 stream.queue.put_nowait(output)
         if result.stats is not None:
             self._observer.step_finished(result.stats)
-        for info, removed in result.adapter_events:
-            (self._observer.adapter_removed if removed else self._observer.adapter_changed)(info)
+        for change, info in result.adapter_events:
+            match change:
+                case AdapterChange.CHANGED:
+                    self._observer.adapter_changed(info)
+                case AdapterChange.REMOVED:
+                    self._observer.adapter_removed(info)
+                case AdapterChange.LOAD_FAILED:
+                    self._observer.adapter_load_failed(info)
         if not self._streams:
             self._idle.set()
 

@@ -81,7 +81,10 @@ class Observer(Protocol):
         """A step ended."""
 
     def adapter_changed(self, info: AdapterInfo) -> None:
-        """An adapter was loaded, failed to load, or began to unload."""
+        """What the registry says under a name is now this."""
+
+    def adapter_load_failed(self, info: AdapterInfo) -> None:
+        """A load failed; what was registered under the name before, if anything, still is."""
 
     def adapter_removed(self, info: AdapterInfo) -> None:
         """An adapter is gone."""

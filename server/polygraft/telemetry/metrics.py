@@ -207,12 +207,10 @@ class Metrics:
                 self._widest_step.labels(kind).set(count)
 
     def adapter_changed(self, info: AdapterInfo) -> None:
-        """Record that an adapter was loaded, failed to load, or began to unload."""
+        """Record where an adapter stands; a generation that is ready for the first time was loaded."""
         before = self._known.get(info.name)
         self._known[info.name] = info
-        if info.state is AdapterState.FAILED:
-            self._loads.labels("failed").inc()
-        elif info.state is AdapterState.READY and (
+        if info.state is AdapterState.READY and (
             before is None
             or before.generation != info.generation
             or before.state in (AdapterState.LOADING, AdapterState.FAILED)
@@ -220,6 +218,10 @@ class Metrics:
             self._loads.labels("ok").inc()
             self._load_seconds.observe(info.load_seconds)
         self._show_adapters()
+
+    def adapter_load_failed(self, info: AdapterInfo) -> None:
+        """Count a load that failed."""
+        self._loads.labels("failed").inc()
 
     def adapter_removed(self, info: AdapterInfo) -> None:
         """Record that an adapter is gone, and drop its series."""
