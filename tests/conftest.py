@@ -6,9 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.peft_folders import KINDS, save_adapter
 from tests.tiny import save_tiny_model
+
+
+# Two threads that wait for each other at every operator on tiny tensors are many times slower than one as
+# soon as anything else runs on the machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

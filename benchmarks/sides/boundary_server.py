@@ -16,6 +16,7 @@ from polygraft.engine.engine_thread import EngineThread
 from polygraft.engine.handle import ModelInfo
 from polygraft.engine.request import Request, RequestOutput
 from polygraft.rpc.server import RpcServer
+from polygraft.server import SWITCH_SECONDS
 from polygraft.telemetry.metrics import Metrics
 
 CONFIG = ServerConfig(listen="127.0.0.1:0", metrics="", kv_cache_bytes=256 * 2**20, threads=2)
@@ -68,6 +69,7 @@ class ProcessEngine:
 
 
 async def main(kind: str) -> None:
+    sys.setswitchinterval(SWITCH_SECONDS)
     metrics = Metrics()
     handle: AsyncEngine | ProcessEngine
     if kind == "thread":

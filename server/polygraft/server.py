@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 
 from polygraft.config import ServerConfig, split_host_port
 from polygraft.engine.async_engine import AsyncEngine
@@ -13,6 +14,8 @@ from polygraft.errors import ConfigError
 from polygraft.rpc.serve import Ports, serve
 from polygraft.telemetry.logging import configure_logging
 from polygraft.telemetry.metrics import Metrics
+
+SWITCH_SECONDS = 0.0005
 
 
 def run(config: ServerConfig) -> int:
@@ -30,6 +33,9 @@ def run(config: ServerConfig) -> int:
     check_free("--listen", config.listen)
     if config.metrics:
         check_free("--metrics", config.metrics)
+    # The event loop's thread and the engine's take turns at the interpreter. With Python's own 5 ms the
+    # engine, which gives it up at every operator, would wait that long again and again.
+    sys.setswitchinterval(SWITCH_SECONDS)
     thread = EngineThread()
     engine = thread.submit(lambda: Engine.from_config(config)).result()
     return asyncio.run(_serve(config, engine, thread))

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base.default_model import ensure_default_model
+from polygraft.base.packed_linear import own_parameters, pack_linears
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
@@ -119,6 +120,9 @@ def load_base(
         raise BaseModelError(f"{model}: has no fast tokenizer (tokenizer.json)")
     name = DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model)
     spec = inspect_base(loaded, name)
+    weight_bytes = _weight_bytes(loaded)
+    if pack_linears(loaded, spec.linears):
+        own_parameters(loaded)
     limit, notes = context_limit(config)
     if max_context_length is not None and max_context_length < limit:
         limit = max_context_length
@@ -132,7 +136,7 @@ def load_base(
         quantization=quantization,
         context_length=limit,
         eos_token_ids=_eos_token_ids(loaded),
-        weight_bytes=_weight_bytes(loaded),
+        weight_bytes=weight_bytes,
         notes=notes,
     )
 

@@ -21,7 +21,7 @@ from polygraft.base.spec import BaseSpec
 from polygraft.engine.background import BackgroundWork, Job
 from polygraft.engine.scheduler import Scheduler
 from polygraft.engine.sequence import CanarySequence
-from polygraft.errors import AdapterExists, AdapterInvalid, InvalidRequest, PolygraftError
+from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, InvalidRequest, PolygraftError
 from polygraft.layers.low_rank import LowRankBank
 
 log = logging.getLogger(__name__)
@@ -73,13 +73,22 @@ class AdapterManager:
         self._events: list[AdapterEvent] = []
 
     def load_store(self) -> None:
-        """Load every folder of the store; broken ones are registered with what is wrong. Runs as
-        background work."""
+        """Load every folder of the store, after a canary of the base alone, which warms it up as well;
+        broken folders are registered with what is wrong. Runs as background work.
+
+        Raises (from the background work): BaseModelError if the base's logits aren't finite.
+        """
+        self._background.add(self._try_base())
         for name in self.store.names():
             if is_name(name):
                 self._background.add(self._load_from_store(name))
             else:
                 log.warning("folder %r in the store is passed over: its name can't be an adapter's", name)
+
+    def _try_base(self) -> Job:
+        self._base_canary = yield from self._canary_logits(None)
+        if not torch.isfinite(self._base_canary).all():
+            raise BaseModelError("the base's logits are not finite")
 
     def _load_from_store(self, name: str) -> Job:
         yield None
