@@ -102,8 +102,10 @@ def measure(sides: dict[str, Callable[[], dict[str, Any]]], rounds: int) -> dict
     """One warm-up round, then the counted ones, all sides in turn."""
     measured: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in sides}
     for n in range(rounds + 1):
-        for name, run in sides.items():
-            result = run()
+        order = list(sides)
+        # Who follows the slow peer pays for it, so everybody does in turn.
+        for name in order[n % len(order) :] + order[: n % len(order)]:
+            result = sides[name]()
             print(f"round {n}: {name:13}", {k: round(v, 3) for k, v in result.items()}, flush=True)
             if n:
                 for key, value in result.items():

@@ -11,7 +11,6 @@ import torch
 from tests.peft_folders import KINDS, save_adapter
 from tests.tiny import save_tiny_model
 
-
 # Two threads that wait for each other at every operator on tiny tensors are many times slower than one as
 # soon as anything else runs on the machine.
 torch.set_num_threads(1)

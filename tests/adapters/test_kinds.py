@@ -177,6 +177,8 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"target_modules": ["q_proj", "v_proj", "down_proj", 5]}, "target 5 matches no module"),
     ("lora", {"target_modules": r".*\.w_proj"}, r"target '.*\\.w_proj' matches no module"),
     ("lora", {"target_modules": "(q_proj"}, "target_modules, exclude_modules or layers_pattern is not a regular expression that can be matched"),
+    ("lora", {"target_modules": r"([a-z_.0-9]+)+X"}, "that can be matched: regex timed out"),
+    ("lora", {"rank_pattern": {r"([a-z_.0-9]+)+X": 4}}, "that can be matched: regex timed out"),
     ("lora", {"exclude_modules": "*"}, "target_modules, exclude_modules or layers_pattern is not a regular expression that can be matched"),
     ("lora", {"exclude_modules": 3}, "exclude_modules has the wrong type: 3"),
     ("lora", {"target_modules": ["q_proj", "v_proj", "down_proj", "embed_tokens"]},

@@ -461,7 +461,8 @@ async def test_draining_lets_the_running_ones_finish(
         running.paused.clear()
         assert [await task for task in tasks] == [expected[name] for name in names]
         assert await drain == 0
-        assert not running.handle._thread.is_alive()
+        assert running.handle._ended is not None
+        assert running.handle._ended.done()
 
 
 async def test_draining_aborts_what_doesnt_end_in_time(start: Start) -> None:
@@ -475,7 +476,8 @@ async def test_draining_aborts_what_doesnt_end_in_time(start: Start) -> None:
             outputs = await task
             assert outputs[-1].finished is not None
             assert outputs[-1].finished.reason is FinishReason.CANCELLED
-        assert not running.handle._thread.is_alive()
+        assert running.handle._ended is not None
+        assert running.handle._ended.done()
         running.engine.check_integrity()
         assert not running.engine.scheduler.has_work
 
@@ -514,5 +516,5 @@ async def test_a_stop_between_two_looks_at_the_inbox_isnt_lost(llama: Path, stor
 
     handle._wake = Wake()
     handle.start()
-    await asyncio.to_thread(handle._thread.join, 10.0)
-    assert not handle._thread.is_alive()
+    assert handle._ended is not None
+    await asyncio.wait_for(asyncio.wrap_future(handle._ended), 10.0)

@@ -10,7 +10,7 @@ import pytest
 from polygraft.base.loader import load_base
 from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import Chat, ChatMessage
-from polygraft.errors import InvalidRequest
+from polygraft.errors import ContextLengthExceeded, InvalidRequest
 from tests.tiny import EOS, VOCABULARY, byte_tokenizer
 
 
@@ -32,7 +32,15 @@ def chat(*turns: tuple[str, str]) -> Chat:
     return Chat(tuple(ChatMessage(role, content) for role, content in turns))
 
 
-@pytest.mark.parametrize("text", ["a", "naïve 日本 🙂", " ", "\n", "\0", "a" * 5000])
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(
+    prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "_tokenizer", None)
+    with pytest.raises(ContextLengthExceeded, match="prompt: 100000 characters"):
+        prompts.token_ids("x" * 100_000)
+
+
+@pytest.mark.parametrize("text", ["a", "naïve 日本 🙂", " ", "\n", "\0", "a" * 1000])
 def test_text_goes_in_and_comes_out(prompts: Prompts, text: str) -> None:
     ids = list(prompts.token_ids(text))
     assert ids == byte_tokenizer()(text)["input_ids"]

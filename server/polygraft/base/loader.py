@@ -124,8 +124,10 @@ def load_base(
     if pack_linears(loaded, spec.linears):
         own_parameters(loaded)
     limit, notes = context_limit(config)
-    if max_context_length is not None and max_context_length < limit:
-        limit = max_context_length
+    if max_context_length is not None:
+        if max_context_length > limit:
+            notes += (f"--max-context-length {max_context_length} is more than the model's {limit}",)
+        limit = min(limit, max_context_length)
     return Base(
         name=model,
         model=loaded,

@@ -8,7 +8,7 @@ import jinja2
 
 from polygraft.base.loader import Base
 from polygraft.engine.request import Chat
-from polygraft.errors import InvalidRequest
+from polygraft.errors import ContextLengthExceeded, InvalidRequest
 
 
 class Prompts:
@@ -18,6 +18,8 @@ class Prompts:
         self._tokenizer = base.tokenizer
         self._backend = base.backend
         self._vocabulary = base.spec.vocabulary_size
+        longest = max(map(len, base.backend.get_vocab()), default=1)
+        self._most_characters = longest * base.context_length
 
     @property
     def has_chat_template(self) -> bool:
@@ -37,16 +39,27 @@ class Prompts:
             field = "token_ids.ids"
         elif isinstance(prompt, Chat):
             # The template writes the special tokens itself.
-            ids = self._backend.encode(self._render(prompt), add_special_tokens=False).ids
+            text = self._render(prompt)
+            self._check_characters(text, "chat")
+            ids = self._backend.encode(text, add_special_tokens=False).ids
             field = "chat"
         else:
             if not prompt:
                 raise InvalidRequest("prompt", "must not be empty")
+            self._check_characters(prompt, "prompt")
             ids = self._tokenizer(prompt)["input_ids"]
             field = "prompt"
         if not ids:
             raise InvalidRequest(field, "must not be empty")
         return ids
+
+    def _check_characters(self, text: str, field: str) -> None:
+        """Refuse what can't fit whatever its tokens are, before seconds go into tokenizing it."""
+        if len(text) > self._most_characters:
+            raise ContextLengthExceeded(
+                field,
+                f"{len(text)} characters are more than a context's tokens can hold ({self._most_characters})",
+            )
 
     def _render(self, chat: Chat) -> str:
         if not self.has_chat_template:

@@ -50,7 +50,9 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         integer, address, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-        self.low_rank = library.polygraft_low_rank
+        # Called with the interpreter's lock held: it takes microseconds, and giving the lock up for every
+        # module would let the event loop's thread in between, hundreds of times a step.
+        self.low_rank = ctypes.PyDLL(library._name).polygraft_low_rank
         self.low_rank.argtypes = (
             integer, address, address, size, size, address, size, address, address, size, integer,
         )  # fmt: skip
