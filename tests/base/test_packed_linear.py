@@ -47,9 +47,9 @@ def test_only_plain_modules_on_the_cpu_are_replaced() -> None:
     model = nn.ModuleDict(
         {
             "special": Special(4, 4),
-            "norm": nn.LayerNorm(4),
-            "double": nn.Linear(4, 4, dtype=torch.float64),
-            "meta": nn.Linear(4, 4, device="meta"),
+            "layer_norm": nn.LayerNorm(4),
+            "of_float64": nn.Linear(4, 4, dtype=torch.float64),
+            "on_meta": nn.Linear(4, 4, device="meta"),
         }
     )
     assert pack_linears(model, list(model)) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from polygraft.adapters.info import AdapterState
+from polygraft.engine.adapter_manager import AdapterChange
 from polygraft.engine.engine import Engine
 from polygraft.engine.request import AdapterRef, Request, StoppingParams
 from polygraft.errors import (
@@ -271,7 +272,9 @@ def test_unloading_one_that_failed(llama: Path, tmp_path: Path) -> None:
     engine = make_engine(llama, tmp_path / "store")
     engine.adapters.take_events()
     assert start_unload(engine, "broken").result(0).state is AdapterState.FAILED
-    assert [(info.name, removed) for info, removed in engine.adapters.take_events()] == [("broken", True)]
+    assert [(change, info.name) for change, info in engine.adapters.take_events()] == [
+        (AdapterChange.REMOVED, "broken")
+    ]
     assert engine.adapters.registry.list() == []
 
 

@@ -297,6 +297,11 @@ async def test_loads_of_the_same_at_once_are_one(start: Start, store: Path) -> N
     async with start() as running:
         infos = await asyncio.gather(*(running.handle.load_adapter("new", "a/b") for _ in range(5)))
         assert len({info.generation for info in infos}) == 1
+        # The observer is told in the next hand-over, which may come after the callers' answers.
+        async with asyncio.timeout(10):
+            while ("new", "READY") not in running.recorder.adapters:
+                await asyncio.sleep(0.001)
+        await running.tokens(greedy("after", PROMPT, "new", 2))
         assert running.recorder.adapters.count(("new", "READY")) == 1
 
 
