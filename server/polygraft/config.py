@@ -99,7 +99,7 @@ class ServerConfig(BaseSettings):
     quantization: Literal["none", "nf4"] = Field("none", description="how the base's weights are stored")
     double_quantization: bool = Field(True, description="quantize nf4's scales as well")
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type adapters are kept in; auto keeps the file's (float16 becomes float32)"
+        "auto", description="type adapters are kept in; auto is bfloat16 on such a base, else the file's"
     )
     lora_path: Literal["auto", "unmerged"] = Field(
         "auto", description="how low-rank weights are applied where a request doesn't say"

@@ -133,10 +133,22 @@ def test_nf4_takes_less_memory_and_has_as_many_parameters(nf4: tuple[Base, Path]
     assert base.spec.parameters == plain.spec.parameters
 
 
-def test_adapters_stay_as_they_are_on_a_quantized_base(llama: Path, llama_store: Path) -> None:
-    engine = make_engine(llama, llama_store, precision="nf4")
+@pytest.mark.parametrize(
+    ("precision", "asked", "kept"),
+    [
+        ("nf4", "auto", torch.bfloat16),
+        ("nf4", "float32", torch.float32),
+        ("bfloat16", "auto", torch.bfloat16),
+        ("float32", "auto", torch.float32),
+        ("float32", "bfloat16", torch.bfloat16),
+    ],
+)
+def test_adapters_are_never_quantized(
+    llama: Path, llama_store: Path, precision: str, asked: str, kept: torch.dtype
+) -> None:
+    engine = make_engine(llama, llama_store, precision=precision, adapter_dtype=asked)
     for low_rank in engine.adapters.registry.compiled("lora").low_rank.values():
-        assert (low_rank.a.dtype, low_rank.b.dtype) == (torch.float32, torch.float32)
+        assert (low_rank.a.dtype, low_rank.b.dtype) == (kept, kept)
 
 
 # ---- what can't be served --------------------------------------------------------------------------------

@@ -90,7 +90,9 @@ class Engine:
         self.runner = ModelRunner(base, bank, step, config.block_size)
         self.prompts = Prompts(base)
         self.background = BackgroundWork()
-        dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+        # Rounded no coarser than the base's own products are; a float32 base gets what the file holds.
+        auto = torch.bfloat16 if base.dtype == torch.bfloat16 else None
+        dtypes = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
         self.adapters = AdapterManager(
             base.spec,
             AdapterStore(config.adapters, config.max_adapter_bytes),
