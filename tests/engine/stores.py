@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from polygraft.adapters.info import AdapterInfo
 from polygraft.engine.engine import Engine
+from polygraft.engine.request import AdapterRef
 
 
 def copy_of(store: Path, to: Path, *kinds: str) -> Path:
@@ -61,6 +62,9 @@ def start_unload(engine: Engine, name: str, *, wait: bool = True) -> Future[Adap
 
 def poison(engine: Engine, name: str) -> None:
     """Turn an adapter's weights, as the layers read them, into NaN."""
-    for low_rank in engine.adapters.registry.compiled(name).low_rank.values():
-        with torch.inference_mode():
-            low_rank.b.fill_(torch.nan)
+    adapter = engine.adapters.registry.resolve(AdapterRef(name))
+    with torch.inference_mode():
+        for slots in engine.adapters._bank._slots.values():
+            if adapter.slot in slots._weights:
+                slots._weights[adapter.slot][0].fill_(torch.nan)
+    adapter.release()

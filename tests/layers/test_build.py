@@ -19,10 +19,11 @@ COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A machine that has built nothing yet; where it would put the library."""
-    source = tmp_path / "package" / "kernels.cpp"
-    source.parent.mkdir()
-    source.write_bytes(build.SOURCE.read_bytes())
-    monkeypatch.setattr(build, "SOURCE", source)
+    package = tmp_path / "package"
+    package.mkdir()
+    for source in (*build.FOLDER.glob("*.cpp"), *build.FOLDER.glob("*.h")):
+        (package / source.name).write_bytes(source.read_bytes())
+    monkeypatch.setattr(build, "FOLDER", package)
     monkeypatch.setenv("POLYGRAFT_CACHE", str(tmp_path / "cache"))
     kernels.load_kernels.cache_clear()
     yield tmp_path / "cache" / "kernels"
@@ -44,6 +45,9 @@ def test_without_a_compiler_there_is_a_warning_and_torch_serves(
         greedy(str(name), list(range(40)), name, 6) for name in (None, "lora-bias", "prefix", "prompt")
     ]
     expected = run_greedy(make_engine(llama, llama_store, native=False), requests)
+    # What loading that base built.
+    shutil.rmtree(fresh)
+    kernels.load_kernels.cache_clear()
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     engine = make_engine(llama, llama_store)
@@ -54,7 +58,7 @@ def test_without_a_compiler_there_is_a_warning_and_torch_serves(
 
 @COMPILER
 def test_a_compiler_that_fails(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
-    build.SOURCE.write_text("this is no C++\n")
+    (build.FOLDER / "kernels.cpp").write_text("this is no C++\n")
     assert kernels.load_kernels() is None
     assert "the C++ operators don't compile" in caplog.text
     assert "this" in caplog.text
@@ -82,7 +86,8 @@ def test_the_name_changes_with_source_flags_and_instruction_set(
 ) -> None:
     names = {build.library_name(march) for march in ("", "x86-64-v3", "x86-64-v4")}
     assert len(names) == 3
-    build.SOURCE.write_text(build.SOURCE.read_text() + "\n// changed\n")
+    header = build.FOLDER / "linear.h"
+    header.write_text(header.read_text() + "\n// changed\n")
     names.add(build.library_name(""))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
     names.add(build.library_name(""))
@@ -126,8 +131,8 @@ def test_what_is_built_is_used_again(fresh: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_library_beside_the_package_comes_first(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = build.library_name(build.instruction_sets()[0])
-    for folder in (fresh, build.SOURCE.parent):
+    for folder in (fresh, build.FOLDER):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
     monkeypatch.setattr(build.ctypes, "CDLL", lambda path: path)
-    assert build.load() == str(build.SOURCE.parent / name)
+    assert build.load() == str(build.FOLDER / name)

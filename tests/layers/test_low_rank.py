@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from polygraft.adapters.primitives import LowRank
-from polygraft.layers.low_rank import AdaptedLinear, LowRankBank
+from polygraft.layers.low_rank import AdaptedLinear
+from polygraft.layers.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import load_kernels
-from polygraft.layers.step import AttentionPlan, Segments, StepContext
+from polygraft.layers.step import AttentionPlan, StepContext
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -243,15 +244,12 @@ def test_the_number_of_threads_changes_nothing(threads: int) -> None:
     layers = Layers(48, 700)
     slots = [layers.install(first=weights(r, 48, 700, torch.float32, bias=True, seed=r)) for r in (5, 66)]
     x = torch.randn(150, 48)
-    runs = [(0, 100, slots[0]), (100, 150, slots[1])]
-    segments = layers.banks[0].segments(runs)
     outs = []
     before = torch.get_num_threads()
     for count in (2, threads):
         torch.set_num_threads(count)
         try:
-            out = torch.zeros(150, 700)
-            outs.append(add(layers, x, out, segments))
+            outs.append(side_path(layers, x, torch.zeros(150, 700), slots))
         finally:
             torch.set_num_threads(before)
     assert torch.equal(*outs)
@@ -260,16 +258,33 @@ def test_the_number_of_threads_changes_nothing(threads: int) -> None:
 def test_inputs_that_arent_contiguous() -> None:
     layers = Layers(24, 30)
     slot = layers.install(first=weights(3, 24, 30, torch.float32, bias=False))
-    segments = layers.banks[0].segments([(0, 5, slot)])
     x = torch.randn(24, 5).t()
-    straight = add(layers, x.contiguous(), torch.zeros(5, 30), segments)
-    strided = add(layers, x, torch.zeros(30, 5).t(), segments)
+    straight = side_path(layers, x.contiguous(), torch.zeros(5, 30), [slot])
+    strided = side_path(layers, x, torch.zeros(30, 5).t(), [slot])
     assert torch.equal(straight, strided)
 
 
-def add(layers: Layers, x: torch.Tensor, out: torch.Tensor, segments: Segments) -> torch.Tensor:
-    scratch = torch.empty(len(x), segments.max_rank)
-    return layers.banks[0]._slots["first"].add(x, out, segments, scratch)
+def side_path(layers: Layers, x: torch.Tensor, base: torch.Tensor, slots: list[int]) -> torch.Tensor:
+    """The native side paths on top of a given product; the rows shared out evenly among the slots."""
+    layer = layers.models[0].first
+    assert isinstance(layer, AdaptedLinear)
+    layer.base_layer = Given(base)
+    share = len(x) // len(slots)
+    runs = [(i * share, (i + 1) * share, slot) for i, slot in enumerate(slots)]
+    layers.steps[0].begin(PLAN, layers.banks[0].segments(runs), layers.banks[0].segments([]), len(x))
+    with torch.inference_mode():
+        return layer(x)
+
+
+class Given(nn.Module):
+    """Answers with a given tensor."""
+
+    def __init__(self, out: torch.Tensor) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out
 
 
 def test_the_base_layers_attributes_show_through() -> None:

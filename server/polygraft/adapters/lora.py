@@ -76,10 +76,9 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if a is None or b is None or (has_bias and bias is None):
             continue
         # A module's two matrices have one type, whatever the file's have. Scaled in float32, so that a
-        # scaling that is no power of two costs one rounding and not two; laid out so that the transpose,
-        # which the operator reads, is contiguous.
+        # scaling that is no power of two costs one rounding and not two.
         dtype = torch.promote_types(a.dtype, b.dtype)
-        scaled = (b.float() * scaling).to(dtype).t().contiguous().t()
+        scaled = (b.float() * scaling).to(dtype)
         bias = None if bias is None else bias.float() * scaling
         if not scaled.isfinite().all() or (bias is not None and not bias.isfinite().all()):
             reader.problems.append(f"scaling {scaling} makes weights of {module} infinite")

@@ -8,7 +8,7 @@ primitives it compiles to (`CompiledAdapter`, here), and the registered adapter 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -122,6 +122,18 @@ class CompiledAdapter:
             yield from self.prefix.values
         elif self.prefix is not None:
             yield self.prefix.embeddings
+
+    def without_low_rank_weights(self) -> CompiledAdapter:
+        """The same with shapes alone in `low_rank`, for when the layers hold the weights."""
+        shapes = {
+            name: LowRank(
+                low_rank.a.to("meta"),
+                low_rank.b.to("meta"),
+                None if low_rank.bias is None else low_rank.bias.to("meta"),
+            )
+            for name, low_rank in self.low_rank.items()
+        }
+        return replace(self, low_rank=shapes)
 
     @property
     def compiled_bytes(self) -> int:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base.default_model import ensure_default_model
-from polygraft.base.packed_linear import own_parameters, pack_linears
+from polygraft.base.packing import own_parameters, pack_linears
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
@@ -121,7 +121,7 @@ def load_base(
     name = DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model)
     spec = inspect_base(loaded, name)
     weight_bytes = _weight_bytes(loaded)
-    if pack_linears(loaded, spec.linears):
+    if pack_linears(loaded, spec.same_input):
         own_parameters(loaded)
     limit, notes = context_limit(config)
     if max_context_length is not None:

@@ -33,6 +33,7 @@ class BaseSpec:
         name: as in its config, such as "HuggingFaceTB/SmolLM2-135M-Instruct"; may be empty.
         architecture: transformers' model type.
         linears: by module name; each sees every row of a step exactly once (the head: every sampled one).
+        same_input: names of `linears` in groups that read the same tensor, such as q, k and v.
         others: every other module's name and class name, for telling why it can't be targeted.
         attention: by module name, in the model's order.
         parameters: of the whole model, tied ones counted once.
@@ -41,6 +42,7 @@ class BaseSpec:
     name: str
     architecture: str
     linears: Mapping[str, LinearShape]
+    same_input: tuple[tuple[str, ...], ...]
     others: Mapping[str, str]
     attention: Mapping[str, AttentionSite]
     hidden_size: int
@@ -72,22 +74,22 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
     # Counted before the first forward packs quantized weights; tied ones once, those of four bits each.
     parameters = int(model.num_parameters())
     head = model.get_output_embeddings()
-    rows_seen: dict[nn.Module, list[int]] = {}
+    inputs: dict[nn.Module, list[torch.Tensor]] = {}
 
-    def note_rows(module: nn.Module, args: tuple[object, ...]) -> None:
+    def note_input(module: nn.Module, args: tuple[object, ...]) -> None:
         x = args[0]
         assert isinstance(x, torch.Tensor)
-        rows_seen.setdefault(module, []).append(x.numel() // x.shape[-1])
+        inputs.setdefault(module, []).append(x)
 
     named = dict(model.named_modules())
-    hooks = [m.register_forward_pre_hook(note_rows) for m in named.values() if linear_shape(m)]
+    hooks = [m.register_forward_pre_hook(note_input) for m in named.values() if linear_shape(m)]
     device = next(model.parameters()).device
-    rows = torch.arange(_PROBE_ROWS, device=device)[None]
+    probe = torch.arange(_PROBE_ROWS, device=device)[None]
     try:
         with torch.inference_mode():
             model(
-                input_ids=rows % config.vocab_size,
-                position_ids=rows,
+                input_ids=probe % config.vocab_size,
+                position_ids=probe,
                 attention_mask=torch.zeros(1, 1, 1, 1, device=device),
                 use_cache=False,
                 logits_to_keep=torch.tensor([_PROBE_ROWS - 1], device=device),
@@ -107,16 +109,22 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
         )
     linears = {}
     others = {}
+    same_input: dict[int, tuple[str, ...]] = {}
     for path, module in named.items():
         shape = linear_shape(module)
-        if shape and rows_seen.get(module) == [1 if module is head else _PROBE_ROWS]:
+        rows = [x.numel() // x.shape[-1] for x in inputs.get(module, ())]
+        if shape and rows == [1 if module is head else _PROBE_ROWS]:
             linears[path] = LinearShape(*shape, is_head=module is head)
+            # An id stands for one tensor, since all of them are still held.
+            key = id(inputs[module][0])
+            same_input[key] = (*same_input.get(key, ()), path)
         elif path:
             others[path] = type(module).__name__
     return BaseSpec(
         name=name,
         architecture=config.model_type,
         linears=linears,
+        same_input=tuple(same_input.values()),
         others=others,
         attention=attention,
         hidden_size=model.get_input_embeddings().weight.shape[1],

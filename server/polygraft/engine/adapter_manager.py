@@ -22,7 +22,7 @@ from polygraft.engine.background import BackgroundWork, Job
 from polygraft.engine.scheduler import Scheduler
 from polygraft.engine.sequence import CanarySequence
 from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, InvalidRequest, PolygraftError
-from polygraft.layers.low_rank import LowRankBank
+from polygraft.layers.low_rank_bank import LowRankBank
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class AdapterManager:
             compiled = yield from compile_adapter(folder, self._base, self._limits)
             self._check_room(name, compiled)
             slot = self._bank.install(compiled.low_rank) if compiled.low_rank else 0
-            adapter = self.registry.new_adapter(name, compiled, slot)
+            adapter = self.registry.new_adapter(name, compiled.without_low_rank_weights(), slot)
             warnings = yield from self._canary(adapter)
             info = ready_info(
                 adapter,

@@ -36,7 +36,7 @@ from polygraft.engine.scheduler import Batch, Scheduler
 from polygraft.engine.sequence import CanarySequence, Generation, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefixes
 from polygraft.errors import InvalidRequest, PolygraftError
-from polygraft.layers.low_rank import LowRankBank
+from polygraft.layers.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import StepContext
 

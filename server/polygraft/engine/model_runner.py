@@ -10,7 +10,7 @@ import torch
 
 from polygraft.base.loader import Base
 from polygraft.engine.scheduler import Batch, Scheduled
-from polygraft.layers.low_rank import LowRankBank
+from polygraft.layers.low_rank_bank import LowRankBank
 from polygraft.layers.step import AttentionPlan, StepContext
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from polygraft.layers.native.kernels import PlanStruct
+from polygraft.layers.native.kernels import MAX_MODULES, PlanStruct
 
 
 @dataclass(slots=True)
@@ -79,21 +79,20 @@ class StepContext:
         attention: None outside a step.
         segments: over all rows.
         head_segments: over the rows whose logits are computed; the output head sees no others.
-        scratch: float32 [>= rows, >= largest rank], for products between A and B.
+        scratch: float32, at least rows * MAX_MODULES * largest rank, for products between A and B.
     """
 
     attention: AttentionPlan | None = None
     segments: Segments = field(default_factory=lambda: NO_SEGMENTS)
     head_segments: Segments = field(default_factory=lambda: NO_SEGMENTS)
-    scratch: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    scratch: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def begin(self, attention: AttentionPlan, segments: Segments, head_segments: Segments, rows: int) -> None:
         """Describe the step that is about to run."""
         self.attention, self.segments, self.head_segments = attention, segments, head_segments
-        if self.scratch.shape[0] < rows or self.scratch.shape[1] < segments.max_rank:
-            self.scratch = torch.empty(
-                max(rows, self.scratch.shape[0]), max(segments.max_rank, self.scratch.shape[1])
-            )
+        needed = rows * MAX_MODULES * segments.max_rank
+        if self.scratch.numel() < needed:
+            self.scratch = torch.empty(needed)
 
     def end(self) -> None:
         """Forget it, so that nothing of a finished step can be read by mistake."""

@@ -22,7 +22,7 @@ from polygraft.base.cache_dir import cache_dir
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
 # -fno-math-errno and -fno-trapping-math let loops over floor and select become vector code; unlike
 # -ffast-math they keep NaN and infinity, which the canary looks for.
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -53,7 +53,8 @@ def torch_openmp() -> list[Path]:
 
 def library_name(march: str) -> str:
     """File name of the library for one instruction set; changes with the source and the flags."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:12]
+    sources = b"".join(path.read_bytes() for path in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"))))
+    digest = hashlib.sha256(sources + " ".join(FLAGS).encode()).hexdigest()[:12]
     return f"kernels-{march or platform.machine()}-{digest}.so"
 
 
@@ -77,7 +78,7 @@ def build(march: str, folder: Path) -> Path:
         # would bring a second set of threads. The compiler's own is left out where nothing needs it.
         runtime = ["-Wl,--as-needed", *map(str, torch_openmp())]
         subprocess.run(  # noqa: S603 - the compiler that the user's environment names
-            [compiler, *FLAGS, "-Wno-psabi", *arch, "-o", str(output), str(SOURCE), *runtime],
+            [compiler, *FLAGS, "-Wno-psabi", *arch, "-o", str(output), str(FOLDER / "kernels.cpp"), *runtime],
             check=True,
             capture_output=True,
             text=True,
@@ -91,7 +92,7 @@ def load() -> ctypes.CDLL | None:
     levels = instruction_sets()
     try:
         for march in levels:
-            for folder in (SOURCE.parent, cache_dir() / "kernels"):
+            for folder in (FOLDER, cache_dir() / "kernels"):
                 path = folder / library_name(march)
                 if path.is_file():
                     return ctypes.CDLL(str(path))
@@ -111,7 +112,7 @@ def main() -> None:
     )
     if parser.parse_args().here:
         for march in LEVELS if platform.machine() in {"x86_64", "AMD64"} else [""]:
-            print(build(march, SOURCE.parent).name)  # noqa: T201 - a command's output
+            print(build(march, FOLDER).name)  # noqa: T201 - a command's output
     elif load() is None:
         raise SystemExit(1)
 

@@ -1,4 +1,4 @@
-"""Calls into the C++ operators: argument types, and the structures that kernels.cpp declares."""
+"""Calls into the C++ operators: argument types, and the structures that the C++ sources declare."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from polygraft.layers.native import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+MAX_MODULES = 4  # linear.h's kMaxModules
 
 
 class PlanStruct(ctypes.Structure):
-    """kernels.cpp's `Plan`."""
+    """attention.h's `Plan`."""
 
     _fields_ = (
         ("slot_mapping", ctypes.c_void_p),
@@ -28,7 +29,7 @@ class PlanStruct(ctypes.Structure):
 
 
 class LayerStruct(ctypes.Structure):
-    """kernels.cpp's `Layer`."""
+    """attention.h's `Layer`."""
 
     _fields_ = (
         ("key_cache", ctypes.c_void_p),
@@ -45,24 +46,52 @@ class LayerStruct(ctypes.Structure):
     )
 
 
+class ModuleStruct(ctypes.Structure):
+    """linear.h's `Module`."""
+
+    _fields_ = (
+        ("table", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+    )
+
+
+class GroupStruct(ctypes.Structure):
+    """linear.h's `Group`."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("in_features", ctypes.c_int64),
+        ("modules", ctypes.c_int64),
+        ("module", ModuleStruct * MAX_MODULES),
+    )
+
+
 class Kernels:
-    """The library's two entry points; tensors are checked by the callers in layers/."""
+    """The library's entry points; tensors are checked by the callers in layers/.
+
+    Args:
+        library: as `build.load` gives it.
+    """
+
+    panel: int
+    """Columns in a panel of packed weights."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         integer, address, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-        # Called with the interpreter's lock held: it takes microseconds, and giving the lock up for every
-        # module would let the event loop's thread in between, hundreds of times a step.
-        self.low_rank = ctypes.PyDLL(library._name).polygraft_low_rank
-        self.low_rank.argtypes = (
-            integer, address, address, size, size, address, size, address, address, size, integer,
+        self.linear = library.polygraft_linear
+        self.linear.argtypes = (
+            integer, address, address, size, address, address, size, address, size, integer,
         )  # fmt: skip
-        self.low_rank.restype = None
+        self.linear.restype = None
         self.paged_attention = library.polygraft_paged_attention
         self.paged_attention.argtypes = (
             integer, address, address, address, size, size, address, size, size, address, size, size,
             address, integer,
         )  # fmt: skip
         self.paged_attention.restype = None
+        library.polygraft_panel.restype = size
+        self.panel = library.polygraft_panel()
 
 
 @functools.cache

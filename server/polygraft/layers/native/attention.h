@@ -1,0 +1,232 @@
+// Attention over the paged cache; layers/attention.py holds the same in torch.
+
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+// e^x for x <= 0, within 2 ulp; the compiler turns the loops that call it into vector code, which it
+// can't do with expf. Range reduction and polynomial after Cephes' expf.
+inline float exp_nonpositive(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float n = std::floor(x * 1.44269504f + 0.5f);
+  float r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+
+struct Plan {  // one step; layers/attention.py fills it
+  const int64_t* slot_mapping;  // [rows] where each row's key and value go: block * block_size + offset
+  const int32_t* query_start;   // [sequences + 1] first row of each sequence
+  const int32_t* context_lens;  // [sequences] keys visible to a sequence's last row, its prefix included
+  const int32_t* prefix_lens;   // [sequences] keys in shared prefix blocks
+  const int32_t* block_tables;  // [sequences, max_blocks] prefix blocks first, then the sequence's own
+  int64_t max_blocks;
+  int64_t num_sequences;
+  int64_t num_rows;
+};
+
+struct Layer {  // one attention layer; layers/attention.py fills it
+  void* key_cache;    // [blocks, kv_heads, head_dim, block_size]: keys lie side by side, so that a
+                      // query's scores against a block are computed a vector of keys at a time
+  void* value_cache;  // [blocks, kv_heads, block_size, value_dim]
+  int64_t heads, kv_heads, head_dim, value_dim, block_size;
+  int64_t window;     // keys visible to a row, itself included; 0: all
+  const float* sinks; // [heads] logits of a key with no value (gpt-oss), or null
+  float scaling, softcap;
+};
+
+struct Strides {
+  int64_t row, head;
+};
+
+template <typename T>
+void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_head, int64_t first_row,
+            int64_t last_row, const T* q, Strides qs, T* out, std::vector<float>& scratch) {
+  const int64_t group = layer.heads / layer.kv_heads;
+  const int64_t dim = layer.head_dim, vdim = layer.value_dim, bs = layer.block_size;
+  const int64_t rows = last_row - first_row, queries = rows * group;
+  const int64_t sequence_end = plan.query_start[sequence + 1];
+  const int64_t context = plan.context_lens[sequence];
+  const int64_t prefix = plan.prefix_lens[sequence];
+  const int64_t prefix_blocks = (prefix + bs - 1) / bs;
+  const int32_t* table = plan.block_tables + sequence * plan.max_blocks;
+  // Row r sees keys [low(r), high(r)); the last row of the sequence sees all of the context.
+  auto high = [&](int64_t row) { return context - (sequence_end - 1 - row); };
+  auto low = [&](int64_t row) {
+    return layer.window > 0 ? std::max<int64_t>(0, high(row) - layer.window) : int64_t(0);
+  };
+  const int64_t begin = low(first_row), end = high(last_row - 1);
+  const int64_t stride = (end + 2 * bs + kLanes) / kLanes * kLanes;
+  scratch.resize(queries * (stride + dim + vdim));
+  float* scores = scratch.data();                // [queries, stride]
+  float* query = scores + queries * stride;      // [queries, dim], scaled
+  float* result = query + queries * dim;         // [queries, vdim]
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t g = 0; g < group; g++) {
+      const T* from = q + (first_row + r) * qs.row + (kv_head * group + g) * qs.head;
+      float* to = query + (r * group + g) * dim;
+      for (int64_t d = 0; d < dim; d++) to[d] = to_float(from[d]) * layer.scaling;
+    }
+  // The keys of block b are [start, start + count): the last prefix block may be part full, and the
+  // sequence's own blocks start after it.
+  auto for_blocks = [&](auto&& visit) {
+    for (int64_t b = 0;; b++) {
+      const bool shared = b < prefix_blocks;
+      const int64_t start = shared ? b * bs : prefix + (b - prefix_blocks) * bs;
+      if (start >= end) break;
+      const int64_t count = std::min(shared ? std::min(bs, prefix - start) : bs, end - start);
+      if (start + count > begin) visit(int64_t(table[b]), start, count);
+    }
+  };
+  for_blocks([&](int64_t block, int64_t start, int64_t count) {
+    const T* keys = static_cast<const T*>(layer.key_cache) + (block * layer.kv_heads + kv_head) * dim * bs;
+    if (bs % kLanes == 0) {
+      for (int64_t lane = 0; lane < count; lane += kLanes) {
+        int64_t i = 0;
+        for (; i + 4 <= queries; i += 4) {
+          vec acc[4] = {};
+          for (int64_t d = 0; d < dim; d++) {
+            const vec k = load(keys + d * bs + lane);
+            for (int n = 0; n < 4; n++) acc[n] += splat(query[(i + n) * dim + d]) * k;
+          }
+          for (int n = 0; n < 4; n++) store(scores + (i + n) * stride + start + lane, acc[n]);
+        }
+        for (; i < queries; i++) {
+          vec acc = {};
+          for (int64_t d = 0; d < dim; d++) acc += splat(query[i * dim + d]) * load(keys + d * bs + lane);
+          store(scores + i * stride + start + lane, acc);
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < queries; i++)
+        for (int64_t k = 0; k < count; k++) {
+          float total = 0;
+          for (int64_t d = 0; d < dim; d++) total += query[i * dim + d] * to_float(keys[d * bs + k]);
+          scores[i * stride + start + k] = total;
+        }
+    }
+  });
+  for (int64_t i = 0; i < queries; i++) {
+    float* s = scores + i * stride;
+    const int64_t row = first_row + i / group, from = low(row), to = high(row);
+    if (layer.softcap > 0)
+      for (int64_t k = from; k < to; k++) s[k] = layer.softcap * std::tanh(s[k] / layer.softcap);
+    float top = s[from];
+    for (int64_t k = from + 1; k < to; k++) top = s[k] > top || s[k] != s[k] ? s[k] : top;
+    float total = 0;
+    if (layer.sinks) {
+      const float sink = layer.sinks[kv_head * group + i % group];
+      top = std::max(top, sink);
+      total = std::exp(sink - top);
+    }
+    if (top != top || top - top != 0) {  // NaN or infinity: keep it visible
+      for (int64_t k = from; k < to; k++) s[k] = NAN;
+      total = NAN;
+    } else {
+      for (int64_t k = from; k < to; k++) s[k] = exp_nonpositive(s[k] - top);
+      vec totals = {};
+      int64_t k = from;
+      for (; k + kLanes <= to; k += kLanes) totals += load(s + k);
+      total += sum(totals);
+      for (; k < to; k++) total += s[k];
+    }
+    const float scale = 1.0f / total;
+    for (int64_t k = from; k < to; k++) s[k] *= scale;
+    std::fill(s + begin, s + from, 0.0f);
+    std::fill(s + to, s + end, 0.0f);
+  }
+  std::fill(result, result + queries * vdim, 0.0f);
+  for_blocks([&](int64_t block, int64_t start, int64_t count) {
+    const T* values =
+        static_cast<const T*>(layer.value_cache) + (block * layer.kv_heads + kv_head) * bs * vdim;
+    const int64_t skip = std::max<int64_t>(0, begin - start);
+    int64_t d = 0;
+    for (; d + kLanes <= vdim; d += kLanes) {
+      int64_t i = 0;
+      for (; i + 4 <= queries; i += 4) {
+        vec acc[4];
+        for (int n = 0; n < 4; n++) acc[n] = load(result + (i + n) * vdim + d);
+        for (int64_t k = skip; k < count; k++) {
+          const vec v = load(values + k * vdim + d);
+          for (int n = 0; n < 4; n++) acc[n] += splat(scores[(i + n) * stride + start + k]) * v;
+        }
+        for (int n = 0; n < 4; n++) store(result + (i + n) * vdim + d, acc[n]);
+      }
+      for (; i < queries; i++) {
+        vec acc = load(result + i * vdim + d);
+        for (int64_t k = skip; k < count; k++)
+          acc += splat(scores[i * stride + start + k]) * load(values + k * vdim + d);
+        store(result + i * vdim + d, acc);
+      }
+    }
+    for (; d < vdim; d++)
+      for (int64_t i = 0; i < queries; i++)
+        for (int64_t k = skip; k < count; k++)
+          result[i * vdim + d] += scores[i * stride + start + k] * to_float(values[k * vdim + d]);
+  });
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t g = 0; g < group; g++) {
+      const float* from = result + (r * group + g) * vdim;
+      T* to = out + ((first_row + r) * layer.heads + kv_head * group + g) * vdim;
+      int64_t d = 0;
+      for (; d + kLanes <= vdim; d += kLanes) store(to + d, load(from + d));
+      for (; d < vdim; d++) from_float(from[d], to + d);
+    }
+}
+
+template <typename T>
+void paged_attention(const Layer& layer, const Plan& plan, const T* q, Strides qs, const T* k, Strides ks,
+                     const T* v, Strides vs, T* out, int threads) {
+  constexpr int64_t kRows = 16;
+  struct Task {
+    int64_t sequence, first_row, last_row;
+  };
+  static thread_local std::vector<Task> tasks_of_caller;
+  std::vector<Task>& tasks = tasks_of_caller;
+  tasks.clear();
+  for (int64_t s = 0; s < plan.num_sequences; s++)
+    // The longest first, so that the threads end together.
+    for (int64_t last = plan.query_start[s + 1]; last > plan.query_start[s]; last -= kRows)
+      tasks.push_back({s, std::max<int64_t>(plan.query_start[s], last - kRows), last});
+  const Task* all = tasks.data();
+  const int64_t num_tasks = int64_t(tasks.size()) * layer.kv_heads;
+  const int64_t bs = layer.block_size, dim = layer.head_dim, vdim = layer.value_dim;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < plan.num_rows; row++) {
+      const int64_t slot = plan.slot_mapping[row], block = slot / bs, offset = slot % bs;
+      for (int64_t h = 0; h < layer.kv_heads; h++) {
+        T* keys = static_cast<T*>(layer.key_cache) + (block * layer.kv_heads + h) * dim * bs + offset;
+        const T* key = k + row * ks.row + h * ks.head;
+        for (int64_t d = 0; d < dim; d++) keys[d * bs] = key[d];
+        T* values = static_cast<T*>(layer.value_cache) + ((block * layer.kv_heads + h) * bs + offset) * vdim;
+        std::memcpy(values, v + row * vs.row + h * vs.head, vdim * sizeof(T));
+      }
+    }
+    static thread_local std::vector<float> scratch;
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t t = 0; t < num_tasks; t++) {
+      const Task task = all[t / layer.kv_heads];
+      attend(layer, plan, task.sequence, t % layer.kv_heads, task.first_row, task.last_row, q, qs, out,
+             scratch);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,138 @@
+// Low-rank side paths by segments: a segment is a run of rows that use one adapter, and adds
+// (x A^T) B^T to their outputs (Punica's segments, arXiv 2310.18547, with S-LoRA's unpadded ranks,
+// arXiv 2311.03285). layers/low_rank.py holds the same in torch.
+
+#pragma once
+
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int kVecs = 2;
+constexpr int kPanel = kVecs * kLanes;  // columns that are computed together
+
+struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
+  int64_t a;      // address of A [rank, in]
+  int64_t b;      // address of B, scaling folded in, in panels [panels, rank, kPanel], padded with zeros
+  int64_t bias;   // address of the bias in float32, padded to whole panels, or 0
+  int64_t rank;
+  int64_t dtype;  // of A and B: 0 float32, 1 bfloat16
+};
+
+struct Segment {
+  int32_t first, last, slot;  // rows [first, last)
+};
+
+// Dot products of ROWS rows of x with up to 4 rows of A.
+template <int ROWS, typename X, typename W>
+inline void shrink_tile(const X* x, int64_t in, const W* a, int ranks, float* h, int64_t h_stride) {
+  vec acc[ROWS][4] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= in; i += kLanes) {
+    vec w[4];
+    for (int j = 0; j < 4; j++) w[j] = load(a + (j < ranks ? j : 0) * in + i);
+    for (int r = 0; r < ROWS; r++) {
+      const vec v = load(x + r * in + i);
+      for (int j = 0; j < 4; j++) acc[r][j] += v * w[j];
+    }
+  }
+  for (int r = 0; r < ROWS; r++) {
+    for (int j = 0; j < ranks; j++) {
+      float total = sum(acc[r][j]);
+      for (int64_t k = i; k < in; k++) total += to_float(x[r * in + k]) * to_float(a[j * in + k]);
+      h[r * h_stride + j] = total;
+    }
+  }
+}
+
+template <typename X, typename W>
+void shrink(const X* x, int64_t rows, int64_t in, const W* a, int ranks, float* h, int64_t h_stride) {
+  constexpr int kRows = kLanes == 16 ? 4 : 2;  // as many sums as the registers hold
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    shrink_tile<kRows>(x + r * in, in, a, ranks, h + r * h_stride, h_stride);
+  for (; r < rows; r++) shrink_tile<1>(x + r * in, in, a, ranks, h + r * h_stride, h_stride);
+}
+
+// out[ROWS, kPanel] += h[ROWS, rank] b[rank, kPanel]
+template <int ROWS, typename W>
+inline void expand_tile(float* out, const W* b, const float* h, int64_t rank, int64_t h_stride) {
+  vec acc[ROWS][kVecs];
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < kVecs; v++) acc[r][v] = load(out + r * kPanel + v * kLanes);
+  for (int64_t j = 0; j < rank; j++) {
+    vec w[kVecs];
+    for (int v = 0; v < kVecs; v++) w[v] = load(b + j * kPanel + v * kLanes);
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < kVecs; v++) acc[r][v] += splat(h[r * h_stride + j]) * w[v];
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < kVecs; v++) store(out + r * kPanel + v * kLanes, acc[r][v]);
+}
+
+template <typename W>
+void expand(float* out, int64_t rows, const W* b, const float* h, int64_t rank, int64_t h_stride) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) expand_tile<4>(out + r * kPanel, b, h + r * h_stride, rank, h_stride);
+  for (; r + 2 <= rows; r += 2) expand_tile<2>(out + r * kPanel, b, h + r * h_stride, rank, h_stride);
+  for (; r < rows; r++) expand_tile<1>(out + r * kPanel, b, h + r * h_stride, rank, h_stride);
+}
+
+// Add the side paths of rows [row, row + rows) to one panel of their outputs, out [rows, kPanel].
+inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* segments, int64_t num_segments,
+                         const Entry* table, int64_t panel, const float* h, int64_t h_stride) {
+  for (int64_t s = 0; s < num_segments; s++) {
+    const int64_t first = std::max<int64_t>(segments[s].first, row);
+    const int64_t last = std::min<int64_t>(segments[s].last, row + rows);
+    if (first >= last) continue;
+    const Entry& entry = table[segments[s].slot];
+    float* to = out + (first - row) * kPanel;
+    if (entry.rank > 0) {
+      const float* from = h + first * h_stride;
+      const int64_t at = panel * entry.rank * kPanel;
+      if (entry.dtype == 0)
+        expand(to, last - first, reinterpret_cast<const float*>(entry.b) + at, from, entry.rank, h_stride);
+      else
+        expand(to, last - first, reinterpret_cast<const bf16*>(entry.b) + at, from, entry.rank, h_stride);
+    }
+    if (entry.bias) {
+      const float* bias = reinterpret_cast<const float*>(entry.bias) + panel * kPanel;
+      for (int64_t r = 0; r < last - first; r++)
+        for (int v = 0; v < kVecs; v++)
+          store(to + r * kPanel + v * kLanes, load(to + r * kPanel + v * kLanes) + load(bias + v * kLanes));
+    }
+  }
+}
+
+// This thread's share of h[row, module * max_rank + j] = x[row] . A[j], for the segments' rows.
+template <typename X>
+void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_segments,
+                  const Entry* const* tables, int64_t modules, float* h, int64_t h_stride, int64_t max_rank,
+                  int thread, int threads) {
+  // Small enough pieces that one long segment and many short ones both fill all threads.
+  constexpr int64_t kRows = 64, kRanks = 4;
+  int64_t piece = 0;
+  for (int64_t s = 0; s < num_segments; s++) {
+    for (int64_t m = 0; m < modules; m++) {
+      const Entry& entry = tables[m][segments[s].slot];
+      for (int64_t row = segments[s].first; row < segments[s].last; row += kRows) {
+        const int64_t rows = std::min<int64_t>(kRows, segments[s].last - row);
+        for (int64_t j = 0; j < entry.rank; j += kRanks) {
+          if (piece++ % threads != thread) continue;
+          const int ranks = int(std::min<int64_t>(kRanks, entry.rank - j));
+          float* to = h + row * h_stride + m * max_rank + j;
+          if (entry.dtype == 0)
+            shrink(x + row * in, rows, in, reinterpret_cast<const float*>(entry.a) + j * in, ranks, to,
+                   h_stride);
+          else
+            shrink(x + row * in, rows, in, reinterpret_cast<const bf16*>(entry.a) + j * in, ranks, to,
+                   h_stride);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,163 @@
+"""Groups of packed linear modules, with and without side paths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from polygraft.adapters.primitives import LowRank
+from polygraft.layers.linear import LinearGroup, PackedLinear
+from polygraft.layers.low_rank_bank import LowRankBank
+from polygraft.layers.native.kernels import Kernels, load_kernels
+from polygraft.layers.step import AttentionPlan, StepContext
+
+pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
+DTYPES = [torch.float32, torch.bfloat16]
+PLAN = AttentionPlan(*[torch.zeros(1)] * 5)
+
+
+def kernels() -> Kernels:
+    loaded = load_kernels()
+    assert loaded is not None
+    return loaded
+
+
+def packed(modules: list[nn.Linear]) -> list[PackedLinear]:
+    group = LinearGroup([m.weight.detach() for m in modules], [m.bias for m in modules], kernels())
+    return [PackedLinear(group, i) for i in range(len(modules))]
+
+
+def linears(width_in: int, widths: list[int], dtype: torch.dtype, *, bias: bool = True) -> list[nn.Linear]:
+    torch.manual_seed(0)
+    return [nn.Linear(width_in, w, bias=bias, dtype=dtype).requires_grad_(False) for w in widths]
+
+
+@given(
+    rows=st.integers(1, 200),
+    width_in=st.sampled_from([1, 2, 5, 16, 33, 576, 577, 1300]),
+    widths=st.lists(st.sampled_from([1, 15, 16, 33, 64, 100]), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_products_of_a_group(
+    rows: int, width_in: int, widths: list[int], dtype: torch.dtype, bias: bool
+) -> None:
+    plain = linears(width_in, widths, dtype, bias=bias)
+    x = torch.randn(1, rows, width_in, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    for mine, theirs in zip(packed(plain), plain, strict=True):
+        exact = nn.functional.linear(
+            x.double(), theirs.weight.double(), theirs.bias.double() if bias else None
+        )
+        out = mine(x)
+        assert out.dtype is dtype
+        # Rounded once, after a sum in float32.
+        ulp = 2**-8 if dtype == torch.bfloat16 else 2**-20
+        assert torch.allclose(out.double(), exact, atol=1e-5, rtol=ulp)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_bitwise_the_same_whatever_the_number_of_rows(dtype: torch.dtype) -> None:
+    (module,) = packed(linears(600, [70], dtype))
+    x = torch.randn(230, 600).to(dtype)
+    together = module(x)
+    for rows in (1, 2, 5, 6, 7, 12, 13, 19, 48, 100):
+        assert torch.equal(module(x[-rows:].contiguous()), together[-rows:])
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4, 8])
+def test_the_number_of_threads_changes_nothing(threads: int) -> None:
+    module, _ = packed(linears(100, [40, 30], torch.float32))
+    x = torch.randn(500, 100)
+    outs = []
+    before = torch.get_num_threads()
+    for count in (2, threads):
+        torch.set_num_threads(count)
+        try:
+            outs.append(module(x.clone()))
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_weight_comes_back_as_it_was(dtype: torch.dtype) -> None:
+    plain = linears(33, [20, 7, 64], dtype)
+    for mine, theirs in zip(packed(plain), plain, strict=True):
+        assert torch.equal(mine.weight, theirs.weight)
+
+
+def test_rows_of_another_type_are_refused() -> None:
+    (module,) = packed(linears(4, [4], torch.float32))
+    with pytest.raises(TypeError, match="float32"):
+        module(torch.zeros(1, 4, dtype=torch.bfloat16))
+
+
+def test_what_a_group_computed_for_one_input_isnt_handed_out_for_another() -> None:
+    first, second = packed(linears(8, [5, 6], torch.float32))
+    x, y = torch.randn(2, 8), torch.randn(2, 8)
+    alone = second(y.clone())
+    first(x)
+    assert torch.equal(second(y), alone)
+    assert not torch.equal(second(x), alone)
+    # Asked twice for the same input, it computes again.
+    again = first(x)
+    x += 1
+    assert not torch.equal(first(x), again)
+
+
+class Attention(nn.Module):
+    """Three modules on one input."""
+
+    def __init__(self, modules: list[PackedLinear] | list[nn.Linear]) -> None:
+        super().__init__()
+        self.q, self.k, self.v = modules
+
+
+def adapter(rank: int, width_in: int, width_out: int, dtype: torch.dtype, seed: int) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    return LowRank(
+        torch.randn(rank, width_in, generator=generator).to(dtype) / width_in**0.5,
+        torch.randn(width_out, rank, generator=generator).to(dtype) / rank**0.5,
+        torch.randn(width_out, generator=generator) if seed % 2 else None,
+    )
+
+
+@pytest.mark.parametrize("kept", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [6, 90])
+def test_side_paths_are_those_of_the_operator_in_torch(
+    rows: int, dtype: torch.dtype, kept: torch.dtype
+) -> None:
+    plain = linears(50, [40, 24, 33], dtype)
+    names = ["q", "k", "v"]
+    outs = []
+    for native in (True, False):
+        model = Attention(packed(plain) if native else plain)
+        step = StepContext()
+        bank = LowRankBank(model, dict.fromkeys(names, False), step, native)
+        width = dict(zip(names, (40, 24, 33), strict=True))
+        # Adapters that target all, two and one of the three, of different ranks.
+        slots = [
+            bank.install({n: adapter(rank, 50, width[n], kept, rank + i) for i, n in enumerate(targets)})
+            for rank, targets in ((4, names), (9, ["q", "v"]), (17, ["k"]))
+        ]
+        third = rows // 3
+        runs = [(0, third, slots[0]), (third, third + 1, slots[1]), (2 * third, rows, slots[2])]
+        step.begin(PLAN, bank.segments(runs), bank.segments([]), rows)
+        x = torch.randn(rows, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with torch.inference_mode():
+            outs.append([getattr(model, name)(x) for name in names])
+        step.end()
+        with torch.inference_mode():
+            bare = [getattr(model, name)(x.clone()) for name in names]
+        for mine, base in zip(outs[-1], bare, strict=True):
+            untouched = slice(third + 1, 2 * third)
+            assert torch.equal(mine[untouched], base[untouched])
+            assert not torch.equal(mine, base)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    for native_out, torch_out in zip(*outs, strict=True):
+        assert torch.allclose(native_out.float(), torch_out.float(), atol=tolerance, rtol=tolerance)
