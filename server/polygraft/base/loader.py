@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base.default_model import ensure_default_model
+from polygraft.base.fusing import fuse
 from polygraft.base.packing import own_parameters, pack_linears
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 DEFAULT = "default"
@@ -121,8 +125,10 @@ def load_base(
     name = DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model)
     spec = inspect_base(loaded, name)
     weight_bytes = _weight_bytes(loaded)
+    fused = fuse(loaded, compute)
     if pack_linears(loaded, spec.same_input):
         own_parameters(loaded)
+    log.debug("operators of our own: %s", dict(fused))
     limit, notes = context_limit(config)
     if max_context_length is not None:
         if max_context_length > limit:

@@ -40,7 +40,7 @@ def sample(logits: torch.Tensor, params: Rows[SamplingParams], positions: Rows[i
     Returns:
         Token ids.
     """
-    tokens: list[int] = logits.argmax(-1).tolist()
+    tokens = _argmax(logits)
     drawn = [row for row, p in enumerate(params) if not p.greedy]
     if drawn:
         noise = torch.tensor(
@@ -50,6 +50,15 @@ def sample(logits: torch.Tensor, params: Rows[SamplingParams], positions: Rows[i
         for row, token in zip(drawn, picked, strict=True):
             tokens[row] = token
     return tokens
+
+
+def _argmax(logits: torch.Tensor) -> list[int]:
+    """The first of the largest in each row."""
+    if logits.device.type == "cpu":
+        # numpy's is vectorised; torch's takes ten times as long for bfloat16.
+        rows = logits.float().numpy()
+        return [int(token) for token in rows.argmax(-1)]
+    return [int(token) for token in logits.argmax(-1)]
 
 
 def _draw(logits: torch.Tensor, params: list[SamplingParams], noise: torch.Tensor) -> list[int]:

@@ -3,31 +3,12 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
 
 namespace {
-
-// e^x for x <= 0, within 2 ulp; the compiler turns the loops that call it into vector code, which it
-// can't do with expf. Range reduction and polynomial after Cephes' expf.
-inline float exp_nonpositive(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float n = std::floor(x * 1.44269504f + 0.5f);
-  float r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const int32_t bits = (int32_t(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return p * scale;
-}
 
 struct Plan {  // one step; layers/attention.py fills it
   const int64_t* slot_mapping;  // [rows] where each row's key and value go: block * block_size + offset
@@ -53,6 +34,68 @@ struct Layer {  // one attention layer; layers/attention.py fills it
 struct Strides {
   int64_t row, head;
 };
+
+// Scores of Q queries [Q, dim] against V vectors of neighbouring keys [dim, block_size].
+template <int Q, int V, typename T>
+inline void score_tile(const float* query, int64_t dim, const T* keys, int64_t block_size, float* scores,
+                       int64_t stride) {
+  vec acc[Q][V] = {};
+  for (int64_t d = 0; d < dim; d++) {
+    vec k[V];
+    for (int v = 0; v < V; v++) k[v] = load(keys + d * block_size + v * kLanes);
+    for (int n = 0; n < Q; n++) {
+      const vec one = splat(query[n * dim + d]);
+      for (int v = 0; v < V; v++) acc[n][v] += one * k[v];
+    }
+  }
+  for (int n = 0; n < Q; n++)
+    for (int v = 0; v < V; v++) store(scores + n * stride + v * kLanes, acc[n][v]);
+}
+
+// result [Q, V vectors of vdim] += scores [Q, from:to] times values [from:to, vdim]
+template <int Q, int V, typename T>
+inline void value_tile(const float* scores, int64_t stride, const T* values, int64_t vdim, int64_t from,
+                       int64_t to, float* result) {
+  vec acc[Q][V];
+  for (int n = 0; n < Q; n++)
+    for (int v = 0; v < V; v++) acc[n][v] = load(result + n * vdim + v * kLanes);
+  for (int64_t k = from; k < to; k++) {
+    vec value[V];
+    for (int v = 0; v < V; v++) value[v] = load(values + k * vdim + v * kLanes);
+    for (int n = 0; n < Q; n++) {
+      const vec one = splat(scores[n * stride + k]);
+      for (int v = 0; v < V; v++) acc[n][v] += one * value[v];
+    }
+  }
+  for (int n = 0; n < Q; n++)
+    for (int v = 0; v < V; v++) store(result + n * vdim + v * kLanes, acc[n][v]);
+}
+
+// Calls visit(first, Q) with Q a constant, for queries in tiles of four and less.
+template <typename Visit>
+inline void for_tiles(int64_t queries, Visit&& visit) {
+  int64_t i = 0;
+  for (; i + 4 <= queries; i += 4) visit(i, std::integral_constant<int, 4>());
+  if (queries - i == 3) visit(i, std::integral_constant<int, 3>());
+  if (queries - i == 2) visit(i, std::integral_constant<int, 2>());
+  if (queries - i == 1) visit(i, std::integral_constant<int, 1>());
+}
+
+// The largest of s[0:count], NaN if any is.
+inline float largest(const float* s, int64_t count) {
+  float top = s[0];
+  int64_t k = 0;
+  if (count >= kLanes) {
+    vec tops = load(s);
+    for (; k + kLanes <= count; k += kLanes) {
+      const vec v = load(s + k);
+      tops = (v > tops) | (v != v) ? v : tops;
+    }
+    for (int i = 0; i < kLanes; i++) top = tops[i] > top || tops[i] != tops[i] ? tops[i] : top;
+  }
+  for (; k < count; k++) top = s[k] > top || s[k] != s[k] ? s[k] : top;
+  return top;
+}
 
 template <typename T>
 void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_head, int64_t first_row,
@@ -96,22 +139,17 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
   for_blocks([&](int64_t block, int64_t start, int64_t count) {
     const T* keys = static_cast<const T*>(layer.key_cache) + (block * layer.kv_heads + kv_head) * dim * bs;
     if (bs % kLanes == 0) {
-      for (int64_t lane = 0; lane < count; lane += kLanes) {
-        int64_t i = 0;
-        for (; i + 4 <= queries; i += 4) {
-          vec acc[4] = {};
-          for (int64_t d = 0; d < dim; d++) {
-            const vec k = load(keys + d * bs + lane);
-            for (int n = 0; n < 4; n++) acc[n] += splat(query[(i + n) * dim + d]) * k;
-          }
-          for (int n = 0; n < 4; n++) store(scores + (i + n) * stride + start + lane, acc[n]);
-        }
-        for (; i < queries; i++) {
-          vec acc = {};
-          for (int64_t d = 0; d < dim; d++) acc += splat(query[i * dim + d]) * load(keys + d * bs + lane);
-          store(scores + i * stride + start + lane, acc);
-        }
-      }
+      int64_t lane = 0;
+      for (; lane + kLanes < count && lane + 2 * kLanes <= bs; lane += 2 * kLanes)
+        for_tiles(queries, [&](int64_t i, auto tile) {
+          score_tile<tile.value, 2>(query + i * dim, dim, keys + lane, bs, scores + i * stride + start + lane,
+                                    stride);
+        });
+      for (; lane < count; lane += kLanes)
+        for_tiles(queries, [&](int64_t i, auto tile) {
+          score_tile<tile.value, 1>(query + i * dim, dim, keys + lane, bs, scores + i * stride + start + lane,
+                                    stride);
+        });
     } else {
       for (int64_t i = 0; i < queries; i++)
         for (int64_t k = 0; k < count; k++) {
@@ -126,8 +164,7 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
     const int64_t row = first_row + i / group, from = low(row), to = high(row);
     if (layer.softcap > 0)
       for (int64_t k = from; k < to; k++) s[k] = layer.softcap * std::tanh(s[k] / layer.softcap);
-    float top = s[from];
-    for (int64_t k = from + 1; k < to; k++) top = s[k] > top || s[k] != s[k] ? s[k] : top;
+    float top = largest(s + from, to - from);
     float total = 0;
     if (layer.sinks) {
       const float sink = layer.sinks[kv_head * group + i % group];
@@ -138,12 +175,18 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
       for (int64_t k = from; k < to; k++) s[k] = NAN;
       total = NAN;
     } else {
-      for (int64_t k = from; k < to; k++) s[k] = exp_nonpositive(s[k] - top);
       vec totals = {};
       int64_t k = from;
-      for (; k + kLanes <= to; k += kLanes) totals += load(s + k);
+      for (; k + kLanes <= to; k += kLanes) {
+        const vec e = exp_nonpositive(load(s + k) - top);
+        store(s + k, e);
+        totals += e;
+      }
       total += sum(totals);
-      for (; k < to; k++) total += s[k];
+      if (k < to) {  // the row has room for a whole vector; what lies behind is never read
+        const vec e = exp_nonpositive(load(s + k) - top);
+        for (int64_t i = 0; k + i < to; i++) total += s[k + i] = e[i];
+      }
     }
     const float scale = 1.0f / total;
     for (int64_t k = from; k < to; k++) s[k] *= scale;
@@ -156,24 +199,16 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
         static_cast<const T*>(layer.value_cache) + (block * layer.kv_heads + kv_head) * bs * vdim;
     const int64_t skip = std::max<int64_t>(0, begin - start);
     int64_t d = 0;
-    for (; d + kLanes <= vdim; d += kLanes) {
-      int64_t i = 0;
-      for (; i + 4 <= queries; i += 4) {
-        vec acc[4];
-        for (int n = 0; n < 4; n++) acc[n] = load(result + (i + n) * vdim + d);
-        for (int64_t k = skip; k < count; k++) {
-          const vec v = load(values + k * vdim + d);
-          for (int n = 0; n < 4; n++) acc[n] += splat(scores[(i + n) * stride + start + k]) * v;
-        }
-        for (int n = 0; n < 4; n++) store(result + (i + n) * vdim + d, acc[n]);
-      }
-      for (; i < queries; i++) {
-        vec acc = load(result + i * vdim + d);
-        for (int64_t k = skip; k < count; k++)
-          acc += splat(scores[i * stride + start + k]) * load(values + k * vdim + d);
-        store(result + i * vdim + d, acc);
-      }
-    }
+    for (; d + 2 * kLanes <= vdim; d += 2 * kLanes)
+      for_tiles(queries, [&](int64_t i, auto tile) {
+        value_tile<tile.value, 2>(scores + i * stride + start, stride, values + d, vdim, skip, count,
+                                  result + i * vdim + d);
+      });
+    for (; d + kLanes <= vdim; d += kLanes)
+      for_tiles(queries, [&](int64_t i, auto tile) {
+        value_tile<tile.value, 1>(scores + i * stride + start, stride, values + d, vdim, skip, count,
+                                  result + i * vdim + d);
+      });
     for (; d < vdim; d++)
       for (int64_t i = 0; i < queries; i++)
         for (int64_t k = skip; k < count; k++)

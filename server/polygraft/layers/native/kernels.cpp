@@ -1,11 +1,12 @@
-// The operators that a step runs: products with the adapters' side paths, and attention over the paged
-// cache. layers/ holds each in torch as well, which is the reference in the tests and the fallback where no
+// The operators that a step runs: products with the adapters' side paths, attention over the paged cache,
+// and the small operations between them. layers/ holds each in torch as well, which is the reference in the tests and the fallback where no
 // compiler is at hand.
 //
 // Plain C++ with GCC/Clang vector extensions and OpenMP, no torch headers: it builds in seconds and doesn't
 // depend on torch's ABI. Everything is computed in float32, whatever it is stored in.
 
 #include "attention.h"
+#include "elementwise.h"
 #include "linear.h"
 
 extern "C" {
@@ -43,5 +44,36 @@ void polygraft_paged_attention(int dtype, const void* layer, const void* plan, c
     paged_attention(l, p, static_cast<const bf16*>(q), Strides{q_row, q_head}, static_cast<const bf16*>(k),
                     Strides{k_row, k_head}, static_cast<const bf16*>(v), Strides{v_row, v_head},
                     static_cast<bf16*>(out), threads);
+}
+
+// x and out [rows, width]; scale float32 [width].
+void polygraft_rms_norm(int dtype, const void* x, int64_t rows, int64_t width, const float* scale, float eps,
+                        void* out, int threads) {
+  if (dtype == 0)
+    rms_norm(static_cast<const float*>(x), rows, width, scale, eps, static_cast<float*>(out), threads);
+  else
+    rms_norm(static_cast<const bf16*>(x), rows, width, scale, eps, static_cast<bf16*>(out), threads);
+}
+
+// activation(x) * up, elementwise; activation 0 is silu, 1 gelu by tanh.
+void polygraft_gate(int dtype, const void* x, const void* up, int64_t count, int activation, void* out,
+                    int threads) {
+  if (dtype == 0)
+    gate(static_cast<const float*>(x), static_cast<const float*>(up), count, activation,
+         static_cast<float*>(out), threads);
+  else
+    gate(static_cast<const bf16*>(x), static_cast<const bf16*>(up), count, activation,
+         static_cast<bf16*>(out), threads);
+}
+
+// x [rows, heads, dim] by strides in elements, last dimension contiguous; cos and sin [rows, dim].
+void polygraft_rotate(int dtype, const void* x, int64_t row_stride, int64_t head_stride, int64_t rows,
+                      int64_t heads, int64_t dim, const void* cos, const void* sin, void* out, int threads) {
+  if (dtype == 0)
+    rotate(static_cast<const float*>(x), row_stride, head_stride, rows, heads, dim,
+           static_cast<const float*>(cos), static_cast<const float*>(sin), static_cast<float*>(out), threads);
+  else
+    rotate(static_cast<const bf16*>(x), row_stride, head_stride, rows, heads, dim,
+           static_cast<const bf16*>(cos), static_cast<const bf16*>(sin), static_cast<bf16*>(out), threads);
 }
 }

@@ -90,6 +90,17 @@ class Kernels:
             address, integer,
         )  # fmt: skip
         self.paged_attention.restype = None
+        self.rms_norm = library.polygraft_rms_norm
+        self.rms_norm.argtypes = (integer, address, size, size, address, ctypes.c_float, address, integer)
+        self.rms_norm.restype = None
+        self.gate = library.polygraft_gate
+        self.gate.argtypes = (integer, address, address, size, integer, address, integer)
+        self.gate.restype = None
+        self.rotate = library.polygraft_rotate
+        self.rotate.argtypes = (
+            integer, address, size, size, size, size, size, address, address, address, integer,
+        )  # fmt: skip
+        self.rotate.restype = None
         library.polygraft_panel.restype = size
         self.panel = library.polygraft_panel()
 

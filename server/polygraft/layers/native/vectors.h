@@ -86,4 +86,23 @@ inline float sum(vec v) {
   return total;
 }
 
+typedef int32_t ivec __attribute__((vector_size(kLanes * 4)));
+
+// e^x for x <= 0, within 2 ulp. Range reduction and polynomial after Cephes' expf.
+inline vec exp_nonpositive(vec x) {
+  x = x < -87.0f ? -87.0f + vec{} : x;
+  const vec shift = 12582912.0f + vec{};  // 1.5 * 2^23: adding it rounds to a whole number
+  const vec n = (x * 1.44269504f + shift) - shift;
+  vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec p = 1.9875691500e-4f + vec{};
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * vec((__builtin_convertvector(n, ivec) + 127) << 23);
+}
+
 }  // namespace
