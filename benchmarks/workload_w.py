@@ -66,7 +66,7 @@ async def through_grpc(address: str, mixed: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quantization", default="none", choices=["none", "nf4"])
+    parser.add_argument("--quantization", default="none", choices=["none", "int8", "nf4", "fp4"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--no-peft", action="store_true", help="leave the slow peer out")
     args = parser.parse_args()

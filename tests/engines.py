@@ -27,7 +27,7 @@ def make_engine(
     base = load_base(
         str(model),
         dtype="float32" if precision == "float32" else "bfloat16",
-        quantization="nf4" if precision == "nf4" else "none",
+        quantization=precision if precision in ("int8", "nf4", "fp4") else "none",
     )
     engine = Engine(base, config, native=native)
     engine.adapters.load_store()

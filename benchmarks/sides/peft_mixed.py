@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,16 @@ def main() -> None:
     store, quantization, dtype = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(2)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    if quantization == "nf4":
+    if quantization == "int8":
+        # MatMul8bitLt logs a line at every call.
+        warnings.filterwarnings("ignore", module="bitsandbytes")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        options["device_map"] = "cpu"
+    elif quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )

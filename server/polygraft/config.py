@@ -96,8 +96,11 @@ class ServerConfig(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type the base computes in; auto takes the checkpoint's"
     )
-    quantization: Literal["none", "nf4"] = Field("none", description="how the base's weights are stored")
-    double_quantization: bool = Field(True, description="quantize nf4's scales as well")
+    quantization: Literal["none", "int8", "nf4", "fp4"] = Field(
+        "none",
+        description="how the base's weights are kept: int8 is fastest on a CPU, nf4 and fp4 are smallest",
+    )
+    double_quantization: bool = Field(True, description="quantize the scales of nf4 and fp4 as well")
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type adapters are kept in; auto is bfloat16 on such a base, else the file's"
     )

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from polygraft.base.loader import Base, context_limit, inspect_without_weights, load_base
+from polygraft.base import fusing, loader, packing
+from polygraft.base.loader import context_limit, inspect_without_weights, load_base
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
+from polygraft.layers.native.kernels import load_kernels
 from tests.engines import greedy, make_engine, run_greedy
 from tests.equivalence.reference import generate, load_reference
 from tests.tiny import CONFIGS, EOS, VOCABULARY, byte_tokenizer, save_tiny_model
@@ -53,15 +55,18 @@ def test_what_is_known_of_it(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_tied_weights_count_once(tiny_model: Callable[[str], Path], architecture: str) -> None:
+def test_weights_count_as_they_are_held(tiny_model: Callable[[str], Path], architecture: str) -> None:
     base = load_base(str(tiny_model(architecture)))
     plain = AutoModelForCausalLM.from_pretrained(tiny_model(architecture))
     head, embedding = plain.get_output_embeddings().weight, plain.get_input_embeddings().weight
-    assert (head.data_ptr() == embedding.data_ptr()) == (architecture != "qwen2")
+    tied = head.data_ptr() == embedding.data_ptr()
+    assert tied == (architecture != "qwen2")
     unique = sum(p.numel() for p in plain.parameters())
     assert base.spec.parameters == unique
     buffers = sum(buffer.nbytes for buffer in plain.buffers())
-    assert base.weight_bytes == 4 * unique + buffers
+    # A packed head is a copy of the embedding that it is tied to.
+    copied = head.nbytes if tied and load_kernels() is not None else 0
+    assert base.weight_bytes == 4 * unique + buffers + copied
 
 
 def test_a_limit_below_the_models_own(llama: Path) -> None:
@@ -111,31 +116,61 @@ def test_up_to_the_cap_every_row_is_exact_beside_others(tmp_path: Path, rope: di
 # ---- quantized -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def nf4(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> tuple[Base, Path]:
-    folder = tiny_model(request.param)
-    return load_base(str(folder), quantization="nf4", dtype="bfloat16"), folder
+BITS = {"int8": 8, "nf4": 4, "fp4": 4}
 
 
-def test_nf4_quantizes_the_linear_modules_and_not_the_head(nf4: tuple[Base, Path]) -> None:
-    base, _ = nf4
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantization", BITS)
+def test_the_linear_modules_are_quantized_and_not_the_head(
+    tiny_model: Callable[[str], Path], quantization: str, architecture: str
+) -> None:
+    folder = str(tiny_model(architecture))
+    base = load_base(folder, quantization=quantization, dtype="bfloat16")
+    plain = load_base(folder, dtype="bfloat16")
+    body = 0
     for name, shape in base.spec.linears.items():
-        weight = base.model.get_submodule(name).weight
-        assert (weight.dtype is torch.bfloat16) == shape.is_head
-    assert base.model.get_input_embeddings().weight.dtype is torch.bfloat16
-
-
-def test_nf4_takes_less_memory_and_has_as_many_parameters(nf4: tuple[Base, Path]) -> None:
-    base, folder = nf4
-    plain = load_base(str(folder), dtype="bfloat16")
-    assert base.quantization == "nf4"
-    assert base.weight_bytes < 0.6 * plain.weight_bytes
+        error = base.model.get_submodule(name).weight.float() - plain.model.get_submodule(name).weight.float()
+        assert (error == 0).all() if shape.is_head else error.norm() > 0
+        body += 0 if shape.is_head else shape.in_features * shape.out_features
+    assert base.quantization == quantization
+    assert base.notes == (
+        f"{quantization}: {len(base.spec.linears) - 1} of {len(base.spec.linears)} linear modules, the head not",
+    )
     assert base.spec.parameters == plain.spec.parameters
+    # Beside the codes there is a scale, for a column or for 64 inputs of it.
+    saved = plain.weight_bytes - base.weight_bytes
+    assert body * (16 - BITS[quantization]) / 8 > saved > body * (16 - BITS[quantization] - 1) / 8
+
+
+@pytest.mark.parametrize("quantization", BITS)
+def test_without_operators_others_quantize_to_the_same(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    ours = load_base(str(llama), quantization=quantization, dtype="bfloat16")
+    for module in (loader, packing, fusing):
+        monkeypatch.setattr(module, "load_kernels", lambda: None)
+    theirs = load_base(str(llama), quantization=quantization, dtype="bfloat16")
+    assert ours.notes == theirs.notes
+    name = "model.layers.0.mlp.up_proj"
+    mine, other = ours.model.get_submodule(name), theirs.model.get_submodule(name)
+    assert type(mine) is not type(other)
+    x = torch.randn(1, 5, mine.in_features).bfloat16()
+    with torch.inference_mode():
+        error = (mine(x) - other(x)).float().norm() / other(x).float().norm()
+    assert error < 0.01
+
+
+def test_rows_that_4_bit_blocks_dont_divide_go_to_bitsandbytes(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, "llama", hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
+    base = load_base(str(folder), quantization="nf4", dtype="bfloat16")
+    module = base.model.get_submodule("model.layers.0.mlp.up_proj")
+    assert "bitsandbytes" in type(module).__module__
 
 
 @pytest.mark.parametrize(
     ("precision", "asked", "kept"),
     [
+        ("int8", "auto", torch.bfloat16),
         ("nf4", "auto", torch.bfloat16),
         ("nf4", "float32", torch.float32),
         ("bfloat16", "auto", torch.bfloat16),

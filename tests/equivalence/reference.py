@@ -21,13 +21,16 @@ class Reference:
 def load_reference(model_folder: Path, adapter_folder: Path | None, precision: str) -> torch.nn.Module:
     """A model with its adapter, as PEFT loads it."""
     options: dict[str, object] = {"dtype": torch.float32 if precision == "float32" else torch.bfloat16}
-    if precision == "nf4":
+    if precision in ("nf4", "fp4"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=precision,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
+    elif precision == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    if "quantization_config" in options:
         options["device_map"] = "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_folder, **options)
     if adapter_folder is not None:

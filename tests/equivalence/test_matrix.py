@@ -1,6 +1,6 @@
 """Each row of a mixed batch equals the same request alone, equals PEFT's own answer to it.
 
-float32: the same greedy tokens. bfloat16 and nf4: along the float32 reference's tokens, our error against it
+float32: the same greedy tokens. Other precisions: along the float32 reference's tokens, our error against it
 is at most 1.5 times PEFT's own error in that precision, and a greedy token differs only where the
 reference's two likeliest are closer than twice that error.
 """
@@ -111,7 +111,7 @@ def rms(x: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("precision", ["bfloat16", "nf4"])
+@pytest.mark.parametrize("precision", ["bfloat16", "int8", "nf4", "fp4"])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_other_precisions_are_as_near_as_peft(
     case: Callable[[str, str], Case], architecture: str, precision: str, row: str

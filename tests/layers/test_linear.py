@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bitsandbytes import functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from polygraft.adapters.primitives import LowRank
+from polygraft.layers.int8_linear import Int8Linear
 from polygraft.layers.linear import LinearGroup, PackedLinear
 from polygraft.layers.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import Kernels, load_kernels
+from polygraft.layers.panels import Quantization, quantize_4bit
 from polygraft.layers.step import AttentionPlan, StepContext
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
@@ -25,8 +28,9 @@ def kernels() -> Kernels:
     return loaded
 
 
-def packed(modules: list[nn.Linear]) -> list[PackedLinear]:
-    group = LinearGroup([m.weight.detach() for m in modules], [m.bias for m in modules], kernels())
+def packed(modules: list[nn.Linear], quantization: Quantization = "none") -> list[PackedLinear]:
+    weights = [module.weight.detach() for module in modules]
+    group = LinearGroup(weights, [module.bias for module in modules], kernels(), quantization)
     return [PackedLinear(group, i) for i in range(len(modules))]
 
 
@@ -59,10 +63,67 @@ def test_products_of_a_group(
         assert torch.allclose(out.double(), exact, atol=1e-5, rtol=ulp)
 
 
+@given(
+    rows=st.integers(1, 200),
+    width_in=st.sampled_from([1, 2, 33, 64, 576, 1300]),
+    widths=st.lists(st.sampled_from([1, 15, 33, 64]), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=40, deadline=None)
+def test_int8_products_are_those_of_whole_numbers(
+    rows: int, width_in: int, widths: list[int], dtype: torch.dtype
+) -> None:
+    plain = linears(width_in, widths, dtype)
+    x = torch.randn(1, rows, width_in, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    x[0, 0] = 0
+    for mine, theirs in zip(packed(plain, "int8"), plain, strict=True):
+        reference = Int8Linear(theirs.weight, theirs.bias)
+        assert torch.equal(mine.weight, reference.weight)
+        # A value that lies between two whole numbers may be rounded otherwise.
+        step = theirs.weight.abs().amax() * x.abs().amax() / 127
+        tolerance = (
+            float(step) if dtype == torch.float32 else float(step) + 2**-7 * float(mine(x).abs().amax())
+        )
+        assert (mine(x) - reference(x)).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_bitwise_the_same_whatever_the_number_of_rows(dtype: torch.dtype) -> None:
-    (module,) = packed(linears(600, [70], dtype))
-    x = torch.randn(230, 600).to(dtype)
+@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize("width_in", [64, 576, 1280])
+def test_4_bit_products(width_in: int, rows: int, dtype: torch.dtype, kind: Quantization) -> None:
+    plain = linears(width_in, [40, 7], dtype)
+    x = torch.randn(1, rows, width_in, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    for mine, theirs in zip(packed(plain, kind), plain, strict=True):
+        codes, scale, values = quantize_4bit(theirs.weight, kind, double=True)
+        exact = values[codes.long()] * scale.repeat_interleave(64, 1)
+        out = nn.functional.linear(x.double(), exact.double(), theirs.bias.double())
+        assert torch.allclose(
+            mine(x).double(), out, atol=1e-5, rtol=2**-8 if dtype == torch.bfloat16 else 2**-19
+        )
+        # And these are bitsandbytes' own weights.
+        packed_weight, state = functional.quantize_4bit(
+            theirs.weight, blocksize=64, quant_type=kind, compress_statistics=True
+        )
+        assert torch.equal(mine.weight, functional.dequantize_4bit(packed_weight, state))
+
+
+def test_nan_and_infinity_stay_visible_and_in_their_rows() -> None:
+    x = torch.randn(1, 9, 64)
+    x[0, 2, 5], x[0, 7, 0] = torch.nan, torch.inf
+    for quantization in ("none", "int8", "nf4"):
+        (module,) = packed(linears(64, [40], torch.float32), quantization)
+        finite = module(x)[0].isfinite().all(-1)
+        assert finite.tolist() == [row not in (2, 7) for row in range(9)]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_bitwise_the_same_whatever_the_number_of_rows(
+    dtype: torch.dtype, quantization: Quantization
+) -> None:
+    (module,) = packed(linears(640, [70], dtype), quantization)
+    x = torch.randn(230, 640).to(dtype)
     together = module(x)
     for rows in (1, 2, 5, 6, 7, 12, 13, 19, 48, 100):
         assert torch.equal(module(x[-rows:].contiguous()), together[-rows:])
@@ -112,7 +173,7 @@ def test_what_a_group_computed_for_one_input_isnt_handed_out_for_another() -> No
 class Attention(nn.Module):
     """Three modules on one input."""
 
-    def __init__(self, modules: list[PackedLinear] | list[nn.Linear]) -> None:
+    def __init__(self, modules: list[PackedLinear]) -> None:
         super().__init__()
         self.q, self.k, self.v = modules
 
@@ -126,29 +187,30 @@ def adapter(rank: int, width_in: int, width_out: int, dtype: torch.dtype, seed: 
     )
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
 @pytest.mark.parametrize("kept", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [6, 90])
 def test_side_paths_are_those_of_the_operator_in_torch(
-    rows: int, dtype: torch.dtype, kept: torch.dtype
+    rows: int, dtype: torch.dtype, kept: torch.dtype, quantization: Quantization
 ) -> None:
-    plain = linears(50, [40, 24, 33], dtype)
+    plain = linears(64, [40, 24, 33], dtype)
     names = ["q", "k", "v"]
     outs = []
     for native in (True, False):
-        model = Attention(packed(plain) if native else plain)
+        model = Attention(packed(plain, quantization))
         step = StepContext()
         bank = LowRankBank(model, dict.fromkeys(names, False), step, native)
         width = dict(zip(names, (40, 24, 33), strict=True))
         # Adapters that target all, two and one of the three, of different ranks.
         slots = [
-            bank.install({n: adapter(rank, 50, width[n], kept, rank + i) for i, n in enumerate(targets)})
+            bank.install({n: adapter(rank, 64, width[n], kept, rank + i) for i, n in enumerate(targets)})
             for rank, targets in ((4, names), (9, ["q", "v"]), (17, ["k"]))
         ]
         third = rows // 3
         runs = [(0, third, slots[0]), (third, third + 1, slots[1]), (2 * third, rows, slots[2])]
         step.begin(PLAN, bank.segments(runs), bank.segments([]), rows)
-        x = torch.randn(rows, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
         with torch.inference_mode():
             outs.append([getattr(model, name)(x) for name in names])
         step.end()

@@ -876,7 +876,7 @@ class GetModelResponse(_message.Message):
     dtype: _builtins.str
     """The type that the base computes in: "float32" or "bfloat16"."""
     quantization: _builtins.str
-    """"none" or "nf4"."""
+    """"none", "int8", "nf4" or "fp4"."""
     device: _builtins.str
     """Where it runs, such as "cpu"."""
     context_length: _builtins.int

@@ -17,10 +17,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base.default_model import ensure_default_model
 from polygraft.base.fusing import fuse
-from polygraft.base.packing import own_parameters, pack_linears
+from polygraft.base.packing import own_parameters, pack_linears, weight_bytes
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
+from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.panels import BLOCK, Quantization
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Base:
         backend: the same tokenizer's core, for incremental decoding.
         context_length: most positions that are exact.
         parameters: of the whole model, counted before quantization packs them.
-        weight_bytes: of all tensors as loaded, tied ones once.
+        weight_bytes: of all weights as they are held, shared ones once.
         notes: what a user should know, such as a capped context.
     """
 
@@ -71,7 +73,7 @@ def load_base(
     model: str,
     *,
     dtype: str = "auto",
-    quantization: str = "none",
+    quantization: Quantization = "none",
     double_quantization: bool = True,
     device: str = "cpu",
     max_context_length: int | None = None,
@@ -81,7 +83,7 @@ def load_base(
     Args:
         model: "default", a local folder, or a hub id.
         dtype: "auto" (the checkpoint's; float16 becomes float32 on a CPU), "float32" or "bfloat16".
-        quantization: "none" or "nf4".
+        quantization: of the linear modules but the head.
 
     Raises:
         BaseModelError: no such model, no safetensors, or no fast tokenizer.
@@ -92,44 +94,47 @@ def load_base(
     folder = resolve_model(model)
     config = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), model)
     compute = _compute_dtype(dtype, config, device)
-    options: dict[str, Any] = {}
-    if quantization == "nf4":
-        # Imported here: it costs seconds, and an unquantized base doesn't need it.
-        from transformers import BitsAndBytesConfig
 
-        # With `kernels` installed, bitsandbytes would ask a hub for one at import.
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=double_quantization,
-            bnb_4bit_compute_dtype=compute,
+    def load(by_bitsandbytes: bool) -> PreTrainedModel:
+        options = _bitsandbytes(quantization, compute, double_quantization) if by_bitsandbytes else {}
+        loaded: PreTrainedModel = _read(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=compute,
+                attn_implementation=attention.NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                device_map=device if device != "cpu" or options else None,
+                **options,
+            ),
+            model,
         )
-    loaded: PreTrainedModel = _read(
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=compute,
-            attn_implementation=attention.NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            device_map=device if device != "cpu" or options else None,
-            **options,
-        ),
-        model,
-    )
-    loaded.eval().requires_grad_(False)
+        return loaded.eval().requires_grad_(False)
+
+    # Our own operator takes int8 and, if compiled, 4 bits on a CPU; anything else is bitsandbytes' matter.
+    ours = device == "cpu" and (quantization == "int8" or load_kernels() is not None)
+    loaded = load(by_bitsandbytes=quantization != "none" and not ours)
     tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise BaseModelError(f"{model}: has no fast tokenizer (tokenizer.json)")
     name = DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model)
     spec = inspect_base(loaded, name)
-    weight_bytes = _weight_bytes(loaded)
-    fused = fuse(loaded, compute)
-    if pack_linears(loaded, spec.same_input):
-        own_parameters(loaded)
-    log.debug("operators of our own: %s", dict(fused))
+    body = {n: shape for n, shape in spec.linears.items() if not shape.is_head}
+    if ours and quantization in ("nf4", "fp4") and any(s.in_features % BLOCK for s in body.values()):
+        # Blocks of a scale run over the ends of rows, which panels can't hold.
+        ours = False
+        loaded = load(by_bitsandbytes=True)
+        inspect_base(loaded, name)
+    log.debug("operators of our own: %s", dict(fuse(loaded, compute)))
     limit, notes = context_limit(config)
+    quantized = body.keys() if quantization != "none" else ()
+    if quantized:
+        notes += (f"{quantization}: {len(quantized)} of {len(spec.linears)} linear modules, the head not",)
+    if pack_linears(
+        loaded, spec.same_input, quantized if ours else (), quantization, double=double_quantization
+    ):
+        own_parameters(loaded)
     if max_context_length is not None:
         if max_context_length > limit:
             notes += (f"--max-context-length {max_context_length} is more than the model's {limit}",)
@@ -144,7 +149,7 @@ def load_base(
         quantization=quantization,
         context_length=limit,
         eos_token_ids=_eos_token_ids(loaded),
-        weight_bytes=weight_bytes,
+        weight_bytes=weight_bytes(loaded),
         notes=notes,
     )
 
@@ -194,6 +199,26 @@ def context_limit(config: Any) -> tuple[int, tuple[str, ...]]:
     return limit, ()
 
 
+def _bitsandbytes(quantization: str, compute: torch.dtype, double: bool) -> dict[str, Any]:
+    """Options for transformers."""
+    # Imported here: it costs seconds, and an unquantized base doesn't need it.
+    from transformers import BitsAndBytesConfig
+
+    # With `kernels` installed, bitsandbytes would ask a hub for one at import.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if quantization == "int8":
+        # With its default threshold, rows would depend on their neighbours.
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=compute,
+        )
+    }
+
+
 def _compute_dtype(dtype: str, config: Any, device: str) -> torch.dtype:
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -209,11 +234,6 @@ def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (int(eos),)
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
 
 
 def _read(read: Callable[[], T], model: str) -> T:

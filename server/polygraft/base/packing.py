@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from polygraft.layers.fused import FusedRmsNorm
+from polygraft.layers.int8_linear import Int8Linear
 from polygraft.layers.linear import LinearGroup, PackedLinear
 from polygraft.layers.native.kernels import DTYPES, MAX_MODULES, Kernels, load_kernels
 from polygraft.layers.onednn_linear import OneDnnLinear, gains_by_onednn
+from polygraft.layers.panels import Quantization
 
 
-def pack_linears(model: nn.Module, groups: Iterable[Sequence[str]]) -> int:
+def pack_linears(
+    model: nn.Module,
+    groups: Iterable[Sequence[str]],
+    quantized: Container[str] = (),
+    quantization: Quantization = "none",
+    *,
+    double: bool = True,
+) -> int:
     """Replace plain linear modules in place.
 
-    Quantized modules stay as they are, and so does a tied partner: the embedding keeps its own copy.
+    Modules quantized by others stay as they are, and so does a tied partner: the embedding keeps a copy.
 
     Args:
         groups: names of modules that read the same input.
+        quantized: names of those whose weights are quantized; in 4 bits only with the C++ operators.
+        double: as `Panels` says.
 
     Returns:
         How many were replaced.
@@ -27,23 +39,29 @@ def pack_linears(model: nn.Module, groups: Iterable[Sequence[str]]) -> int:
     kernels = load_kernels()
     packed = 0
     for names in groups:
-        alike: dict[torch.dtype, list[str]] = {}
+        alike: dict[tuple[torch.dtype, bool], list[str]] = {}
         for name in names:
             module = model.get_submodule(name)
             if not _is_plain(module):
                 continue
             weight, bias = _weight_and_bias(module)
-            if kernels is None or _has_matrix_registers(weight):
-                if gains_by_onednn(weight):
-                    _replace(model, name, OneDnnLinear(weight, bias))
-                    packed += 1
-            elif weight.device.type == "cpu" and weight.dtype in DTYPES:
-                alike.setdefault(weight.dtype, []).append(name)
-        for same in alike.values():
+            if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+                continue
+            if kernels is None and name in quantized:
+                assert quantization == "int8"
+                _replace(model, name, Int8Linear(weight, bias))
+            elif kernels is None or (name not in quantized and _has_matrix_registers(weight)):
+                if not gains_by_onednn(weight):
+                    continue
+                _replace(model, name, OneDnnLinear(weight, bias))
+            else:
+                alike.setdefault((weight.dtype, name in quantized), []).append(name)
+            packed += 1
+        for (_, quantize), same in alike.items():
             assert kernels is not None
+            how = quantization if quantize else "none"
             for at in range(0, len(same), MAX_MODULES):
-                _pack_group(model, same[at : at + MAX_MODULES], kernels)
-            packed += len(same)
+                _pack_group(model, same[at : at + MAX_MODULES], kernels, how, double=double)
     return packed
 
 
@@ -58,11 +76,29 @@ def own_parameters(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _pack_group(model: nn.Module, names: Sequence[str], kernels: Kernels) -> None:
+def _pack_group(
+    model: nn.Module, names: Sequence[str], kernels: Kernels, quantization: Quantization, *, double: bool
+) -> None:
     weights, biases = zip(*(_weight_and_bias(model.get_submodule(name)) for name in names), strict=True)
-    group = LinearGroup(weights, biases, kernels)
+    group = LinearGroup(weights, biases, kernels, quantization, double=double)
     for member, name in enumerate(names):
         _replace(model, name, PackedLinear(group, member))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights as they are held: shared ones once, and again if they were packed."""
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:  # bitsandbytes keeps the scales beside the parameter
+            parts = [value for value in state.as_dict().values() if isinstance(value, torch.Tensor)]
+            sizes.update((part.data_ptr(), part.nbytes) for part in parts)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            sizes[id(module.group)] = module.group.nbytes
+        elif isinstance(module, FusedRmsNorm | Int8Linear | OneDnnLinear):
+            sizes[id(module)] = module.nbytes
+    return sum(sizes.values())
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -303,7 +303,9 @@ class Engine:
 
     def _stats(self, batch: Batch, seconds: float) -> StepStats:
         decodes = sum(
-            i.count for i in batch.items if i.start >= getattr(i.sequence, "prompt_tokens", i.start + 1)
+            i.count
+            for i in batch.items
+            if isinstance(i.sequence, Generation) and i.start >= i.sequence.prompt_tokens
         )
         adapters = {
             (i.sequence.adapter.name, i.sequence.adapter.compiled.kind): None

@@ -30,6 +30,11 @@ class FusedRmsNorm(nn.Module):
         self.eps = eps
         self._kernels = kernels
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the weight takes."""
+        return self.scale.nbytes
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., width] to the same."""
         x = x.contiguous()

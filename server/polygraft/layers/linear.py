@@ -1,9 +1,8 @@
 """Linear modules of the base whose products and side paths are one C++ operator.
 
 Modules that read the same input, such as q, k and v, form a group: the first of them that is called computes
-all, the others hand out what is there. Their weights lie in panels of columns, as native/linear.h reads them:
-float32 as [panels, in, columns]; bfloat16 as [panels, in / 2, columns, 2]. The sums are in float32, and a
-row's result doesn't depend on the number of rows.
+all, the others hand out what is there. `panels.py` says how their weights lie. The sums are in float32 (of
+int8 weights, in whole numbers), and a row's result doesn't depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import torch
 from torch import nn
 
 from polygraft.layers.low_rank import LowRankSlots
-from polygraft.layers.native.kernels import DTYPES, MAX_MODULES, GroupStruct, Kernels
+from polygraft.layers.native.kernels import DTYPES, MAX_MODULES, STORAGE, GroupStruct, Kernels
+from polygraft.layers.panels import Panels, Quantization, padded
 from polygraft.layers.step import NO_SEGMENTS, StepContext
 
 
@@ -26,22 +26,32 @@ class LinearGroup:
         weights: of 1 to MAX_MODULES modules [out_features, in_features], on the CPU, in one of float32 and
             bfloat16; not kept.
         biases: [out_features] each, or None.
+        quantization, double: how the weights are kept, as `Panels` says.
     """
 
     def __init__(
-        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], kernels: Kernels
+        self,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+        kernels: Kernels,
+        quantization: Quantization = "none",
+        *,
+        double: bool = True,
     ) -> None:
         self.dtype = weights[0].dtype
         self.in_features = weights[0].shape[1]
         self.widths = [weight.shape[0] for weight in weights]
         self._kernels = kernels
-        self._panels = [-(-width // kernels.panel) for width in self.widths]
-        self._weight = torch.cat([_pack(weight, kernels.panel) for weight in weights])
-        self._biases = [
-            None if bias is None else _padded(bias.float(), panels * kernels.panel)
-            for bias, panels in zip(biases, self._panels, strict=True)
-        ]
-        self._struct = GroupStruct(self._weight.data_ptr(), self.in_features, len(weights))
+        self._panels = Panels(weights, kernels.panel, quantization, double=double)
+        self._biases = [None if bias is None else padded(bias.float(), kernels.panel) for bias in biases]
+        self._struct = GroupStruct(
+            self._panels.weight.data_ptr(),
+            None if self._panels.scale is None else self._panels.scale.data_ptr(),
+            None if self._panels.values is None else self._panels.values.data_ptr(),
+            STORAGE[quantization],
+            self.in_features,
+            len(weights),
+        )
         for module, width, bias in zip(self._struct.module, self.widths, self._biases, strict=False):
             module.width = width
             module.bias = None if bias is None else bias.data_ptr()
@@ -90,12 +100,12 @@ class LinearGroup:
 
     def unpacked(self, member: int) -> torch.Tensor:
         """A copy of one module's weight [out_features, in_features]."""
-        first = sum(self._panels[:member])
-        panels = self._weight[first : first + self._panels[member]]
-        if self.dtype == torch.bfloat16:
-            pairs = panels.view(torch.bfloat16).view(*panels.shape, 2)
-            panels = pairs.transpose(2, 3).flatten(1, 2)
-        return panels.transpose(1, 2).flatten(0, 1)[: self.widths[member], : self.in_features].contiguous()
+        return self._panels.unpacked(member)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that weights and biases take."""
+        return self._panels.nbytes + sum(bias.nbytes for bias in self._biases if bias is not None)
 
 
 class PackedLinear(nn.Module):
@@ -116,17 +126,3 @@ class PackedLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """A copy of the weight [out_features, in_features], unpacked."""
         return self.group.unpacked(self.member)
-
-
-def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
-    return nn.functional.pad(x, (0, length - x.shape[0])).contiguous()
-
-
-def _pack(weight: torch.Tensor, panel: int) -> torch.Tensor:
-    """[panels, in, columns] in float32, or [panels, in / 2, columns] of int32, each two bfloat16."""
-    out_features, in_features = weight.shape
-    odd = in_features % 2 if weight.dtype == torch.bfloat16 else 0
-    padded = nn.functional.pad(weight, (0, odd, 0, -out_features % panel)).contiguous()
-    if weight.dtype == torch.bfloat16:
-        padded = padded.view(torch.int32)
-    return padded.view(-1, panel, padded.shape[1]).transpose(1, 2).contiguous()

@@ -25,6 +25,7 @@ class OneDnnLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         # Not a parameter: the order is oneDNN's own, so it can be neither saved nor moved.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self._itemsize = weight.itemsize
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,6 +34,11 @@ class OneDnnLinear(nn.Module):
             return x.new_empty(*x.shape[:-1], self.out_features)
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the weight takes."""
+        return self.out_features * self.in_features * self._itemsize
 
 
 def gains_by_onednn(weight: torch.Tensor) -> bool:

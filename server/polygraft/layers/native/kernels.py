@@ -11,6 +11,7 @@ from polygraft.layers.native import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_MODULES = 4  # linear.h's kMaxModules
+STORAGE = {"none": 1, "int8": 2, "nf4": 3, "fp4": 3}  # linear.h's Storage
 
 
 class PlanStruct(ctypes.Structure):
@@ -61,6 +62,9 @@ class GroupStruct(ctypes.Structure):
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("storage", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("modules", ctypes.c_int64),
         ("module", ModuleStruct * MAX_MODULES),

@@ -11,15 +11,13 @@
 
 #include <vector>
 
-#include "side_path.h"
+#include "panels_4bit.h"
+#include "panels_int8.h"
 
 namespace {
 
 constexpr int kMaxModules = 4;
-// Rows whose sums fit in the registers beside one panel of weights.
-constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 3;
 constexpr int64_t kBlockRows = 192;    // most rows that are taken through all panels at a time
-constexpr int64_t kBlockInputs = 576;  // inputs in a block of a panel: in float32 it stays in the L1/L2 cache
 
 struct Module {
   const Entry* table;  // the adapters' weights by slot
@@ -27,139 +25,17 @@ struct Module {
   int64_t width;       // output features
 };
 
+enum Storage { kNothing = 0, kRowsType = 1, kInt8 = 2, k4Bit = 3 };
+
 struct Group {  // modules that read the same input; layers/linear.py fills it
-  const void* weight;  // the modules' panels one after another; null: the outputs hold the base's product
+  const void* weight;   // the modules' panels one after another
+  const float* scale;   // of int8 weights by column, of 4-bit ones by block of inputs and column
+  const float* values;  // the 16 that 4 bits stand for
+  int64_t storage;      // kNothing: the outputs hold the base's product already
   int64_t in;
   int64_t modules;
   Module module[kMaxModules];
 };
-
-// How weights lie in a panel, by the type that they are kept in.
-template <typename T>
-struct Panel;
-
-template <>
-struct Panel<float> {  // [in, kPanel]
-  static int64_t inputs(int64_t in) { return in; }
-  static const float* at(const void* weight, int64_t panel, int64_t in) {
-    return static_cast<const float*>(weight) + panel * in * kPanel;
-  }
-};
-
-template <>
-struct Panel<bf16> {  // [in / 2, kPanel] of two inputs' weights each, the first in the lower half
-  static int64_t inputs(int64_t in) { return (in + 1) / 2 * 2; }
-  static const uint32_t* at(const void* weight, int64_t panel, int64_t in) {
-    return static_cast<const uint32_t*>(weight) + panel * (inputs(in) / 2) * kPanel;
-  }
-};
-
-// acc[ROWS, kPanel] (+)= x[ROWS, inputs] w[inputs, kPanel]
-template <int ROWS>
-void multiply_tile(const float* x, int64_t x_stride, const float* w, int64_t inputs, float* out, bool first) {
-  vec acc[ROWS][kVecs];
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < kVecs; v++) acc[r][v] = first ? vec{} : load(out + r * kPanel + v * kLanes);
-  for (int64_t i = 0; i < inputs; i++) {
-    vec weights[kVecs];
-    for (int v = 0; v < kVecs; v++) weights[v] = load(w + i * kPanel + v * kLanes);
-    for (int r = 0; r < ROWS; r++) {
-      const vec one = splat(x[r * x_stride + i]);
-      for (int v = 0; v < kVecs; v++) acc[r][v] += one * weights[v];
-    }
-  }
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < kVecs; v++) store(out + r * kPanel + v * kLanes, acc[r][v]);
-}
-
-inline vec lower(const uint32_t* w) { return vec(load(w) << 16); }
-inline vec upper(const uint32_t* w) { return vec(load(w) & 0xffff0000u); }
-
-template <int ROWS>
-void multiply_tile(const float* x, int64_t x_stride, const uint32_t* w, int64_t inputs, float* out, bool first) {
-  vec acc[ROWS][kVecs];
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < kVecs; v++) acc[r][v] = first ? vec{} : load(out + r * kPanel + v * kLanes);
-  for (int64_t i = 0; i < inputs; i += 2, w += kPanel) {
-    vec weights[kVecs];
-    for (int v = 0; v < kVecs; v++) weights[v] = lower(w + v * kLanes);
-    for (int r = 0; r < ROWS; r++) {
-      const vec one = splat(x[r * x_stride + i]);
-      for (int v = 0; v < kVecs; v++) acc[r][v] += one * weights[v];
-    }
-    for (int v = 0; v < kVecs; v++) weights[v] = upper(w + v * kLanes);
-    for (int r = 0; r < ROWS; r++) {
-      const vec one = splat(x[r * x_stride + i + 1]);
-      for (int v = 0; v < kVecs; v++) acc[r][v] += one * weights[v];
-    }
-  }
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < kVecs; v++) store(out + r * kPanel + v * kLanes, acc[r][v]);
-}
-
-template <typename W, int ROWS = kTileRows>
-void multiply(int64_t rows, const float* x, int64_t x_stride, const W* w, int64_t inputs, float* out,
-              bool first) {
-  if (rows == ROWS) {
-    multiply_tile<ROWS>(x, x_stride, w, inputs, out, first);
-  } else if constexpr (ROWS > 1) {
-    multiply<W, ROWS - 1>(rows, x, x_stride, w, inputs, out, first);
-  }
-}
-
-// A block of rows in tiles of as equal a height as can be.
-template <typename W>
-void multiply_tiles(int64_t rows, int64_t tiles, const float* x, int64_t x_stride, const W* w, int64_t inputs,
-                    float* out, bool first) {
-  for (int64_t t = 0; t < tiles; t++) {
-    const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
-    multiply(to - from, x + from * x_stride, x_stride, w, inputs, out + from * kPanel, first);
-  }
-}
-
-// acc[rows, kPanel] = x[rows, inputs] times one panel.
-inline void multiply_panel(const float* x, int64_t rows, int64_t inputs, const float* w, float* acc) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t i = 0; i < inputs; i += kBlockInputs) {
-    const int64_t count = std::min(kBlockInputs, inputs - i);
-    multiply_tiles(rows, tiles, x + i, inputs, w + i * kPanel, count, acc, i == 0);
-  }
-}
-
-inline void multiply_panel(const float* x, int64_t rows, int64_t inputs, const uint32_t* w, float* acc) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t i = 0; i < inputs; i += kBlockInputs) {
-    const int64_t count = std::min(kBlockInputs, inputs - i);
-    const uint32_t* block = w + i / 2 * kPanel;
-    if (tiles < 3) {
-      multiply_tiles(rows, tiles, x + i, inputs, block, count, acc, i == 0);
-      continue;
-    }
-    // With many rows, widening the weights once costs less than in every tile again.
-    alignas(64) float wide[kBlockInputs * kPanel];
-    for (int64_t p = 0; p < count / 2; p++)
-      for (int v = 0; v < kVecs; v++) {
-        store(wide + 2 * p * kPanel + v * kLanes, lower(block + p * kPanel + v * kLanes));
-        store(wide + (2 * p + 1) * kPanel + v * kLanes, upper(block + p * kPanel + v * kLanes));
-      }
-    multiply_tiles(rows, tiles, x + i, inputs, static_cast<const float*>(wide), count, acc, i == 0);
-  }
-}
-
-// Rows in float32, in place where they are so already.
-inline const float* widen(const float* x, int64_t, int64_t, std::vector<float>&) { return x; }
-inline const float* widen(const bf16* x, int64_t rows, int64_t in, std::vector<float>& buffer) {
-  const int64_t inputs = Panel<bf16>::inputs(in);
-  buffer.resize(rows * inputs);
-  for (int64_t r = 0; r < rows; r++) {
-    float* to = buffer.data() + r * inputs;
-    int64_t i = 0;
-    for (; i + kLanes <= in; i += kLanes) store(to + i, load(x + r * in + i));
-    for (; i < in; i++) to[i] = to_float(x[r * in + i]);
-    if (in < inputs) to[in] = 0.0f;
-  }
-  return buffer.data();
-}
 
 template <typename T>
 void load_panel(const T* out, int64_t rows, int64_t width, int64_t columns, float* acc) {
@@ -189,7 +65,7 @@ void store_panel(const float* acc, const float* bias, int64_t rows, int64_t widt
 template <typename T>
 void linear(const Group& group, const T* x, int64_t rows, T* const* outs, const Segment* segments,
             int64_t num_segments, float* h, int64_t max_rank, int threads) {
-  const int64_t in = group.in, inputs = Panel<T>::inputs(in), h_stride = kMaxModules * max_rank;
+  const int64_t in = group.in, h_stride = kMaxModules * max_rank;
   struct Work {  // one panel
     int64_t module, panel;
   };
@@ -203,6 +79,8 @@ void linear(const Group& group, const T* x, int64_t rows, T* const* outs, const 
   }
   const Work* all = work.data();
   const int64_t panels = int64_t(work.size());
+  const bool paired = group.storage == kInt8 || group.storage == k4Bit;
+  const int64_t inputs = paired ? (in + 1) / 2 * 2 : Panel<T>::inputs(in);
   // As many rows as keep the block's inputs in the L2 cache.
   const int64_t fitting = std::clamp<int64_t>(65536 / inputs, 4 * kTileRows, kBlockRows);
   const int64_t blocks = (rows + fitting - 1) / fitting;
@@ -220,17 +98,30 @@ void linear(const Group& group, const T* x, int64_t rows, T* const* outs, const 
     const int64_t share = thread / across, shares = team / across;
     const int64_t from = panels * share / shares, to = panels * (share + 1) / shares;
     static thread_local std::vector<float> widened;
+    static thread_local Int8Rows quantized;
     alignas(64) float acc[kBlockRows * kPanel];
     for (int64_t b = thread % across; b < blocks; b += across) {
       const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-      const float* wide = group.weight ? widen(x + row * in, count, in, widened) : nullptr;
+      const float* wide = nullptr;
+      if (group.storage == kInt8)
+        quantize(x + row * in, count, in, quantized);
+      else if (group.storage != kNothing)
+        wide = widen(x + row * in, count, in, widened);
       for (int64_t p = from; p < to; p++) {
         const Module& module = group.module[all[p].module];
         const int64_t column = all[p].panel * kPanel;
         const int64_t columns = std::min<int64_t>(kPanel, module.width - column);
         T* out = outs[all[p].module] + row * module.width + column;
-        if (group.weight)
+        if (group.storage == kRowsType)
           multiply_panel(wide, count, inputs, Panel<T>::at(group.weight, p, in), acc);
+        else if (group.storage == kInt8)
+          multiply_panel_int8(quantized, count, inputs,
+                              static_cast<const int8_t*>(group.weight) + p * inputs * kPanel,
+                              group.scale + p * kPanel, acc);
+        else if (group.storage == k4Bit)
+          multiply_panel_4bit(wide, count, inputs,
+                              static_cast<const uint8_t*>(group.weight) + p * inputs / 2 * kPanel,
+                              group.scale + p * inputs / kScaleInputs * kPanel, group.values, acc);
         else
           load_panel(out, count, module.width, columns, acc);
         if (num_segments > 0)

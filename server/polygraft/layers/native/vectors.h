@@ -18,6 +18,7 @@ constexpr int kLanes = 4;
 #endif
 typedef float vec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t uvec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t ivec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t hvec __attribute__((vector_size(kLanes * 2)));
 
 struct bf16 {
@@ -85,8 +86,6 @@ inline float sum(vec v) {
   for (int i = 0; i < kLanes; i++) total += v[i];
   return total;
 }
-
-typedef int32_t ivec __attribute__((vector_size(kLanes * 4)));
 
 // e^x for x <= 0, within 2 ulp. Range reduction and polynomial after Cephes' expf.
 inline vec exp_nonpositive(vec x) {

@@ -1,0 +1,48 @@
+"""int8 linear modules in torch: the reference for the C++ operator, and what serves without a compiler."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from polygraft.layers.panels import quantize_int8
+
+
+class Int8Linear(nn.Module):
+    """Products of int8 weights and int8 rows, each column and each row by its largest value.
+
+    LLM.int8() without outliers (arXiv 2208.07339): bitsandbytes' `Linear8bitLt` with threshold 0, whose
+    default threshold would make a row's result depend on its neighbours.
+
+    Args:
+        weight: [out_features, in_features]; not kept.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        quantized, self._scale = quantize_int8(weight)
+        self._quantized = quantized.t().contiguous()
+        self._dtype = weight.dtype
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features]."""
+        rows = x.reshape(-1, self.in_features).float()
+        scale = rows.abs().amax(1, keepdim=True) / 127
+        # A row with NaN or infinity keeps it in its scale.
+        whole = (rows / scale).nan_to_num(0.0).round().to(torch.int8)
+        out = torch._int_mm(whole, self._quantized).float() * scale * self._scale
+        if self.bias is not None:
+            out += self.bias.float()
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A copy of the weight [out_features, in_features], dequantized."""
+        return (self._quantized.t() * self._scale[:, None]).to(self._dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the weight takes."""
+        return self._quantized.nbytes + self._scale.nbytes
