@@ -77,6 +77,7 @@ def main() -> None:
         command = serve_command(
             "--adapters", str(store), "--kv-cache-bytes", "128MiB", "--threads", "2",
             "--quantization", args.quantization, "--dtype", args.dtype,
+            "--no-prefix-caching",  # rounds repeat their prompts
         )  # fmt: skip
         started = time.perf_counter()
         with ServerProcess(command) as server:

@@ -22,6 +22,7 @@ def main() -> None:
             dtype=sys.argv[3],
             threads=2,
             kv_cache_bytes=128 * 2**20,
+            prefix_caching=False,  # rounds repeat their prompts
         )
     )
 

@@ -111,6 +111,7 @@ class ServerConfig(BaseSettings):
         None, gt=0, description="memory of the KV cache, such as 256MiB [default: a quarter of what is free]"
     )
     block_size: int = Field(16, ge=1, le=256, description="tokens in a block of the KV cache")
+    prefix_caching: bool = Field(True, description="find a prompt's beginning in the KV cache")
     max_num_seqs: int = Field(256, ge=1, le=4096, description="most requests that run at once")
     max_num_batched_tokens: int = Field(512, ge=1, description="most tokens in one step")
     max_context_length: int | None = Field(

@@ -440,7 +440,8 @@ def test_no_more_sequences_than_allowed(llama: Path) -> None:
         result = engine.step()
         assert result.stats is not None
         assert result.stats.decode_rows + (result.stats.prefill_rows > 0) <= 2
-        assert result.stats.running <= 2
+        assert result.occupancy is not None
+        assert result.occupancy.running <= 2
         ended += [output.request_id for output in result.outputs if output.terminal]
     assert sorted(ended) == [f"r{i}" for i in range(5)]
     check_clean(engine)
@@ -476,19 +477,21 @@ def test_the_same_seed_gives_the_same_text_alone_among_others_and_preempted(
     check_clean(small)
 
 
-def test_stats_of_a_step(engine: Engine) -> None:
-    # Prefixes of the module's other tests may lie in the cache.
+def test_stats_of_a_step(llama: Path, llama_store: Path) -> None:
+    engine = make_engine(llama, llama_store)
     before = engine.scheduler.pool.used
     engine.submit(greedy("a", PROMPT, "lora", 3))
     engine.submit(greedy("b", PROMPT[:7], None, 3))
-    first, second = engine.step().stats, engine.step().stats
+    result = engine.step()
+    first, held, second = result.stats, result.occupancy, engine.step().stats
     assert first is not None
+    assert held is not None
     assert second is not None
     assert (first.prefill_rows, first.decode_rows) == (len(PROMPT) + 7, 0)
     assert (second.prefill_rows, second.decode_rows) == (0, 2)
     assert (first.adapters, first.base_rows) == ((("lora", "lora"),), True)
-    assert (first.running, first.waiting, first.preemptions) == (2, 0, 0)
-    assert first.kv_blocks_used - before == 3
+    assert (held.running, held.waiting, first.preemptions) == (2, 0, 0)
+    assert held.kv_blocks_used - before == 3
     while engine.has_work:
         engine.step()
 

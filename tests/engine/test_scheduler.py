@@ -14,6 +14,7 @@ from polygraft.adapters.primitives import CompiledAdapter, Prefix, SoftPrompt
 from polygraft.adapters.registry import Adapter
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.kv_cache import KVCache
+from polygraft.engine.prefix_cache import PrefixCache
 from polygraft.engine.scheduler import Batch, Scheduler
 from polygraft.engine.sequence import Sequence, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefixes
@@ -38,19 +39,34 @@ def adapters() -> list[Adapter | None]:
     return [None, *made]
 
 
-def make_scheduler() -> Scheduler:
+class Cacheable(Sequence):
+    """As a request's is."""
+
+    cacheable = True
+
+
+def make_scheduler(*, caching: bool) -> Scheduler:
     pool = BlockPool(BLOCKS, SIZE)
     no_cache = cast("KVCache", SimpleNamespace(write=lambda *args: None))
     return Scheduler(
-        pool, SharedPrefixes(pool, no_cache), max_num_seqs=MAX_SEQS, max_num_batched_tokens=BUDGET
+        pool,
+        SharedPrefixes(pool, no_cache),
+        PrefixCache(pool, enabled=caching),
+        max_num_seqs=MAX_SEQS,
+        max_num_batched_tokens=BUDGET,
     )
 
 
 class Simulation:
-    """Runs batches without a model: a completed sequence gets one more token, or has reached its end."""
+    """Runs batches without a model: a completed sequence gets one more token, or has reached its end.
 
-    def __init__(self) -> None:
-        self.scheduler = make_scheduler()
+    All sequences have the same tokens, so that with caching those of one adapter share what they can.
+    """
+
+    def __init__(self, *, caching: bool = False) -> None:
+        self.scheduler = make_scheduler(caching=caching)
+        # What lies in each block, as a real cache would hold it: (generation, tokens up to there).
+        self.written: dict[int, tuple[int, int]] = {}
         self.adapters = adapters()
         self.goal: dict[Sequence, int] = {}
         self.finished: list[Sequence] = []
@@ -58,7 +74,7 @@ class Simulation:
 
     def arrive(self, prompt: int, new: int, adapter: int) -> None:
         chosen = self.adapters[adapter]
-        sequence = Sequence(f"s{len(self.goal)}", list(range(prompt)), chosen)
+        sequence = Cacheable(f"s{len(self.goal)}", list(range(prompt)), chosen)
         if chosen is not None:
             chosen.pin()
         self.goal[sequence] = prompt + new
@@ -70,6 +86,18 @@ class Simulation:
         if live:
             self.scheduler.remove(live[which % len(live)])
             del self.goal[live[which % len(live)]]
+
+    def check_cached(self, sequence: Sequence) -> None:
+        """What it didn't compute itself is what it would have computed; what it writes it alone holds."""
+        generation = sequence.adapter.generation if sequence.adapter else 0
+        done = sequence.num_computed // SIZE
+        assert sequence.num_computed < sequence.num_tokens
+        for at, block in enumerate(sequence.blocks):
+            if at < done:
+                assert self.written[block] == (generation, at)
+            else:
+                assert self.scheduler.pool._holders[block] == 1
+                self.written[block] = (generation, at)
 
     def step(self) -> Batch:
         batch = self.scheduler.schedule()
@@ -85,7 +113,8 @@ class Simulation:
             assert len(sequence.blocks) * SIZE >= item.start + item.count
             assert sequence.wants_prefix == (sequence.prefix is not None)
             assert sequence.prefix is None or sequence.prefix.ready
-            sequence.num_computed += item.count
+            self.check_cached(sequence)
+            self.scheduler.advance(item)
             if not item.completes:
                 continue
             if isinstance(sequence, SoftPromptSequence):
@@ -108,10 +137,10 @@ cancels = st.tuples(st.just("cancel"), st.integers(0, 100), st.just(0), st.just(
 steps = st.tuples(st.just("step"), st.just(0), st.just(0), st.just(0))
 
 
-@given(st.lists(st.one_of(arrivals, arrivals, cancels, steps, steps), max_size=60))
-@settings(max_examples=300, deadline=None)
-def test_everything_ends_and_nothing_leaks(events: list[tuple[str, int, int, int]]) -> None:
-    simulation = Simulation()
+@given(st.lists(st.one_of(arrivals, arrivals, cancels, steps, steps), max_size=60), st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_everything_ends_and_nothing_leaks(events: list[tuple[str, int, int, int]], caching: bool) -> None:
+    simulation = Simulation(caching=caching)
     for name, a, b, c in events:
         if name == "arrive":
             simulation.arrive(a, b, c)
@@ -217,3 +246,49 @@ def test_integrity_check_sees_a_block_that_was_lost_and_one_that_is_held_twice()
         except AssertionError:
             continue
         raise AssertionError(f"a block was {damage} and the check saw nothing")
+
+
+def test_what_one_computed_the_next_one_finds() -> None:
+    simulation = Simulation(caching=True)
+    simulation.arrive(11, 3, 1)
+    run(simulation)
+    for adapter in (1, 3, 0):
+        simulation.arrive(13, 1, adapter)
+    batch = simulation.step()
+    # Its first 13 tokens ran, three blocks of them full; another adapter's tokens are others.
+    assert [(i.sequence.id, i.start) for i in batch.items if i.sequence.id == "s1"] == [("s1", 12)]
+    assert all(i.start == 0 for i in batch.items if i.sequence.id != "s1")
+
+
+def test_the_last_token_is_always_computed() -> None:
+    simulation = Simulation(caching=True)
+    simulation.arrive(8, 1, 0)
+    run(simulation)
+    simulation.arrive(8, 1, 0)
+    (item,) = simulation.step().items
+    assert (item.start, item.count) == (4, 4)
+
+
+def test_of_what_is_left_the_longest_unused_is_given_up_and_of_one_its_end() -> None:
+    pool = BlockPool(4, SIZE)
+    blocks = pool.allocate(3)
+    for at, block in enumerate(blocks):
+        pool.publish(block, bytes([at]))
+    pool.release(blocks)
+    assert (pool.free, pool.used, pool.idle) == (4, 0, 3)
+    pool.allocate(2)
+    assert pool.take(bytes([2])) is None
+    assert pool.take(bytes([1])) == blocks[1]
+    assert pool.take(bytes([0])) == blocks[0]
+    assert pool.free == 0
+
+
+def test_the_same_contents_are_published_once() -> None:
+    pool = BlockPool(4, SIZE)
+    first, second = pool.allocate(2)
+    pool.publish(first, b"same")
+    pool.publish(second, b"same")
+    pool.release([first, second])
+    assert pool.idle == 1
+    assert pool.take(b"same") == first
+    pool.check_integrity([first])

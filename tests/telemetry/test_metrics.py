@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from polygraft.adapters.info import AdapterInfo, AdapterState
-from polygraft.engine.handle import ModelInfo, StepStats
+from polygraft.engine.handle import ModelInfo, Occupancy, StepStats
 from polygraft.engine.request import Finished, FinishReason, LoraPath, SamplingParams, Timings, Usage
 from polygraft.telemetry.labels import OTHER, AdapterLabels
 from polygraft.telemetry.metrics import Metrics
@@ -32,12 +32,9 @@ STEP = StepStats(
     decode_rows=2,
     adapters=(("json", "lora"), ("shout", "lora"), ("poet", "prefix_tuning")),
     base_rows=True,
-    running=4,
-    waiting=2,
-    kv_blocks_used=7,
-    kv_blocks_total=100,
     preemptions=1,
 )
+HELD = Occupancy(running=4, waiting=2, kv_blocks_used=7, kv_blocks_cached=5, kv_blocks_total=100)
 READY = AdapterInfo(
     "json", AdapterState.READY, "json", generation=1, kind="lora", compiled_bytes=1000, load_seconds=0.3
 )
@@ -142,11 +139,16 @@ def test_a_step_is_recorded(metrics: Metrics) -> None:
     assert value(metrics, "step_rows_sum", phase="prefill") == 30
     assert value(metrics, "step_rows_sum", phase="decode") == 2
     assert value(metrics, "step_adapters_sum") == 3
+    assert value(metrics, "preemptions_total") == 1
+
+
+def test_what_the_engine_holds_is_shown(metrics: Metrics) -> None:
+    metrics.occupancy_changed(HELD)
     assert value(metrics, "running_requests") == 4
     assert value(metrics, "waiting_requests") == 2
     assert value(metrics, "kv_blocks_used") == 7
+    assert value(metrics, "kv_blocks_cached") == 5
     assert value(metrics, "kv_blocks_capacity") == 100
-    assert value(metrics, "preemptions_total") == 1
 
 
 def test_the_widest_step_is_remembered_by_kind(metrics: Metrics) -> None:
@@ -165,14 +167,6 @@ def test_the_widest_step_is_remembered_by_kind(metrics: Metrics) -> None:
     wide = tuple((f"a{number}", "lora") for number in range(9))
     metrics.step_finished(replace(STEP, adapters=wide, base_rows=False))
     assert widest() == {"lora": 9}
-
-
-def test_nothing_runs_once_all_have_ended(metrics: Metrics) -> None:
-    metrics.request_submitted("", "")
-    metrics.step_finished(replace(STEP, running=1, waiting=0))
-    metrics.request_finished("", "", None, RuntimeError("aborted after the last step"))
-    assert value(metrics, "running_requests") == 0
-    assert value(metrics, "waiting_requests") == 0
 
 
 def test_adapters_by_state(metrics: Metrics) -> None:

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 import polygraft_client
 from polygraft import __version__
-from polygraft.cli import adapters, demo, generate, serve
+from polygraft.cli import adapters, bench, demo, generate, serve
 from polygraft.errors import ConfigError, PolygraftError
 
 FAILED = 1
@@ -69,6 +69,7 @@ app.command(
 )(serve.serve)
 app.command()(generate.generate)
 app.add_typer(adapters.app, name="adapters")
+app.command()(bench.bench)
 app.command()(demo.demo)
 
 

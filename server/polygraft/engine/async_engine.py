@@ -80,6 +80,7 @@ class AsyncEngine:
             if info.state is AdapterState.FAILED:
                 self._observer.adapter_load_failed(info)
             self._observer.adapter_changed(info)
+        self._observer.occupancy_changed(self._engine.occupancy)
         self._ended = self._thread.submit(self._run)
 
     # ---- on the event loop's thread ---------------------------------------------------------------------
@@ -130,7 +131,11 @@ class AsyncEngine:
                 self._abort(request.id)
 
     def _abort(self, request_id: str) -> None:
-        self._post(lambda: self._hand_over(StepResult(outputs=self._engine.abort(request_id))))
+        def abort() -> None:
+            outputs = self._engine.abort(request_id)
+            self._hand_over(StepResult(outputs, occupancy=self._engine.occupancy))
+
+        self._post(abort)
 
     def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
         """See `EngineHandle.tokenize`."""
@@ -253,6 +258,8 @@ class AsyncEngine:
                 stream.queue.put_nowait(output)
         if result.stats is not None:
             self._observer.step_finished(result.stats)
+        if result.occupancy is not None:
+            self._observer.occupancy_changed(result.occupancy)
         for change, info in result.adapter_events:
             match change:
                 case AdapterChange.CHANGED:
@@ -296,7 +303,7 @@ class AsyncEngine:
             self._call(self._fail, error)
 
     def _hand_over(self, result: StepResult) -> None:
-        if result.outputs or result.stats is not None or result.adapter_events:
+        if result.outputs or result.stats or result.occupancy or result.adapter_events:
             self._call(self._deliver, result)
 
     def _call(self, function: Callable[[T], None], argument: T) -> None:

@@ -16,11 +16,12 @@ from polygraft.config import ServerConfig
 from polygraft.engine.adapter_manager import AdapterEvent, AdapterManager
 from polygraft.engine.background import BackgroundWork
 from polygraft.engine.block_pool import BlockPool
-from polygraft.engine.handle import StepStats
+from polygraft.engine.handle import Occupancy, StepStats
 from polygraft.engine.intake import Intake
 from polygraft.engine.kv_cache import KVCache
 from polygraft.engine.model_info import model_info
 from polygraft.engine.model_runner import ModelRunner
+from polygraft.engine.prefix_cache import PrefixCache
 from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import (
     Finished,
@@ -43,10 +44,16 @@ from polygraft.layers.step import StepContext
 
 @dataclass(slots=True)
 class StepResult:
-    """What one step brought. `stats` is None if nothing ran through the base."""
+    """What one step brought.
+
+    Args:
+        stats: None if nothing ran through the base.
+        occupancy: None if it is as before.
+    """
 
     outputs: list[RequestOutput] = field(default_factory=list)
     stats: StepStats | None = None
+    occupancy: Occupancy | None = None
     adapter_events: list[AdapterEvent] = field(default_factory=list)
 
 
@@ -84,6 +91,7 @@ class Engine:
         self.scheduler = Scheduler(
             pool,
             SharedPrefixes(pool, self.kv_cache),
+            PrefixCache(pool, enabled=config.prefix_caching),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
@@ -148,6 +156,18 @@ class Engine:
         """Whether `step()` has anything to do."""
         return self.scheduler.has_work or not self.background.idle
 
+    @property
+    def occupancy(self) -> Occupancy:
+        """What it holds now."""
+        pool = self.scheduler.pool
+        return Occupancy(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_blocks_used=pool.used,
+            kv_blocks_cached=pool.idle,
+            kv_blocks_total=pool.num_blocks,
+        )
+
     def prepare(self, request: Request) -> Generation:
         """Check a request, resolve its adapter and pin it, and tokenize; may run on any thread.
 
@@ -185,6 +205,8 @@ class Engine:
             self.background.run_after_step(result.stats.seconds)
         else:
             self.background.run_idle()
+        if result.outputs or result.stats is not None:
+            result.occupancy = self.occupancy
         self.adapters.collect()
         result.adapter_events = self.adapters.take_events()
         return result
@@ -212,11 +234,7 @@ class Engine:
     def _note_first_scheduled(batch: Batch) -> None:
         now = time.monotonic()
         for item in batch.items:
-            if (
-                item.start == 0
-                and isinstance(item.sequence, Generation)
-                and not item.sequence.first_scheduled
-            ):
+            if isinstance(item.sequence, Generation) and item.sequence.first_scheduled is None:
                 item.sequence.first_scheduled = now
 
     def _postprocess(self, batch: Batch, logits: torch.Tensor) -> list[RequestOutput]:
@@ -226,7 +244,7 @@ class Engine:
         row = 0
         for item in batch.items:
             sequence = item.sequence
-            sequence.num_computed += item.count
+            self.scheduler.advance(item)
             if not item.completes:
                 continue
             if isinstance(sequence, SoftPromptSequence):
@@ -275,6 +293,7 @@ class Engine:
             usage=Usage(
                 prompt_tokens=generation.prompt_tokens,
                 completion_tokens=generation.completion_tokens,
+                cached_tokens=generation.cached_tokens,
                 virtual_tokens=generation.adapter.compiled.virtual_tokens if generation.adapter else 0,
             ),
             timings=Timings(
@@ -319,10 +338,6 @@ class Engine:
             decode_rows=decodes,
             adapters=tuple(adapters),
             base_rows=any(i.sequence.adapter is None for i in batch.items),
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            kv_blocks_used=self.scheduler.pool.used,
-            kv_blocks_total=self.scheduler.pool.num_blocks,
             preemptions=batch.preempted,
         )
 

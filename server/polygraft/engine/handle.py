@@ -37,6 +37,23 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Occupancy:
+    """What the engine holds at one moment.
+
+    Args:
+        running, waiting: requests.
+        kv_blocks_used: held by requests and virtual tokens; `kv_blocks_cached` are the free ones whose
+            contents a prompt may still find.
+    """
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepStats:
     """What one step did.
 
@@ -45,7 +62,6 @@ class StepStats:
         prefill_rows, decode_rows: tokens run through the base.
         adapters: (name, kind) of the distinct adapters whose requests shared the step.
         base_rows: whether requests without an adapter shared it too.
-        running, waiting: requests after the step.
         preemptions: sequences that lost their blocks in it.
     """
 
@@ -55,10 +71,6 @@ class StepStats:
     decode_rows: int
     adapters: tuple[tuple[str, str], ...]
     base_rows: bool
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
     preemptions: int
 
 
@@ -79,6 +91,9 @@ class Observer(Protocol):
 
     def step_finished(self, stats: StepStats) -> None:
         """A step ended."""
+
+    def occupancy_changed(self, occupancy: Occupancy) -> None:
+        """After a step, or a request that ended between steps, the engine holds this."""
 
     def adapter_changed(self, info: AdapterInfo) -> None:
         """What the registry says under a name is now this."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from polygraft.engine.block_pool import BlockPool
+from polygraft.engine.prefix_cache import PrefixCache
 from polygraft.engine.sequence import Generation, Sequence, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefix, SharedPrefixes
 
@@ -57,10 +58,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: BlockPool, prefixes: SharedPrefixes, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        pool: BlockPool,
+        prefixes: SharedPrefixes,
+        cache: PrefixCache,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
     ) -> None:
         self.pool = pool
         self.prefixes = prefixes
+        self._cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
@@ -157,15 +165,28 @@ class Scheduler:
         Room for all its known tokens, and one block for every sequence that runs already: otherwise one
         that was just preempted would come back only to be preempted again.
         """
-        count = min(sequence.remaining, budget)
-        if not self.prefixes.make_room(self.pool.blocks_for(sequence.num_tokens) + len(self.running)):
+        cached = self._cache.match(sequence)
+        needed = self.pool.blocks_for(sequence.num_tokens) - len(cached)
+        if not self.prefixes.make_room(needed + len(self.running)):
+            self.pool.release(cached)
             return 0
         self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.prefix = prefix
-        sequence.blocks = self.pool.allocate(self.pool.blocks_for(count))
-        chosen[sequence] = Scheduled(sequence, 0, count)
+        sequence.num_computed = len(cached) * self.pool.block_size
+        if isinstance(sequence, Generation) and sequence.first_scheduled is None:
+            sequence.cached_tokens = sequence.num_computed
+        count = min(sequence.remaining, budget)
+        fresh = self.pool.blocks_for(sequence.num_computed + count) - len(cached)
+        sequence.blocks = cached + self.pool.allocate(fresh)
+        chosen[sequence] = Scheduled(sequence, sequence.num_computed, count)
         return count
+
+    def advance(self, item: Scheduled) -> None:
+        """Take note that a part of a batch has run: its keys and values are in the cache."""
+        first = item.sequence.num_computed // self.pool.block_size
+        item.sequence.num_computed += item.count
+        self._cache.publish(item.sequence, first)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, whatever it was doing, and free what it holds."""

@@ -19,7 +19,7 @@ class Sequence:
     """Tokens to run through the base under one adapter.
 
     The scheduler owns `order` (of arrival), `num_computed`, `blocks` and `prefix`; the last three are empty
-    while it waits.
+    while it waits. The prefix cache owns `keys`, one for each full block of tokens so far.
 
     Args:
         id: unique among the live sequences.
@@ -29,6 +29,8 @@ class Sequence:
 
     needs_logits: ClassVar[bool] = True
     """Whether something is to be done with the logits behind the last known token."""
+    cacheable: ClassVar[bool] = False
+    """Whether its blocks may be shared with later sequences that begin with the same tokens."""
 
     def __init__(self, id: str, token_ids: list[int], adapter: Adapter | None) -> None:
         self.id = id
@@ -38,6 +40,7 @@ class Sequence:
         self.num_computed = 0
         self.blocks: list[int] = []
         self.prefix: SharedPrefix | None = None
+        self.keys: list[bytes] = []
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +108,8 @@ class Generation(Sequence):
         max_new_tokens: settled, at least 1.
     """
 
+    cacheable = True
+
     def __init__(
         self,
         request: Request,
@@ -121,6 +126,7 @@ class Generation(Sequence):
         self.stop_token_ids = stop_token_ids
         self.max_new_tokens = max_new_tokens
         self.preemptions = 0
+        self.cached_tokens = 0
         self.arrival = time.monotonic()
         limit = request.stopping.time_limit
         self.deadline = None if limit is None else self.arrival + limit

@@ -15,7 +15,7 @@ from prometheus_client import (
 )
 
 from polygraft.adapters.info import AdapterInfo, AdapterState
-from polygraft.engine.handle import ModelInfo, StepStats
+from polygraft.engine.handle import ModelInfo, Occupancy, StepStats
 from polygraft.engine.request import Finished
 from polygraft.telemetry.labels import AdapterLabels
 
@@ -48,7 +48,6 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._labels = AdapterLabels(max_adapter_labels)
         self._known: dict[str, AdapterInfo] = {}
-        self._in_flight = 0
         self._widest = (0, 0)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -106,6 +105,9 @@ class Metrics:
         )
         self._preemptions = self._counter("preemptions", "Sequences that lost their place in the cache")
         self._blocks_used = self._gauge("kv_blocks_used", "Blocks of the KV cache in use")
+        self._blocks_cached = self._gauge(
+            "kv_blocks_cached", "Free blocks of the KV cache whose contents a prompt may find"
+        )
         self._blocks = self._gauge("kv_blocks_capacity", "Blocks of the KV cache in all")
         self._prefill_rows = self._rows.labels("prefill")
         self._decode_rows = self._rows.labels("decode")
@@ -149,7 +151,6 @@ class Metrics:
 
     def request_submitted(self, adapter: str, kind: str) -> None:
         """Count a request that entered the queue."""
-        self._in_flight += 1
         self._submitted.labels(self._labels.label(adapter), kind or BASE_KIND).inc()
 
     def tokens_generated(self, adapter: str, kind: str, count: int, interval: float | None) -> None:
@@ -165,10 +166,6 @@ class Metrics:
         self, adapter: str, kind: str, finished: Finished | None, error: Exception | None
     ) -> None:
         """Count a request that ended; one that failed has the finish reason ERROR and no path."""
-        self._in_flight -= 1
-        if self._in_flight == 0:  # an abort may be followed by no step that would say so
-            self._running.set(0)
-            self._waiting.set(0)
         own = (self._labels.label(adapter), kind or BASE_KIND)
         if finished is None:
             self._requests.labels(*own, "", "ERROR").inc()
@@ -184,6 +181,14 @@ class Metrics:
         if timings.time_to_first_token is not None:
             self._first_token.labels(own[1]).observe(timings.time_to_first_token)
 
+    def occupancy_changed(self, occupancy: Occupancy) -> None:
+        """Show what the engine holds now."""
+        self._running.set(occupancy.running)
+        self._waiting.set(occupancy.waiting)
+        self._blocks_used.set(occupancy.kv_blocks_used)
+        self._blocks_cached.set(occupancy.kv_blocks_cached)
+        self._blocks.set(occupancy.kv_blocks_total)
+
     def step_finished(self, stats: StepStats) -> None:
         """Record what one step did."""
         self._steps.labels(stats.path).inc()
@@ -191,10 +196,6 @@ class Metrics:
         self._prefill_rows.observe(stats.prefill_rows)
         self._decode_rows.observe(stats.decode_rows)
         self._step_adapters.observe(len(stats.adapters))
-        self._running.set(stats.running)
-        self._waiting.set(stats.waiting)
-        self._blocks_used.set(stats.kv_blocks_used)
-        self._blocks.set(stats.kv_blocks_total)
         self._preemptions.inc(stats.preemptions)
         kinds = Tally(kind for _, kind in stats.adapters)
         if stats.base_rows:

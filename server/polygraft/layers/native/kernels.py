@@ -94,13 +94,16 @@ class Kernels:
             address, integer,
         )  # fmt: skip
         self.paged_attention.restype = None
-        self.rms_norm = library.polygraft_rms_norm
+        # Called with the interpreter's lock held: they take microseconds, and giving the lock up for each
+        # would let the event loop's thread in between, hundreds of times a step.
+        small = ctypes.PyDLL(library._name)
+        self.rms_norm = small.polygraft_rms_norm
         self.rms_norm.argtypes = (integer, address, size, size, address, ctypes.c_float, address, integer)
         self.rms_norm.restype = None
-        self.gate = library.polygraft_gate
+        self.gate = small.polygraft_gate
         self.gate.argtypes = (integer, address, address, size, integer, address, integer)
         self.gate.restype = None
-        self.rotate = library.polygraft_rotate
+        self.rotate = small.polygraft_rotate
         self.rotate.argtypes = (
             integer, address, size, size, size, size, size, address, address, address, integer,
         )  # fmt: skip

@@ -1,0 +1,61 @@
+"""Automatic prefix caching: a prompt's beginning that the cache already holds isn't computed again.
+
+A full block is known by a hash of everything its keys and values depend on: the adapter's generation, which
+no other weights ever have (virtual tokens belong to it, so positions do too), and all tokens of the sequence
+up to the block's last. Generated tokens count like a prompt's, so a chat's next turn finds the last one's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+
+from polygraft.engine.block_pool import BlockPool
+from polygraft.engine.sequence import Sequence
+
+
+class PrefixCache:
+    """Finds and publishes the full blocks of sequences.
+
+    Args:
+        enabled: False finds and publishes nothing.
+    """
+
+    def __init__(self, pool: BlockPool, *, enabled: bool) -> None:
+        self._pool = pool
+        self._enabled = enabled
+
+    def match(self, sequence: Sequence) -> list[int]:
+        """The blocks that hold a waiting sequence's beginning, with one more holder each.
+
+        At least its last known token is left to compute, since logits are wanted behind it.
+        """
+        blocks: list[int] = []
+        if not self._enabled or not sequence.cacheable:
+            return blocks
+        most = (sequence.num_tokens - 1) // self._pool.block_size
+        self._extend_keys(sequence, most)
+        for key in sequence.keys[:most]:
+            block = self._pool.take(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def publish(self, sequence: Sequence, first: int) -> None:
+        """Make a running sequence's full blocks known, from the `first` one on."""
+        if not self._enabled or not sequence.cacheable:
+            return
+        full = sequence.num_computed // self._pool.block_size
+        self._extend_keys(sequence, full)
+        for at in range(first, full):
+            self._pool.publish(sequence.blocks[at], sequence.keys[at])
+
+    def _extend_keys(self, sequence: Sequence, count: int) -> None:
+        size = self._pool.block_size
+        keys = sequence.keys
+        for at in range(len(keys), count):
+            generation = 0 if sequence.adapter is None else sequence.adapter.generation
+            before = keys[-1] if keys else generation.to_bytes(16, "big")
+            tokens = array("q", sequence.token_ids[at * size : (at + 1) * size])
+            keys.append(hashlib.blake2b(before + tokens.tobytes(), digest_size=16).digest())
