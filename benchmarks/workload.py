@@ -61,26 +61,3 @@ def write_adapters(store: Path, base: BaseSpec, count: int = ADAPTERS, rank: int
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def write_prompt_tuning(store: Path, base: BaseSpec, virtual_tokens: int, count: int = ADAPTERS) -> None:
-    """Write PEFT folders of random prompt-tuning adapters."""
-    config = {
-        "peft_type": "PROMPT_TUNING",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": DEFAULT_NAME,
-        "num_virtual_tokens": virtual_tokens,
-        "token_dim": base.hidden_size,
-        "num_transformer_submodules": 1,
-        "num_attention_heads": next(iter(base.attention.values())).heads,
-        "num_layers": len(base.attention),
-    }
-    for n in range(count):
-        generator = torch.Generator().manual_seed(n)
-        embeddings = torch.randn(virtual_tokens, base.hidden_size, generator=generator) * 0.1
-        folder = store / f"prompt-{n}"
-        folder.mkdir(parents=True)
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        save_file(
-            {"prompt_embeddings": embeddings}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
-        )

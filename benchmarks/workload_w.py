@@ -23,43 +23,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.sides.protocol import Side
 from benchmarks.workload import NEW_TOKENS, requests, write_adapters
 from polygraft.base.loader import inspect_without_weights
+from polygraft.cli.bench.plan import BASE, Planned
+from polygraft.cli.bench.run import closed_loop
 from polygraft.cli.demo.launcher import ServerProcess, serve_command
 from polygraft.cli.demo.scrape import scrape
 from polygraft_client import AsyncClient
 
 
-async def one(client: AsyncClient, prompt: list[int], adapter: str | None) -> tuple[float, float, int]:
-    """Stream one request: time to first token, seconds between tokens, and tokens."""
-    started = time.perf_counter()
-    first = last = 0.0
-    tokens = 0
-    stream = client.stream(
-        token_ids=prompt,
-        adapter=adapter,
-        max_new_tokens=NEW_TOKENS,
-        ignore_eos=True,
-        temperature=0.0,
-        return_token_ids=True,
-    )
-    async with stream:
-        async for chunk in stream:
-            last = time.perf_counter()
-            first = first or last
-            tokens += len(chunk.token_ids)
-    return first - started, (last - first) / (tokens - 1), tokens
-
-
 async def through_grpc(address: str, mixed: bool) -> dict[str, float]:
+    planned = [Planned(name if mixed else BASE, tuple(prompt), 0.0) for prompt, name in requests()]
     async with AsyncClient(address) as client:
         started = time.perf_counter()
-        results = await asyncio.gather(
-            *(one(client, prompt, name if mixed else None) for prompt, name in requests())
+        results = await closed_loop(
+            client, iter(planned), len(planned), len(planned), NEW_TOKENS, lambda _: None
         )
         seconds = time.perf_counter() - started
+    assert not any(result.error for result in results), results
     return {
-        "tokens_per_s": sum(tokens for *_, tokens in results) / seconds,
-        "ttft_s": statistics.median(ttft for ttft, *_ in results),
-        "itl_ms": 1000 * statistics.median(itl for _, itl, _ in results),
+        "tokens_per_s": sum(result.tokens for result in results) / seconds,
+        "ttft_s": statistics.median(result.first_token for result in results),
+        "itl_ms": 1000 * statistics.median(statistics.fmean(result.intervals) for result in results),
     }
 
 

@@ -82,7 +82,7 @@ def test_a_step_costs_what_is_recorded(
 
 
 def test_more_adapters_in_the_registry_cost_a_step_nothing(
-    llama: Path, llama_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, llama_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs = []
     for engine in (make_engine(llama), make_engine(llama, llama_store)):

@@ -37,8 +37,7 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> Counter[str]:
         for name, module in list(model.named_modules()):
             replacement = _norm(module, dtype, kernels) or _mlp(module, dtype, kernels)
             if replacement is not None:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, replacement)
+                model.set_submodule(name, replacement)
                 fused["mlp" if isinstance(replacement, FusedMlp) else "rms_norm"] += 1
             elif _fuse_rotary(module, dtype, kernels):
                 fused["rotary"] += 1

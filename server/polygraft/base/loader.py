@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base.default_model import ensure_default_model
 from polygraft.base.fusing import fuse
-from polygraft.base.packing import own_parameters, pack_linears, weight_bytes
+from polygraft.base.packing import count_quantized, own_parameters, pack_linears, weight_bytes
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
@@ -125,16 +125,15 @@ def load_base(
         # Blocks of a scale run over the ends of rows, which panels can't hold.
         ours = False
         loaded = load(by_bitsandbytes=True)
-        inspect_base(loaded, name)
+        inspect_base(loaded, name)  # its own attention layers need their probes
     log.debug("operators of our own: %s", dict(fuse(loaded, compute)))
     limit, notes = context_limit(config)
-    quantized = body.keys() if quantization != "none" else ()
-    if quantized:
-        notes += (f"{quantization}: {len(quantized)} of {len(spec.linears)} linear modules, the head not",)
-    if pack_linears(
-        loaded, spec.same_input, quantized if ours else (), quantization, double=double_quantization
-    ):
+    ours_quantized = body.keys() if ours and quantization != "none" else ()
+    if pack_linears(loaded, spec.same_input, ours_quantized, quantization, double=double_quantization):
         own_parameters(loaded)
+    if quantization != "none":
+        count = count_quantized(loaded, spec.linears)
+        notes += (f"{quantization}: {count} of {len(spec.linears)} linear modules, the head not",)
     if max_context_length is not None:
         if max_context_length > limit:
             notes += (f"--max-context-length {max_context_length} is more than the model's {limit}",)

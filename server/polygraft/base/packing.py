@@ -49,11 +49,11 @@ def pack_linears(
                 continue
             if kernels is None and name in quantized:
                 assert quantization == "int8"
-                _replace(model, name, Int8Linear(weight, bias))
+                model.set_submodule(name, Int8Linear(weight, bias))
             elif kernels is None or (name not in quantized and _has_matrix_registers(weight)):
                 if not gains_by_onednn(weight):
                     continue
-                _replace(model, name, OneDnnLinear(weight, bias))
+                model.set_submodule(name, OneDnnLinear(weight, bias))
             else:
                 alike.setdefault((weight.dtype, name in quantized), []).append(name)
             packed += 1
@@ -76,13 +76,15 @@ def own_parameters(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _pack_group(
-    model: nn.Module, names: Sequence[str], kernels: Kernels, quantization: Quantization, *, double: bool
-) -> None:
-    weights, biases = zip(*(_weight_and_bias(model.get_submodule(name)) for name in names), strict=True)
-    group = LinearGroup(weights, biases, kernels, quantization, double=double)
-    for member, name in enumerate(names):
-        _replace(model, name, PackedLinear(group, member))
+def count_quantized(model: nn.Module, names: Iterable[str]) -> int:
+    """How many of the named modules hold quantized weights, ours or bitsandbytes'."""
+    modules = map(model.get_submodule, names)
+    return sum(
+        isinstance(module, Int8Linear)
+        or (isinstance(module, PackedLinear) and module.group.quantization != "none")
+        or type(module).__module__.startswith("bitsandbytes.")
+        for module in modules
+    )
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -101,6 +103,15 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
+def _pack_group(
+    model: nn.Module, names: Sequence[str], kernels: Kernels, quantization: Quantization, *, double: bool
+) -> None:
+    weights, biases = zip(*(_weight_and_bias(model.get_submodule(name)) for name in names), strict=True)
+    group = LinearGroup(weights, biases, kernels, quantization, double=double)
+    for member, name in enumerate(names):
+        model.set_submodule(name, PackedLinear(group, member))
+
+
 def _is_plain(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)  # a quantized one is a subclass
 
@@ -115,8 +126,3 @@ def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | No
 
 def _has_matrix_registers(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and bool(torch.cpu._is_amx_tile_supported())
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -39,6 +39,7 @@ class LinearGroup:
         double: bool = True,
     ) -> None:
         self.dtype = weights[0].dtype
+        self.quantization = quantization
         self.in_features = weights[0].shape[1]
         self.widths = [weight.shape[0] for weight in weights]
         self._kernels = kernels

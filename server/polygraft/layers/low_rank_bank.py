@@ -37,10 +37,7 @@ class LowRankBank:
             if kernels and isinstance(module, PackedLinear):
                 module.group.attach(module.member, slots, step, is_head)
             else:
-                parent, _, child = name.rpartition(".")
-                setattr(
-                    model.get_submodule(parent), child, AdaptedLinear(module, slots, step, is_head, kernels)
-                )
+                model.set_submodule(name, AdaptedLinear(module, slots, step, is_head, kernels))
         self._grow(16)
 
     def _grow(self, capacity: int) -> None:

@@ -44,7 +44,6 @@ class Panels:
         double: bool = True,
     ) -> None:
         self.dtype = weights[0].dtype
-        self.quantization = quantization
         self._shapes = [weight.shape for weight in weights]
         self._counts = [-(-weight.shape[0] // columns) for weight in weights]
         if quantization == "none":
