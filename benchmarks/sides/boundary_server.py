@@ -64,6 +64,8 @@ class ProcessEngine:
                 return
 
     def stop(self) -> None:
+        # The child closes its end, which a reader would take for something to read.
+        asyncio.get_running_loop().remove_reader(self._pipe.fileno())
         self._pipe.send(None)
         self._process.join()
 

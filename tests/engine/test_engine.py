@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,91 +20,22 @@ from polygraft.engine.model_info import default_sampling
 from polygraft.engine.request import (
     DEFAULT_MAX_NEW_TOKENS,
     AdapterRef,
-    Finished,
     FinishReason,
     LoraPath,
     Request,
-    RequestOutput,
     SamplingParams,
     StoppingParams,
 )
-from polygraft.errors import (
-    AdapterNotFound,
-    ConfigError,
-    ContextLengthExceeded,
-    InvalidRequest,
-    NotSupported,
-    PolygraftError,
-)
+from tests.engine.asking import PROMPT, check_clean, request, run, text_of, tokens_of
 from tests.engine.stores import copy_of, poison
 from tests.engines import greedy, make_engine, run_greedy
 from tests.tiny import EOS, VOCABULARY, byte_tokenizer
 
 FAST = byte_tokenizer()
-PROMPT = list(range(30, 60))
 
 
 def ids(text: str) -> list[int]:
     return FAST(text, add_special_tokens=False)["input_ids"]
-
-
-@pytest.fixture(scope="module")
-def shared(tiny_model: Callable[[str], Path], adapter_store: Callable[[str], Path]) -> Callable[[], Engine]:
-    """One engine with every adapter, or a new one if a test left it dirty."""
-    made: list[Engine] = []
-
-    def get() -> Engine:
-        if not made or made[0].has_work:
-            made[:] = [make_engine(tiny_model("llama"), adapter_store("llama"))]
-        return made[0]
-
-    return get
-
-
-@pytest.fixture
-def engine(shared: Callable[[], Engine]) -> Iterator[Engine]:
-    """The same for most tests, idle and whole before and after each."""
-    engine = shared()
-    yield engine
-    check_clean(engine)
-
-
-def check_clean(engine: Engine) -> None:
-    assert not engine.has_work
-    engine.check_integrity()
-    assert all(info.running_requests == 0 for info in engine.adapters.registry.list())
-    held = len(list(engine.scheduler.prefixes.held_blocks()))
-    assert engine.scheduler.pool.used == held
-
-
-def request(
-    prompt: str | list[int] = "hello", adapter: str | None = None, id: str = "r", **stopping: Any
-) -> Request:
-    return Request(
-        id,
-        prompt if isinstance(prompt, str) else tuple(prompt),
-        adapter=None if adapter is None else AdapterRef(adapter),
-        stopping=StoppingParams(**stopping),
-    )
-
-
-def run(engine: Engine, *requests: Request) -> list[tuple[str, list[int], Finished]]:
-    """Text, tokens and end of each."""
-    ends = []
-    for outputs in engine.generate(requests):
-        assert [output.terminal for output in outputs].count(True) == 1
-        finished = outputs[-1].finished
-        assert finished is not None, outputs[-1].error
-        ends.append((text_of(outputs), tokens_of(outputs), finished))
-    return ends
-
-
-def text_of(outputs: Sequence[RequestOutput]) -> str:
-    return "".join(output.text for output in outputs)
-
-
-def tokens_of(outputs: Sequence[RequestOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
 
 
 @pytest.fixture
@@ -340,92 +271,6 @@ def test_abort_while_waiting(llama: Path) -> None:
 
 def test_abort_of_an_unknown_request(engine: Engine) -> None:
     assert engine.abort("nobody") == []
-
-
-# ---- refusals --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("adapter", "prompt", "new", "text"),
-    [
-        (None, 200, 57, "200 prompt tokens + 57 new tokens = 257, the context holds 256"),
-        (None, 256, None, "256 prompt tokens + 1 new tokens = 257, the context holds 256"),
-        (
-            "prefix",
-            200,
-            52,
-            "5 virtual tokens + 200 prompt tokens + 52 new tokens = 257, the context holds 256",
-        ),
-        ("p-tuning", 240, None, "17 virtual tokens + 240 prompt tokens + 1 new tokens = 258"),
-    ],
-)
-def test_beyond_the_context_is_refused_with_the_numbers(
-    engine: Engine, adapter: str | None, prompt: int, new: int | None, text: str
-) -> None:
-    with pytest.raises(ContextLengthExceeded) as caught:
-        engine.submit(request([1] * prompt, adapter, max_new_tokens=new))
-    assert text in str(caught.value)
-    assert caught.value.field == "prompt"
-
-
-def test_beyond_the_cache_is_refused_with_the_numbers(llama: Path, llama_store: Path) -> None:
-    # Blocks of 16 tokens of 3 layers x 2 heads x (16 + 16) floats: 12,288 bytes each.
-    engine = make_engine(llama, llama_store, kv_cache_bytes=5 * 12_288)
-    assert engine.scheduler.pool.num_blocks == 5
-    with pytest.raises(
-        ContextLengthExceeded,
-        match=r"60 prompt tokens \+ 21 new tokens = 81, the KV cache holds 80 \(--kv-cache-bytes\)",
-    ):
-        engine.submit(request([1] * 60, max_new_tokens=21))
-    with pytest.raises(ContextLengthExceeded, match="5 virtual tokens"):
-        engine.submit(request([1] * 60, "prefix", max_new_tokens=5))
-    run_greedy(engine, [greedy("fits", [1] * 60, None, 20), greedy("too", [1] * 60, "prefix", 4)])
-
-
-def test_a_cache_that_holds_no_block(llama: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--kv-cache-bytes: 12287 bytes don't hold one block of 12288 bytes"
-    ):
-        make_engine(llama, kv_cache_bytes=12_287)
-
-
-def test_an_id_that_is_running_already(engine: Engine) -> None:
-    engine.submit(greedy("r", PROMPT, "lora", 3))
-    with pytest.raises(InvalidRequest, match="request_id: 'r' is running already"):
-        engine.submit(greedy("r", PROMPT, "lora", 3))
-    assert engine.adapters.registry.get("lora").running_requests == 1
-    while engine.has_work:
-        engine.step()
-
-
-REFUSED: list[tuple[Request, type[PolygraftError], str]] = [
-    (request(PROMPT, "nobody"), AdapterNotFound, "adapter 'nobody': not registered"),
-    (request([], "lora"), InvalidRequest, "token_ids.ids: must not be empty"),
-    (request("", "lora"), InvalidRequest, "prompt: must not be empty"),
-    (request([0, VOCABULARY], "lora"), InvalidRequest, r"token_ids.ids\[1\]: must be in \[0, 288\), got 288"),
-    (request([-1], "lora"), InvalidRequest, r"token_ids.ids\[0\]: must be in \[0, 288\), got -1"),
-    (request(PROMPT, "lora", stop_token_ids=(1, 999)), InvalidRequest, r"stopping.stop_token_ids\[1\]: .* got 999"),
-    (request(PROMPT, "lora", max_new_tokens=300), ContextLengthExceeded, "prompt: "),
-    (request(PROMPT, "lora", max_new_tokens=3, min_new_tokens=4), InvalidRequest, "min_new_tokens: .* at most"),
-    (Request("r", (1,), AdapterRef("lora"), lora_path=LoraPath.MERGED), NotSupported, "lora_path: MERGED"),
-    (Request("r", (1,), AdapterRef("lora", 10**6)), AdapterNotFound, "generation 1000000 isn't loaded"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("bad", "error", "text"), REFUSED, ids=[text for *_, text in REFUSED])
-def test_a_refused_request_holds_nothing_and_disturbs_nobody(
-    engine: Engine, bad: Request, error: type[PolygraftError], text: str
-) -> None:
-    expected = run_greedy(engine, [greedy("good", PROMPT, "lora", 5)])
-    engine.submit(greedy("good", PROMPT, "lora", 5))
-    outputs = engine.step().outputs
-    before = engine.adapters.registry.get("lora").running_requests
-    with pytest.raises(error, match=text):
-        engine.submit(bad)
-    assert engine.adapters.registry.get("lora").running_requests == before
-    while engine.has_work:
-        outputs += engine.step().outputs
-    assert [tokens_of(outputs)] == expected
 
 
 # ---- many at once ----------------------------------------------------------------------------------------
