@@ -9,7 +9,7 @@ holds the address and rank of each slot's weights, so the cost grows with the ro
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,12 @@ from polygraft.adapters.primitives import LowRank
 from polygraft.layers.native.kernels import DTYPES, GroupStruct, Kernels, ModuleStruct
 from polygraft.layers.step import Segments, StepContext
 
+if TYPE_CHECKING:
+    from polygraft.layers.triton_side_path import TritonSidePath
+
 ENTRY = 5  # int64 fields of side_path.h's `Entry`
+# Codes in the table; the C++ operator knows the first two, Triton's all three.
+WEIGHT_DTYPES = {**DTYPES, torch.float16: 2}
 
 
 class LowRankSlots:
@@ -27,11 +32,13 @@ class LowRankSlots:
     Args:
         index: the module's bit in `Segments.touched`.
         panel: columns in a panel of B; 0 keeps it in one.
+        device: where weights and table are kept.
     """
 
-    def __init__(self, index: int, panel: int) -> None:
+    def __init__(self, index: int, panel: int, device: torch.device) -> None:
         self.index = index
         self._panel = panel
+        self._device = device
         self._struct = ModuleStruct()
         self._table = torch.zeros(0, ENTRY, dtype=torch.int64)
         self._weights: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
@@ -46,20 +53,29 @@ class LowRankSlots:
         self._table = table
         self._struct.table = table.data_ptr()
 
+    @property
+    def table(self) -> torch.Tensor:
+        """int64 [slots, 5] of (addresses of A, B^T in panels, float32 bias or 0; rank; type)."""
+        return self._table
+
     def install(self, slot: int, primitive: LowRank) -> None:
         """Put an adapter's weights into a slot."""
         width = primitive.b.shape[0]
         panel = self._panel or width
-        a = primitive.a.contiguous()
-        b = nn.functional.pad(primitive.b, (0, 0, 0, -width % panel))
+        # Storage of its own on an accelerator: Triton's wide loads need addresses that 16 divides, which a
+        # view of another tensor's storage needn't have.
+        own = self._device.type != "cpu"
+        a = primitive.a.to(self._device, copy=own).contiguous()
+        b = primitive.b.to(self._device, copy=own)
+        b = nn.functional.pad(b, (0, 0, 0, -width % panel))
         b = b.view(b.shape[0] // panel, panel, primitive.rank).transpose(1, 2).contiguous()
         bias = primitive.bias
         if bias is not None:
-            bias = nn.functional.pad(bias.float(), (0, -width % panel)).contiguous()
+            bias = nn.functional.pad(bias.to(self._device).float(), (0, -width % panel)).contiguous()
         self._weights[slot] = (a, b, bias)
         address = 0 if bias is None else bias.data_ptr()
         self._table[slot] = torch.tensor(
-            [a.data_ptr(), b.data_ptr(), address, primitive.rank, DTYPES.get(a.dtype, -1)]
+            [a.data_ptr(), b.data_ptr(), address, primitive.rank, WEIGHT_DTYPES.get(a.dtype, -1)]
         )
 
     def remove(self, slot: int) -> None:
@@ -89,7 +105,8 @@ class AdaptedLinear(nn.Module):
     Args:
         base_layer: a module that maps [..., in_features] to [..., out_features], untouched.
         is_head: it sees only the rows whose logits are computed.
-        kernels: None runs the operator in torch.
+        kernels: the operator in C++; without this and the next it runs in torch.
+        triton: the operator in Triton.
     """
 
     def __init__(
@@ -99,6 +116,7 @@ class AdaptedLinear(nn.Module):
         step: StepContext,
         is_head: bool,
         kernels: Kernels | None,
+        triton: TritonSidePath | None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -106,6 +124,7 @@ class AdaptedLinear(nn.Module):
         self.step = step
         self.is_head = is_head
         self._kernels = kernels
+        self._triton = triton
         self._struct = GroupStruct(modules=1)
         self._out = ctypes.c_void_p()
         slots.bind(self._struct.module[0])
@@ -119,6 +138,12 @@ class AdaptedLinear(nn.Module):
         return out
 
     def _add(self, x: torch.Tensor, out: torch.Tensor, segments: Segments) -> torch.Tensor:
+        if self._triton is not None and x.dtype in WEIGHT_DTYPES and out.dtype == x.dtype:
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            self._triton.add(
+                rows, out.view(-1, out.shape[-1]), self.slots.table, segments.table, segments.max_rank
+            )
+            return out
         dtype = DTYPES.get(x.dtype)
         if self._kernels is None or dtype is None or x.device.type != "cpu" or out.dtype != x.dtype:
             self.slots.add_torch(x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), segments)

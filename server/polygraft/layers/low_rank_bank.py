@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,8 +12,32 @@ from torch import nn
 from polygraft.adapters.primitives import LowRank
 from polygraft.layers.linear import PackedLinear
 from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots
-from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.native.kernels import Kernels, load_kernels
 from polygraft.layers.step import Segments, StepContext
+
+if TYPE_CHECKING:
+    from polygraft.layers.triton_side_path import TritonSidePath
+
+log = logging.getLogger(__name__)
+
+
+def choose_operators(device: torch.device, native: bool) -> tuple[Kernels | None, TritonSidePath | None]:
+    """How side paths run: in Triton on CUDA, else in C++; in torch where neither of them can be had.
+
+    Args:
+        native: False asks for torch.
+    """
+    if not native:
+        return None, None
+    if device.type != "cuda":
+        return load_kernels(), None
+    try:
+        # Here and not above: triton is large, slow to import and, on a CPU, of no use.
+        from polygraft.layers.triton_side_path import TritonSidePath
+    except ImportError as error:
+        log.warning("no Triton, the slower torch operators serve: %s", error)
+        return None, None
+    return None, TritonSidePath()
 
 
 class LowRankBank:
@@ -24,24 +50,26 @@ class LowRankBank:
     def __init__(
         self, model: nn.Module, modules: Mapping[str, bool], step: StepContext, native: bool
     ) -> None:
-        kernels = load_kernels() if native else None
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        kernels, self._triton = choose_operators(device, native)
         self._slots: dict[str, LowRankSlots] = {}
         self._touched: dict[int, int] = {}
         self._ranks: dict[int, int] = {}
         self._free: list[int] = []
-        self._tables = torch.zeros(len(modules), 0, ENTRY, dtype=torch.int64)
+        self._tables = torch.zeros(len(modules), 0, ENTRY, dtype=torch.int64, device=device)
         for index, (name, is_head) in enumerate(modules.items()):
-            slots = LowRankSlots(index, kernels.panel if kernels else 0)
+            slots = LowRankSlots(index, kernels.panel if kernels else 0, device)
             self._slots[name] = slots
             module = model.get_submodule(name)
             if kernels and isinstance(module, PackedLinear):
                 module.group.attach(module.member, slots, step, is_head)
             else:
-                model.set_submodule(name, AdaptedLinear(module, slots, step, is_head, kernels))
+                adapted = AdaptedLinear(module, slots, step, is_head, kernels, self._triton)
+                model.set_submodule(name, adapted)
         self._grow(16)
 
     def _grow(self, capacity: int) -> None:
-        grown = torch.zeros(len(self._slots), capacity, ENTRY, dtype=torch.int64)
+        grown = self._tables.new_zeros(len(self._slots), capacity, ENTRY)
         grown[:, : self._tables.shape[1]] = self._tables
         self._tables = grown
         for slots in self._slots.values():
@@ -75,7 +103,9 @@ class LowRankBank:
         for _, _, slot in runs:
             touched |= self._touched[slot]
             rank = max(rank, self._ranks[slot])
-        return Segments(torch.tensor(runs, dtype=torch.int32).view(-1, 3), runs, touched, rank)
+        cut = runs if self._triton is None else self._triton.tiles(runs)
+        table = torch.tensor(cut, dtype=torch.int32, device=self._tables.device).view(-1, 3)
+        return Segments(table, runs, touched, rank)
 
     @property
     def resident(self) -> int:

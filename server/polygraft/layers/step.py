@@ -56,8 +56,8 @@ class Segments:
     """Runs of neighbouring rows that use one adapter; rows of no adapter are in none.
 
     Args:
-        table: int32 [n, 3] of (first row, last row + 1, slot).
-        host: the same, for the operators written in torch.
+        table: int32 [n, 3] of (first row, last row + 1, slot); on CUDA cut into tiles of rows.
+        host: whole runs of the same, for the operators written in torch.
         touched: bit m is set if any of these adapters has a primitive in module m.
         max_rank: the largest rank among these adapters.
     """
