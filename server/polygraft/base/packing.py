@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from polygraft.layers.fused import FusedRmsNorm
 from polygraft.layers.int8_linear import Int8Linear
 from polygraft.layers.linear import LinearGroup, PackedLinear
-from polygraft.layers.native.kernels import DTYPES, MAX_MODULES, Kernels, load_kernels
+from polygraft.layers.native.kernels import DTYPES, Kernels, load_kernels
+from polygraft.layers.native.structures import MAX_MODULES
 from polygraft.layers.onednn_linear import OneDnnLinear, gains_by_onednn
 from polygraft.layers.panels import Quantization
 

@@ -11,6 +11,7 @@ import torch
 from polygraft.adapters.folder import AdapterStore
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.adapters.registry import AdapterRegistry
+from polygraft.base.layer_fusing import fuse_decoder_layers
 from polygraft.base.loader import Base, load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.adapter_manager import AdapterEvent, AdapterManager
@@ -87,6 +88,7 @@ class Engine:
             device=base.device,
             kernels=load_kernels() if native else None,
         )
+        fuse_decoder_layers(base.model, step, load_kernels() if native else None)
         pool = BlockPool(self.kv_cache.num_blocks, config.block_size)
         self.scheduler = Scheduler(
             pool,

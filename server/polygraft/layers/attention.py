@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from polygraft.errors import UnsupportedArchitecture
-from polygraft.layers.native.kernels import DTYPES, Kernels, LayerStruct
+from polygraft.layers.native.kernels import DTYPES, Kernels
+from polygraft.layers.native.structures import LayerStruct
 from polygraft.layers.step import AttentionPlan, StepContext
 
 NAME = "polygraft"
@@ -92,6 +93,11 @@ class PagedAttention:
         )  # fmt: skip
         self._sinks: torch.Tensor | None = None
 
+    @property
+    def address(self) -> int:
+        """Of attention.h's `Layer`."""
+        return ctypes.addressof(self._struct)
+
     def __call__(
         self,
         q: torch.Tensor,
@@ -116,7 +122,7 @@ class PagedAttention:
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         out = torch.empty(1, q.shape[2], self.site.heads, self.site.value_dim, dtype=dtype)
         self.kernels.paged_attention(
-            DTYPES[dtype], ctypes.addressof(self._struct), ctypes.addressof(plan.native()),
+            DTYPES[dtype], self.address, ctypes.addressof(plan.native()),
             q.data_ptr(), q.stride(2), q.stride(1), k.data_ptr(), k.stride(2), k.stride(1),
             v.data_ptr(), v.stride(2), v.stride(1), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -203,9 +209,9 @@ def attention_forward(
             f"{type(module).__name__} passes arguments to its attention that aren't served: "
             + ", ".join(unknown)
         )
-    handler = getattr(module, _ATTRIBUTE, None)
-    if isinstance(handler, PagedAttention):
-        return handler(query, key, value, handler.site, s_aux), None
+    attention = attached(module)
+    if attention is not None:
+        return attention(query, key, value, attention.site, s_aux), None
     handler = Probe()
     setattr(module, _ATTRIBUTE, handler)
     site = AttentionSite(
@@ -237,6 +243,12 @@ def probed_sites(model: nn.Module) -> dict[str, AttentionSite]:
         for name, module in model.named_modules()
         if isinstance(handler := getattr(module, _ATTRIBUTE, None), Probe) and handler.site is not None
     }
+
+
+def attached(module: nn.Module) -> PagedAttention | None:
+    """An attention layer's part of the cache, or None if it has none."""
+    handler = getattr(module, _ATTRIBUTE, None)
+    return handler if isinstance(handler, PagedAttention) else None
 
 
 def attach(model: nn.Module, name: str, attention: PagedAttention) -> None:

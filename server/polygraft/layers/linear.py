@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from polygraft.layers.low_rank import LowRankSlots
-from polygraft.layers.native.kernels import DTYPES, MAX_MODULES, STORAGE, GroupStruct, Kernels
+from polygraft.layers.native.kernels import DTYPES, Kernels
+from polygraft.layers.native.structures import MAX_MODULES, STORAGE, GroupStruct
 from polygraft.layers.panels import Panels, Quantization, padded
 from polygraft.layers.step import NO_SEGMENTS, StepContext
 
@@ -56,18 +57,20 @@ class LinearGroup:
         for module, width, bias in zip(self._struct.module, self.widths, self._biases, strict=False):
             module.width = width
             module.bias = None if bias is None else bias.data_ptr()
-        self._address = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
+        """Of linear.h's `Group`."""
         self._addresses = (ctypes.c_void_p * MAX_MODULES)()
         self._step = StepContext()
         self._is_head = False
-        self._bits = 0
+        self.bits = 0
+        """The modules' bits in `Segments.touched`."""
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
 
     def attach(self, member: int, slots: LowRankSlots, step: StepContext, is_head: bool) -> None:
         """Add the side paths of a module's adapters from here on; see `AdaptedLinear`."""
         slots.bind(self._struct.module[member])
-        self._bits |= 1 << slots.index
+        self.bits |= 1 << slots.index
         self._step, self._is_head = step, is_head
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
@@ -90,10 +93,10 @@ class LinearGroup:
         for i, out in enumerate(outs):
             self._addresses[i] = out.data_ptr()
         segments = self._step.head_segments if self._is_head else self._step.segments
-        if not segments.touched & self._bits:
+        if not segments.touched & self.bits:
             segments = NO_SEGMENTS
         self._kernels.linear(
-            DTYPES[self.dtype], self._address, x.data_ptr(), shape.numel(), self._addresses,
+            DTYPES[self.dtype], self.address, x.data_ptr(), shape.numel(), self._addresses,
             segments.table.data_ptr(), len(segments.host), self._step.scratch.data_ptr(), segments.max_rank,
             torch.get_num_threads(),
         )  # fmt: skip

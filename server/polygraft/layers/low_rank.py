@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from polygraft.adapters.primitives import LowRank
-from polygraft.layers.native.kernels import DTYPES, GroupStruct, Kernels, ModuleStruct
+from polygraft.layers.native.kernels import DTYPES, Kernels
+from polygraft.layers.native.structures import GroupStruct, ModuleStruct
 from polygraft.layers.step import Segments, StepContext
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from polygraft.layers.native.kernels import MAX_MODULES, PlanStruct
+from polygraft.layers.native.structures import MAX_MODULES, PlanStruct
 
 
 @dataclass(slots=True)
@@ -86,6 +86,7 @@ class StepContext:
     segments: Segments = field(default_factory=lambda: NO_SEGMENTS)
     head_segments: Segments = field(default_factory=lambda: NO_SEGMENTS)
     scratch: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    _buffer: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     def begin(self, attention: AttentionPlan, segments: Segments, head_segments: Segments, rows: int) -> None:
         """Describe the step that is about to run."""
@@ -93,6 +94,12 @@ class StepContext:
         needed = rows * MAX_MODULES * segments.max_rank
         if self.scratch.numel() < needed:
             self.scratch = torch.empty(needed)
+
+    def buffer(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory that layers share for what their operators hand each other, at least so many elements."""
+        if self._buffer.numel() < elements * dtype.itemsize:
+            self._buffer = torch.empty(elements * dtype.itemsize, dtype=torch.uint8)
+        return self._buffer
 
     def end(self) -> None:
         """Forget it, so that nothing of a finished step can be read by mistake."""

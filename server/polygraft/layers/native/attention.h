@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <omp.h>
+
 #include <cmath>
 #include <type_traits>
 #include <vector>
@@ -224,43 +226,56 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
     }
 }
 
+// Write rows [from, to) of keys and values to the cache.
 template <typename T>
-void paged_attention(const Layer& layer, const Plan& plan, const T* q, Strides qs, const T* k, Strides ks,
-                     const T* v, Strides vs, T* out, int threads) {
+void write_cache(const Layer& layer, const Plan& plan, const T* k, Strides ks, const T* v, Strides vs,
+                 int64_t from, int64_t to) {
+  const int64_t bs = layer.block_size, dim = layer.head_dim, vdim = layer.value_dim;
+  for (int64_t row = from; row < to; row++) {
+    const int64_t slot = plan.slot_mapping[row], block = slot / bs, offset = slot % bs;
+    for (int64_t h = 0; h < layer.kv_heads; h++) {
+      T* keys = static_cast<T*>(layer.key_cache) + (block * layer.kv_heads + h) * dim * bs + offset;
+      const T* key = k + row * ks.row + h * ks.head;
+      for (int64_t d = 0; d < dim; d++) keys[d * bs] = key[d];
+      T* values = static_cast<T*>(layer.value_cache) + ((block * layer.kv_heads + h) * bs + offset) * vdim;
+      std::memcpy(values, v + row * vs.row + h * vs.head, vdim * sizeof(T));
+    }
+  }
+}
+
+// The calling thread's share of all rows' attention, with a barrier behind it; the cache must be written.
+template <typename T>
+void attend_share(const Layer& layer, const Plan& plan, const T* q, Strides qs, T* out) {
   constexpr int64_t kRows = 16;
   struct Task {
     int64_t sequence, first_row, last_row;
   };
-  static thread_local std::vector<Task> tasks_of_caller;
-  std::vector<Task>& tasks = tasks_of_caller;
+  static thread_local std::vector<Task> tasks;
+  static thread_local std::vector<float> scratch;
   tasks.clear();
   for (int64_t s = 0; s < plan.num_sequences; s++)
     // The longest first, so that the threads end together.
     for (int64_t last = plan.query_start[s + 1]; last > plan.query_start[s]; last -= kRows)
       tasks.push_back({s, std::max<int64_t>(plan.query_start[s], last - kRows), last});
-  const Task* all = tasks.data();
-  const int64_t num_tasks = int64_t(tasks.size()) * layer.kv_heads;
-  const int64_t bs = layer.block_size, dim = layer.head_dim, vdim = layer.value_dim;
+  const int64_t count = int64_t(tasks.size());
+  // By head and only then by sequence: a head's keys in blocks that sequences share are read from memory
+  // for the first of them, and from the cores' own caches for the others.
+#pragma omp for schedule(dynamic)
+  for (int64_t t = 0; t < count * layer.kv_heads; t++) {
+    const Task task = tasks[t % count];
+    attend(layer, plan, task.sequence, t / count, task.first_row, task.last_row, q, qs, out, scratch);
+  }
+}
+
+template <typename T>
+void paged_attention(const Layer& layer, const Plan& plan, const T* q, Strides qs, const T* k, Strides ks,
+                     const T* v, Strides vs, T* out, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < plan.num_rows; row++) {
-      const int64_t slot = plan.slot_mapping[row], block = slot / bs, offset = slot % bs;
-      for (int64_t h = 0; h < layer.kv_heads; h++) {
-        T* keys = static_cast<T*>(layer.key_cache) + (block * layer.kv_heads + h) * dim * bs + offset;
-        const T* key = k + row * ks.row + h * ks.head;
-        for (int64_t d = 0; d < dim; d++) keys[d * bs] = key[d];
-        T* values = static_cast<T*>(layer.value_cache) + ((block * layer.kv_heads + h) * bs + offset) * vdim;
-        std::memcpy(values, v + row * vs.row + h * vs.head, vdim * sizeof(T));
-      }
-    }
-    static thread_local std::vector<float> scratch;
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t t = 0; t < num_tasks; t++) {
-      const Task task = all[t / layer.kv_heads];
-      attend(layer, plan, task.sequence, t % layer.kv_heads, task.first_row, task.last_row, q, qs, out,
-             scratch);
-    }
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), rows = plan.num_rows;
+    write_cache(layer, plan, k, ks, v, vs, rows * thread / team, rows * (thread + 1) / team);
+#pragma omp barrier
+    attend_share(layer, plan, q, qs, out);
   }
 }
 

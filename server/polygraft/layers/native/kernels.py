@@ -1,4 +1,4 @@
-"""Calls into the C++ operators: argument types, and the structures that the C++ sources declare."""
+"""Calls into the C++ operators, with the types of their arguments."""
 
 from __future__ import annotations
 
@@ -10,65 +10,6 @@ import torch
 from polygraft.layers.native import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-MAX_MODULES = 4  # linear.h's kMaxModules
-STORAGE = {"none": 1, "int8": 2, "nf4": 3, "fp4": 3}  # linear.h's Storage
-
-
-class PlanStruct(ctypes.Structure):
-    """attention.h's `Plan`."""
-
-    _fields_ = (
-        ("slot_mapping", ctypes.c_void_p),
-        ("query_start", ctypes.c_void_p),
-        ("context_lens", ctypes.c_void_p),
-        ("prefix_lens", ctypes.c_void_p),
-        ("block_tables", ctypes.c_void_p),
-        ("max_blocks", ctypes.c_int64),
-        ("num_sequences", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64),
-    )
-
-
-class LayerStruct(ctypes.Structure):
-    """attention.h's `Layer`."""
-
-    _fields_ = (
-        ("key_cache", ctypes.c_void_p),
-        ("value_cache", ctypes.c_void_p),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("value_dim", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("sinks", ctypes.c_void_p),
-        ("scaling", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-    )
-
-
-class ModuleStruct(ctypes.Structure):
-    """linear.h's `Module`."""
-
-    _fields_ = (
-        ("table", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("width", ctypes.c_int64),
-    )
-
-
-class GroupStruct(ctypes.Structure):
-    """linear.h's `Group`."""
-
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("storage", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("modules", ctypes.c_int64),
-        ("module", ModuleStruct * MAX_MODULES),
-    )
 
 
 class Kernels:
@@ -94,6 +35,12 @@ class Kernels:
             address, integer,
         )  # fmt: skip
         self.paged_attention.restype = None
+        self.decoder_layer = library.polygraft_decoder_layer
+        self.decoder_layer.argtypes = (integer, address, address, size, address, address, integer)
+        self.decoder_layer.restype = None
+        self.decoder_layer_buffer = library.polygraft_decoder_layer_buffer
+        self.decoder_layer_buffer.argtypes = (address,)
+        self.decoder_layer_buffer.restype = size
         # Called with the interpreter's lock held: they take microseconds, and giving the lock up for each
         # would let the event loop's thread in between, hundreds of times a step.
         small = ctypes.PyDLL(library._name)

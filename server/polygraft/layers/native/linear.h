@@ -19,11 +19,7 @@ namespace {
 constexpr int kMaxModules = 4;
 constexpr int64_t kBlockRows = 192;    // most rows that are taken through all panels at a time
 
-struct Module {
-  const Entry* table;  // the adapters' weights by slot
-  const float* bias;   // in whole panels, or null
-  int64_t width;       // output features
-};
+inline int64_t panels_of(const Module& module) { return (module.width + kPanel - 1) / kPanel; }
 
 enum Storage { kNothing = 0, kRowsType = 1, kInt8 = 2, k4Bit = 3 };
 
@@ -62,75 +58,92 @@ void store_panel(const float* acc, const float* bias, int64_t rows, int64_t widt
   }
 }
 
+// One panel of one module's outputs, for rows [row, row + count).
 template <typename T>
-void linear(const Group& group, const T* x, int64_t rows, T* const* outs, const Segment* segments,
-            int64_t num_segments, float* h, int64_t max_rank, int threads) {
-  const int64_t in = group.in, h_stride = kMaxModules * max_rank;
-  struct Work {  // one panel
-    int64_t module, panel;
-  };
-  static thread_local std::vector<Work> work_of_caller;
-  std::vector<Work>& work = work_of_caller;
-  work.clear();
-  const Entry* tables[kMaxModules];
-  for (int64_t m = 0; m < group.modules; m++) {
-    tables[m] = group.module[m].table;
-    for (int64_t p = 0; p * kPanel < group.module[m].width; p++) work.push_back({m, p});
+struct PanelOfRows {
+  const Group& group;
+  int64_t inputs;       // group.in, padded as the weights are
+  const float* wide;    // [count, inputs], or null
+  const Int8Rows& quantized;
+  int64_t row, count;
+
+  // acc [count, kPanel] = the base's product of panel `p` of all, with what is in `out` where there is none.
+  void multiply(int64_t p, const T* out, int64_t width, int64_t columns, float* acc) const {
+    if (group.storage == kRowsType)
+      multiply_panel(wide, count, inputs, Panel<T>::at(group.weight, p, group.in), acc);
+    else if (group.storage == kInt8)
+      multiply_panel_int8(quantized, count, inputs,
+                          static_cast<const int8_t*>(group.weight) + p * inputs * kPanel,
+                          group.scale + p * kPanel, acc);
+    else if (group.storage == k4Bit)
+      multiply_panel_4bit(wide, count, inputs,
+                          static_cast<const uint8_t*>(group.weight) + p * inputs / 2 * kPanel,
+                          group.scale + p * inputs / kScaleInputs * kPanel, group.values, acc);
+    else
+      load_panel(out, count, width, columns, acc);
   }
-  const Work* all = work.data();
-  const int64_t panels = int64_t(work.size());
+};
+
+// The calling thread's share of the group's products; every thread of the team calls it, and needs a barrier
+// before it reads another's outputs.
+template <typename T>
+void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, const Segment* segments,
+                  int64_t num_segments, float* h, int64_t max_rank) {
+  const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+  const int64_t in = group.in, h_stride = kMaxModules * max_rank;
   const bool paired = group.storage == kInt8 || group.storage == k4Bit;
   const int64_t inputs = paired ? (in + 1) / 2 * 2 : Panel<T>::inputs(in);
   // As many rows as keep the block's inputs in the L2 cache.
   const int64_t fitting = std::clamp<int64_t>(65536 / inputs, 4 * kTileRows, kBlockRows);
   const int64_t blocks = (rows + fitting - 1) / fitting;
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-    if (num_segments > 0) {
-      shrink_share(x, in, segments, num_segments, tables, group.modules, h, h_stride, max_rank, thread, team);
+  int64_t panels = 0;
+  for (int64_t m = 0; m < group.modules; m++) panels += panels_of(group.module[m]);
+  if (num_segments > 0) {
+    shrink_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread,
+                 team);
 #pragma omp barrier
-    }
-    // Each thread takes its own panels, so that weights are read once; with more threads than panels can
-    // feed, they share out the rows as well.
-    int64_t across = 1;
-    while (team % (2 * across) == 0 && blocks >= 2 * across && panels * across < 8 * team) across *= 2;
-    const int64_t share = thread / across, shares = team / across;
-    const int64_t from = panels * share / shares, to = panels * (share + 1) / shares;
-    static thread_local std::vector<float> widened;
-    static thread_local Int8Rows quantized;
-    alignas(64) float acc[kBlockRows * kPanel];
-    for (int64_t b = thread % across; b < blocks; b += across) {
-      const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-      const float* wide = nullptr;
-      if (group.storage == kInt8)
-        quantize(x + row * in, count, in, quantized);
-      else if (group.storage != kNothing)
-        wide = widen(x + row * in, count, in, widened);
-      for (int64_t p = from; p < to; p++) {
-        const Module& module = group.module[all[p].module];
-        const int64_t column = all[p].panel * kPanel;
+  }
+  // Each thread takes its own panels, so that weights are read once; with more threads than panels can
+  // feed, they share out the rows as well.
+  int64_t across = 1;
+  while (team % (2 * across) == 0 && blocks >= 2 * across && panels * across < 8 * team) across *= 2;
+  const int64_t share = thread / across, shares = team / across;
+  const int64_t from = panels * share / shares, to = panels * (share + 1) / shares;
+  static thread_local std::vector<float> widened;
+  static thread_local Int8Rows quantized;
+  alignas(64) float acc[kBlockRows * kPanel];
+  for (int64_t b = thread % across; b < blocks; b += across) {
+    const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
+    const float* wide = nullptr;
+    if (group.storage == kInt8)
+      quantize(x + row * in, count, in, quantized);
+    else if (group.storage != kNothing)
+      wide = widen(x + row * in, count, in, widened);
+    const PanelOfRows<T> product{group, inputs, wide, quantized, row, count};
+    int64_t first = 0;  // panel of the module among all
+    for (int64_t m = 0; m < group.modules; m++) {
+      const Module& module = group.module[m];
+      const int64_t last = first + panels_of(module);
+      for (int64_t p = std::max(from, first); p < std::min(to, last); p++) {
+        const int64_t panel = p - first, column = panel * kPanel;
         const int64_t columns = std::min<int64_t>(kPanel, module.width - column);
-        T* out = outs[all[p].module] + row * module.width + column;
-        if (group.storage == kRowsType)
-          multiply_panel(wide, count, inputs, Panel<T>::at(group.weight, p, in), acc);
-        else if (group.storage == kInt8)
-          multiply_panel_int8(quantized, count, inputs,
-                              static_cast<const int8_t*>(group.weight) + p * inputs * kPanel,
-                              group.scale + p * kPanel, acc);
-        else if (group.storage == k4Bit)
-          multiply_panel_4bit(wide, count, inputs,
-                              static_cast<const uint8_t*>(group.weight) + p * inputs / 2 * kPanel,
-                              group.scale + p * inputs / kScaleInputs * kPanel, group.values, acc);
-        else
-          load_panel(out, count, module.width, columns, acc);
+        T* out = outs[m] + row * module.width + column;
+        product.multiply(p, out, module.width, columns, acc);
         if (num_segments > 0)
-          expand_panel(acc, row, count, segments, num_segments, module.table, all[p].panel,
-                       h + all[p].module * max_rank, h_stride);
+          expand_panel(acc, row, count, segments, num_segments, module.table, panel, h + m * max_rank,
+                       h_stride);
         store_panel(acc, module.bias ? module.bias + column : nullptr, count, module.width, columns, out);
       }
+      first = last;
     }
   }
+}
+
+template <typename T>
+void linear(const Group& group, const T* x, int64_t rows, T* const* outs, const Segment* segments,
+            int64_t num_segments, float* h, int64_t max_rank, int threads) {
+#pragma omp parallel num_threads(threads)
+  linear_share(group, x, rows, outs, segments, num_segments, h, max_rank);
 }
 
 }  // namespace

@@ -21,6 +21,12 @@ struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
   int64_t dtype;  // of A and B: 0 float32, 1 bfloat16
 };
 
+struct Module {
+  const Entry* table;  // the adapters' weights by slot
+  const float* bias;   // in whole panels, or null
+  int64_t width;       // output features
+};
+
 struct Segment {
   int32_t first, last, slot;  // rows [first, last)
 };
@@ -109,14 +115,14 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
 // This thread's share of h[row, module * max_rank + j] = x[row] . A[j], for the segments' rows.
 template <typename X>
 void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_segments,
-                  const Entry* const* tables, int64_t modules, float* h, int64_t h_stride, int64_t max_rank,
+                  const Module* modules, int64_t num_modules, float* h, int64_t h_stride, int64_t max_rank,
                   int thread, int threads) {
   // Small enough pieces that one long segment and many short ones both fill all threads.
   constexpr int64_t kRows = 64, kRanks = 4;
   int64_t piece = 0;
   for (int64_t s = 0; s < num_segments; s++) {
-    for (int64_t m = 0; m < modules; m++) {
-      const Entry& entry = tables[m][segments[s].slot];
+    for (int64_t m = 0; m < num_modules; m++) {
+      const Entry& entry = modules[m].table[segments[s].slot];
       for (int64_t row = segments[s].first; row < segments[s].last; row += kRows) {
         const int64_t rows = std::min<int64_t>(kRows, segments[s].last - row);
         for (int64_t j = 0; j < entry.rank; j += kRanks) {

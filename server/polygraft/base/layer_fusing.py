@@ -1,0 +1,144 @@
+"""Puts one C++ operator in the place of a base's decoder layers.
+
+A layer is recognised by its parts, which are operators of ours by then, and taken over only if the one call
+gives the same results to the bit on random rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from polygraft.layers.attention import PagedAttention, attached
+from polygraft.layers.decoder_layer import FusedDecoderLayer
+from polygraft.layers.fused import FusedMlp, FusedRmsNorm
+from polygraft.layers.linear import LinearGroup, PackedLinear
+from polygraft.layers.native.kernels import Kernels
+from polygraft.layers.step import NO_SEGMENTS, AttentionPlan, StepContext
+
+_TRIAL_ROWS = 5
+
+
+def fuse_decoder_layers(model: nn.Module, step: StepContext, kernels: Kernels | None) -> int:
+    """Take over the layers that one call can stand in for; their modules stay where they are.
+
+    The paged cache must be attached and empty: its first blocks are written.
+
+    Returns:
+        How many there were.
+    """
+    fused = 0
+    if kernels is not None:
+        for layer in model.modules():
+            candidate = _candidate(layer, step, kernels)
+            if candidate is not None and _agree(layer, candidate, step):
+                layer.forward = candidate
+                fused += 1
+    return fused
+
+
+def _candidate(layer: nn.Module, step: StepContext, kernels: Kernels) -> FusedDecoderLayer | None:
+    mlp, self_attn = getattr(layer, "mlp", None), getattr(layer, "self_attn", None)
+    if not isinstance(mlp, FusedMlp) or not isinstance(self_attn, nn.Module):
+        return None
+    attention = attached(self_attn)
+    norms = _norms(layer, self_attn)
+    groups = (
+        _group(self_attn, "q_proj", "k_proj", "v_proj"),
+        _group(self_attn, "o_proj"),
+        _group(mlp, "gate_proj", "up_proj"),
+        _group(mlp, "down_proj"),
+    )
+    found = [group for group in groups if group is not None]
+    if attention is None or attention.kernels is None or norms is None or len(found) < len(groups):
+        return None
+    if not _fit(attention, norms, found):
+        return None
+    return FusedDecoderLayer(layer.forward, attention, norms, found, mlp.activation, step, kernels)
+
+
+def _norms(layer: nn.Module, self_attn: nn.Module) -> list[FusedRmsNorm | None] | None:
+    """As `FusedDecoderLayer` takes them. Llama has two norms around its parts, Gemma four."""
+    outer = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    further = [
+        getattr(layer, name, None) for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    ]
+    inner = [getattr(self_attn, name, None) for name in ("q_norm", "k_norm")]
+    norms = [outer[0], None, outer[1], None] if further == [None, None] else outer + further
+    needed = [norm for norm in norms if norm is not None]
+    norms += inner
+    if len(needed) not in (2, 4) or not all(n is None or isinstance(n, FusedRmsNorm) for n in norms):
+        return None
+    return norms
+
+
+def _group(parent: nn.Module, *names: str) -> LinearGroup | None:
+    """The group that consists of these modules, in this order."""
+    modules = [getattr(parent, name, None) for name in names]
+    first = modules[0]
+    if not isinstance(first, PackedLinear) or len(first.group.widths) != len(names):
+        return None
+    for member, module in enumerate(modules):
+        if not isinstance(module, PackedLinear) or module.group is not first.group or module.member != member:
+            return None
+    return first.group
+
+
+def _fit(attention: PagedAttention, norms: list[FusedRmsNorm | None], groups: list[LinearGroup]) -> bool:
+    """Whether each part reads what the one before it gives: the operator takes widths on trust."""
+    site, (qkv, o, gate_up, down) = attention.site, groups
+    hidden, inner = qkv.in_features, down.in_features
+    values = site.heads * site.value_dim
+    return (
+        qkv.widths
+        == [site.heads * site.head_dim, site.kv_heads * site.head_dim, site.kv_heads * site.value_dim]
+        and (o.in_features, o.widths) == (values, [hidden])
+        and (gate_up.in_features, gate_up.widths) == (hidden, [inner, inner])
+        and down.widths == [hidden]
+        and site.head_dim % 2 == 0
+        and len({group.dtype for group in groups} | {attention.key_cache.dtype}) == 1
+        and all(
+            norm is None or len(norm.scale) == width
+            for norm, width in zip(norms, [hidden] * 4 + [site.head_dim] * 2, strict=True)
+        )
+    )
+
+
+def _agree(layer: nn.Module, candidate: FusedDecoderLayer, step: StepContext) -> bool:
+    """Whether both give the same on random rows of one sequence."""
+    cache = candidate.attention.key_cache
+    blocks, size = cache.shape[0], cache.shape[3]
+    rows = min(_TRIAL_ROWS, blocks * size)
+    generator = torch.Generator().manual_seed(0)
+    x, cos, sin = (
+        torch.randn(1, rows, width, generator=generator).to(cache.dtype)
+        for width in (candidate.hidden_size, cache.shape[2], cache.shape[2])
+    )
+    plan = AttentionPlan(
+        slot_mapping=torch.arange(rows),
+        query_start=torch.tensor([0, rows], dtype=torch.int32),
+        context_lens=torch.tensor([rows], dtype=torch.int32),
+        prefix_lens=torch.tensor([0], dtype=torch.int32),
+        block_tables=torch.arange(-(-rows // size), dtype=torch.int32)[None],
+    )
+    step.begin(plan, NO_SEGMENTS, NO_SEGMENTS, rows)
+    try:
+        with torch.inference_mode():
+            theirs, mine = (
+                forward(
+                    x,
+                    attention_mask=torch.zeros(1, 1, 1, 1),
+                    position_ids=torch.arange(rows)[None],
+                    position_embeddings=(cos, sin),
+                )
+                for forward in (layer.forward, candidate)
+            )
+            return (
+                isinstance(theirs, torch.Tensor)
+                and isinstance(mine, torch.Tensor)
+                and torch.equal(mine, theirs)
+            )
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        step.end()

@@ -1,0 +1,112 @@
+// A whole decoder layer in one team of threads: norm, q k v, rotary positions, attention, o, norm, gate and
+// up, activation, down, and what is added around them. layers/decoder_layer.py tells which of the base's
+// layers it stands in for. Every part is the operator that would otherwise be called by itself, rounded in the
+// same places, so the results are the same to the bit.
+
+#pragma once
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+namespace {
+
+struct Norm {
+  const float* scale;  // null: there is none
+  float eps;
+};
+
+struct DecoderLayer {  // layers/decoder_layer.py fills it
+  const Layer* attention;
+  const Group *qkv, *o, *gate_up, *down;
+  Norm before_attention, after_attention, before_mlp, after_mlp;
+  Norm q, k;  // over a head
+  int64_t hidden;
+  int64_t activation;
+};
+
+struct Rows {  // the step's rows as a layer sees them; layers/decoder_layer.py fills it
+  const void *cos, *sin;  // [rows, head_dim], in the base's type
+  const Plan* plan;
+  const Segment* segments;
+  int64_t num_segments;
+  float* scratch;  // [rows, kMaxModules * max_rank]
+  int64_t max_rank;
+  void* buffer;  // of the base's type, as many elements for each row as `buffer_width` says
+};
+
+// Which products have side paths in this step, a bit each.
+enum Adapted { kQkv = 1, kO = 2, kGateUp = 4, kDown = 8 };
+
+inline int64_t outputs_of(const Group& group) {
+  int64_t width = 0;
+  for (int64_t m = 0; m < group.modules; m++) width += group.module[m].width;
+  return width;
+}
+
+// Elements that a row needs between a layer's operators.
+inline int64_t buffer_width(const DecoderLayer& layer) {
+  const Layer& attention = *layer.attention;
+  return layer.hidden + outputs_of(*layer.qkv) + attention.heads * attention.value_dim + outputs_of(*layer.gate_up);
+}
+
+// x and out [rows, hidden]; out is not x.
+template <typename T>
+void decoder_layer(const DecoderLayer& layer, const Rows& step, int64_t adapted, const T* x, T* out, int threads) {
+  const Layer& attention = *layer.attention;
+  const int64_t rows = step.plan->num_rows, hidden = layer.hidden;
+  const int64_t heads = attention.heads, kv_heads = attention.kv_heads, dim = attention.head_dim;
+  const int64_t q_width = heads * dim, k_width = kv_heads * dim, v_width = kv_heads * attention.value_dim;
+  const int64_t attended_width = heads * attention.value_dim, inner = layer.down->in;
+  T* state = static_cast<T*>(step.buffer);  // what the next product reads, or the last one has given
+  T* q = state + rows * hidden;
+  T* k = q + rows * q_width;
+  T* v = k + rows * k_width;
+  T* attended = v + rows * v_width;
+  T* gated = attended + rows * attended_width;
+  T* up = gated + rows * inner;
+  auto project = [&](const Group& group, Adapted bit, const T* from, std::initializer_list<T*> to) {
+    linear_share(group, from, rows, to.begin(), step.segments, adapted & bit ? step.num_segments : 0,
+                 step.scratch, step.max_rank);
+  };
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t from = rows * thread / team, count = rows * (thread + 1) / team - from;
+    auto normalise = [&](const Norm& norm, const T* in, T* to) {
+      if (norm.scale) rms_norm(in + from * hidden, count, hidden, norm.scale, norm.eps, to + from * hidden);
+    };
+    auto place = [&](const Norm& norm, T* in, int64_t number) {
+      T* mine = in + from * number * dim;
+      if (norm.scale) rms_norm(mine, count * number, dim, norm.scale, norm.eps, mine);
+      rotate(mine, number * dim, dim, count, number, dim, static_cast<const T*>(step.cos) + from * dim,
+             static_cast<const T*>(step.sin) + from * dim, mine);
+    };
+    normalise(layer.before_attention, x, state);
+#pragma omp barrier
+    project(*layer.qkv, kQkv, state, {q, k, v});
+#pragma omp barrier
+    place(layer.q, q, heads);
+    place(layer.k, k, kv_heads);
+    write_cache(attention, *step.plan, k, Strides{k_width, dim}, v, Strides{v_width, attention.value_dim}, from,
+                from + count);
+#pragma omp barrier
+    attend_share(attention, *step.plan, q, Strides{q_width, dim}, attended);
+    project(*layer.o, kO, attended, {state});
+#pragma omp barrier
+    normalise(layer.after_attention, state, state);
+    add(x + from * hidden, state + from * hidden, count * hidden, out + from * hidden);
+    normalise(layer.before_mlp, out, state);
+#pragma omp barrier
+    project(*layer.gate_up, kGateUp, state, {gated, up});
+#pragma omp barrier
+    gate(gated + from * inner, up + from * inner, count * inner, int(layer.activation), gated + from * inner);
+#pragma omp barrier
+    project(*layer.down, kDown, gated, {state});
+#pragma omp barrier
+    normalise(layer.after_mlp, state, state);
+    add(out + from * hidden, state + from * hidden, count * hidden, out + from * hidden);
+  }
+}
+
+}  // namespace
