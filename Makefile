@@ -19,6 +19,10 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,train,bench,dev]'
+	# For the tests of the CUDA side path; aside, since torch imports it into every process where it can.
+	case "$$(uname -sm)" in "Linux x86_64" | "Linux aarch64") \
+		$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+			--target $(VENV)/triton triton ;; esac
 	$(BIN)/python -m polygraft.layers.native.build || echo 'no C++ compiler: the slower torch operators will serve'
 	touch $@
 

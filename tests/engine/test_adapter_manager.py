@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from polygraft.adapters.folder import AdapterFolder, AdapterStore
 from polygraft.adapters.info import AdapterState
-from polygraft.engine.adapter_manager import AdapterChange
+from polygraft.base.loader import load_base
+from polygraft.config import ServerConfig
+from polygraft.engine.adapter_manager import LOADS_AT_ONCE, AdapterChange
 from polygraft.engine.engine import Engine
 from polygraft.engine.request import AdapterRef, Request, StoppingParams
 from polygraft.errors import (
@@ -54,6 +57,32 @@ def at_generation(id: str, name: str, generation: int) -> Request:
         tuple(PROMPT),
         AdapterRef(name, generation),
         stopping=StoppingParams(max_new_tokens=8, ignore_eos=True),
+    )
+
+
+def test_a_large_store_is_loaded_a_few_at_a_time(
+    llama: Path, llama_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of a thousand adapters in memory at once would be more than the adapters.
+    names = [f"copy-{n}" for n in range(2 * LOADS_AT_ONCE + 3)]
+    for name in names:
+        shutil.copytree(llama_store / "lora", tmp_path / name)
+    on_the_way: list[int] = []
+    read = AdapterStore.read
+
+    def counting(store: AdapterStore, name: str, source: str) -> AdapterFolder:
+        states = [info.state for info in engine.adapters.registry.list()]
+        on_the_way.append(states.count(AdapterState.LOADING))
+        return read(store, name, source)
+
+    monkeypatch.setattr(AdapterStore, "read", counting)
+    engine = Engine(load_base(str(llama)), ServerConfig(adapters=tmp_path, kv_cache_bytes=2**20))
+    engine.adapters.load_store()
+    engine.finish_background()
+    assert len(on_the_way) == len(names)
+    assert max(on_the_way) == LOADS_AT_ONCE
+    assert {info.name for info in engine.adapters.registry.list() if info.state is AdapterState.READY} == set(
+        names
     )
 
 

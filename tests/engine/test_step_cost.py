@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from polygraft.engine.engine import Engine
+from polygraft.engine.request import Request
 from polygraft.layers.native.kernels import load_kernels
 from tests.engines import greedy, make_engine
 
@@ -64,14 +65,21 @@ def cost_of_a_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     return dict(sorted(counting.cost.items()))
 
 
+def mix(first: int) -> list[Request]:
+    return [
+        greedy(f"{first} {at}", list(range(first + at, first + 20 + at)), name, 8)
+        for at, name in enumerate(MIX)
+    ]
+
+
 def test_a_step_costs_what_is_recorded(
     llama: Path, llama_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llama, llama_store)
-    # The virtual tokens come into the cache first.
-    engine.generate(greedy(f"warm {n}", [1, 2, 3], n, 2) for n in ("prefix", "prompt"))
-    for at, name in enumerate(MIX):
-        engine.submit(greedy(f"{at}", list(range(10 + at, 30 + at)), name, 8))
+    # Once before: virtual tokens come into the cache, and buffers grow to their size.
+    engine.generate(mix(50))
+    for request in mix(10):
+        engine.submit(request)
     measured = {
         "prefill": cost_of_a_step(engine, monkeypatch),
         "decode": cost_of_a_step(engine, monkeypatch),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from polygraft.adapters.primitives import LowRank
-from polygraft.layers.low_rank import AdaptedLinear
+from polygraft.layers.low_rank import AdaptedLinear, LowRankSlots, together
 from polygraft.layers.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import AttentionPlan, StepContext
@@ -293,3 +293,21 @@ def test_the_base_layers_attributes_show_through() -> None:
     assert (layer.in_features, layer.out_features, layer.weight.shape) == (8, 6, (6, 8))
     with pytest.raises(AttributeError):
         layer.nothing_like_that  # noqa: B018 - the access is the test
+
+
+def test_an_adapter_lies_in_one_piece_of_memory() -> None:
+    first = LowRank(torch.randn(3, 5), torch.randn(7, 3), torch.randn(7))
+    second = LowRank(torch.randn(2, 5).bfloat16(), torch.randn(9, 2).bfloat16())
+    slots = [LowRankSlots(n, 4, torch.device("cpu")) for n in range(2)]
+    packed = [slots[0].pack(first), slots[1].pack(second)]
+    copies = together(packed)
+    for one, copy in zip(packed, copies, strict=True):
+        for before, after in zip(one, copy, strict=True):
+            assert (before is None) == (after is None)
+            if before is not None and after is not None:
+                assert torch.equal(before, after)
+                assert after.is_contiguous()
+                assert after.data_ptr() % 16 == 0
+    tensors = [tensor for copy in copies for tensor in copy if tensor is not None]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert together([]) == []

@@ -26,7 +26,13 @@ from polygraft.layers.low_rank_bank import LowRankBank, choose_operators
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import AttentionPlan, StepContext
 
-TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+# Beside the environment's packages, not among them: with triton there, torch imports it into every server,
+# which then takes 160 MB more.
+PACKAGES = Path(sys.prefix) / "triton"
+TRITON = pytest.mark.skipif(
+    not PACKAGES.is_dir() and importlib.util.find_spec("triton") is None,
+    reason="triton is not installed; `make setup` does it on Linux",
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # What rounding an output may cost: a unit in the last place, since the interpreter cuts bfloat16 off where
 # a GPU rounds.
@@ -34,8 +40,15 @@ UNIT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 PLAN = AttentionPlan(*[torch.zeros(1)] * 5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def triton_packages() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PACKAGES)
+        yield
+
+
 @pytest.fixture(scope="module")
-def interpreted() -> Iterator[ModuleType]:
+def interpreted(triton_packages: None) -> Iterator[ModuleType]:
     """The module with interpreted kernels: a copy of its own, since `triton.jit` decides when it is loaded."""
     path = Path(low_rank_bank.__file__).with_name("triton_side_path.py")
     spec = importlib.util.spec_from_file_location("interpreted_side_path", path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterable, Sequence
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from polygraft.base.calibration import ONEDNN, Calibration, calibrate
 from polygraft.layers.fused import FusedRmsNorm
 from polygraft.layers.int8_linear import Int8Linear
 from polygraft.layers.linear import LinearGroup, PackedLinear
@@ -15,6 +17,8 @@ from polygraft.layers.native.kernels import DTYPES, Kernels, load_kernels
 from polygraft.layers.native.structures import MAX_MODULES
 from polygraft.layers.onednn_linear import OneDnnLinear, gains_by_onednn
 from polygraft.layers.panels import Quantization
+
+log = logging.getLogger(__name__)
 
 
 def pack_linears(
@@ -38,6 +42,7 @@ def pack_linears(
         How many were replaced.
     """
     kernels = load_kernels()
+    table: dict[torch.dtype, Calibration] = {}
     packed = 0
     for names in groups:
         alike: dict[tuple[torch.dtype, bool], list[str]] = {}
@@ -51,7 +56,7 @@ def pack_linears(
             if kernels is None and name in quantized:
                 assert quantization == "int8"
                 model.set_submodule(name, Int8Linear(weight, bias))
-            elif kernels is None or (name not in quantized and _has_matrix_registers(weight)):
+            elif name not in quantized and _kernel(weight, kernels, table) == ONEDNN:
                 if not gains_by_onednn(weight):
                     continue
                 model.set_submodule(name, OneDnnLinear(weight, bias))
@@ -125,5 +130,9 @@ def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | No
     return weight.t() if isinstance(module, Conv1D) else weight, None if bias is None else bias.detach()
 
 
-def _has_matrix_registers(weight: torch.Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and bool(torch.cpu._is_amx_tile_supported())
+def _kernel(weight: torch.Tensor, kernels: Kernels | None, table: dict[torch.dtype, Calibration]) -> str:
+    """The kernel for a type of weights, measured when the first of them comes."""
+    if weight.dtype not in table:
+        table[weight.dtype] = found = calibrate(weight, kernels)
+        log.info("products in %s: %s %s", weight.dtype, found.kernel, found.microseconds or "")
+    return table[weight.dtype].kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from enum import Enum, auto
 
@@ -27,6 +27,8 @@ from polygraft.layers.low_rank_bank import LowRankBank
 log = logging.getLogger(__name__)
 
 _CANARY_TOKENS = 8
+LOADS_AT_ONCE = 8
+"""Adapters of the store that are on their way: their canaries share steps, and their files fill memory."""
 
 
 class AdapterChange(Enum):
@@ -79,11 +81,20 @@ class AdapterManager:
         Raises (from the background work): BaseModelError if the base's logits aren't finite.
         """
         self._background.add(self._try_base())
+        names = self._names_in_store()
+        for _ in range(LOADS_AT_ONCE):
+            self._background.add(self._load_each(names))
+
+    def _names_in_store(self) -> Iterator[str]:
         for name in self.store.names():
             if is_name(name):
-                self._background.add(self._load_from_store(name))
+                yield name
             else:
                 log.warning("folder %r in the store is passed over: its name can't be an adapter's", name)
+
+    def _load_each(self, names: Iterator[str]) -> Job:
+        for name in names:
+            yield from self._load_from_store(name)
 
     def _try_base(self) -> Job:
         self._base_canary = yield from self._canary_logits(None)

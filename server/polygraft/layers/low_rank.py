@@ -9,6 +9,8 @@ holds the address and rank of each slot's weights, so the cost grows with the ro
 from __future__ import annotations
 
 import ctypes
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,32 @@ ENTRY = 5  # int64 fields of side_path.h's `Entry`
 # Codes in the table; the C++ operator knows the first two, Triton's all three.
 WEIGHT_DTYPES = {**DTYPES, torch.float16: 2}
 
+PackedLowRank = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""A [rank, in_features], B^T in panels [panels, rank, columns], bias float32 [columns of all panels]."""
+_ALIGNMENT = 64  # bytes: a cache line; Triton's wide loads need 16
+
+
+def together(adapter: Sequence[PackedLowRank]) -> list[PackedLowRank]:
+    """Copies of an adapter's weights in one piece of memory.
+
+    An adapter has hundreds of small tensors, which would come to lie between those of loads that are over:
+    the heap would keep the holes.
+    """
+    tensors = [tensor for packed in adapter for tensor in packed if tensor is not None]
+    sizes = (-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors)
+    starts = list(itertools.accumulate(sizes, initial=0))
+    memory = torch.empty(starts[-1], dtype=torch.uint8, device=tensors[0].device if tensors else None)
+
+    # One view of the whole for each type: a view of a view keeps both, and there are hundreds.
+    typed = {tensor.dtype: memory.view(tensor.dtype) for tensor in tensors}
+
+    def copy(tensor: torch.Tensor, start: int) -> torch.Tensor:
+        first = start // tensor.itemsize
+        return typed[tensor.dtype][first : first + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    copies = map(copy, tensors, starts)
+    return [(next(copies), next(copies), None if bias is None else next(copies)) for _, _, bias in adapter]
+
 
 class LowRankSlots:
     """One module's low-rank weights by slot.
@@ -42,7 +70,7 @@ class LowRankSlots:
         self._device = device
         self._struct = ModuleStruct()
         self._table = torch.zeros(0, ENTRY, dtype=torch.int64)
-        self._weights: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+        self._weights: dict[int, PackedLowRank] = {}
 
     def bind(self, struct: ModuleStruct) -> None:
         """Keep the table's address up to date where the C++ operator reads it."""
@@ -59,24 +87,23 @@ class LowRankSlots:
         """int64 [slots, 5] of (addresses of A, B^T in panels, float32 bias or 0; rank; type)."""
         return self._table
 
-    def install(self, slot: int, primitive: LowRank) -> None:
-        """Put an adapter's weights into a slot."""
+    def pack(self, primitive: LowRank) -> PackedLowRank:
+        """An adapter's weights as the operators read them."""
         width = primitive.b.shape[0]
         panel = self._panel or width
-        # Storage of its own on an accelerator: Triton's wide loads need addresses that 16 divides, which a
-        # view of another tensor's storage needn't have.
-        own = self._device.type != "cpu"
-        a = primitive.a.to(self._device, copy=own).contiguous()
-        b = primitive.b.to(self._device, copy=own)
-        b = nn.functional.pad(b, (0, 0, 0, -width % panel))
-        b = b.view(b.shape[0] // panel, panel, primitive.rank).transpose(1, 2).contiguous()
+        b = nn.functional.pad(primitive.b.to(self._device), (0, 0, 0, -width % panel))
+        b = b.view(b.shape[0] // panel, panel, primitive.rank).transpose(1, 2)
         bias = primitive.bias
         if bias is not None:
-            bias = nn.functional.pad(bias.to(self._device).float(), (0, -width % panel)).contiguous()
-        self._weights[slot] = (a, b, bias)
+            bias = nn.functional.pad(bias.to(self._device).float(), (0, -width % panel))
+        return primitive.a.to(self._device), b, bias
+
+    def install(self, slot: int, packed: PackedLowRank) -> None:
+        """Put an adapter's weights into a slot; contiguous, and not to be moved."""
+        a, b, bias = self._weights[slot] = packed
         address = 0 if bias is None else bias.data_ptr()
         self._table[slot] = torch.tensor(
-            [a.data_ptr(), b.data_ptr(), address, primitive.rank, WEIGHT_DTYPES.get(a.dtype, -1)]
+            [a.data_ptr(), b.data_ptr(), address, a.shape[0], WEIGHT_DTYPES.get(a.dtype, -1)]
         )
 
     def remove(self, slot: int) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from polygraft.adapters.primitives import LowRank
 from polygraft.layers.linear import PackedLinear
-from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots
+from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots, together
 from polygraft.layers.native.kernels import Kernels, load_kernels
 from polygraft.layers.step import Segments, StepContext
 
@@ -81,8 +81,9 @@ class LowRankBank:
         if slot >= self._tables.shape[1]:
             self._grow(2 * slot)
         touched = 0
-        for name, primitive in primitives.items():
-            self._slots[name].install(slot, primitive)
+        weights = together([self._slots[name].pack(primitive) for name, primitive in primitives.items()])
+        for name, packed in zip(primitives, weights, strict=True):
+            self._slots[name].install(slot, packed)
             touched |= 1 << self._slots[name].index
         self._touched[slot] = touched
         self._ranks[slot] = max((primitive.rank for primitive in primitives.values()), default=0)
