@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 
 import grpc
 import pytest
 
+from polygraft.engine.engine import StepResult
 from polygraft_api.v1 import adapters_pb2 as ap
 from polygraft_api.v1 import inference_pb2 as pb
 from polygraft_api.v1 import inference_pb2_grpc
 from tests.e2e.conftest import Live
+
+
+@pytest.fixture(autouse=True)
+def unhurried(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that take so long that a long request is still running when something happens to it."""
+    engine = live.handle._engine
+    step = engine.step
+
+    def slow_step() -> StepResult:
+        time.sleep(0.003)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slow_step)
 
 
 def long_request(adapter: str = "") -> pb.GenerateRequest:
