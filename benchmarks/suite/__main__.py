@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.suite import (
     adapter_sizes,
+    limits,
     long_prompts,
     many_adapters,
     open_loop,
@@ -25,6 +26,7 @@ EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
         precisions.EXPERIMENT,
+        limits.EXPERIMENT,
         many_adapters.EXPERIMENT,
         adapter_sizes.RANK_EXPERIMENT,
         adapter_sizes.VIRTUAL_TOKENS_EXPERIMENT,
