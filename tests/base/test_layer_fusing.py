@@ -90,3 +90,20 @@ def test_a_layer_of_another_make_stays(llama: Path, change: Callable[[nn.Module]
     change(changed)
     engine = Engine(base, ServerConfig(kv_cache_bytes=2**20))
     assert fused_layers(engine.base.model) == others
+
+
+def test_positions_of_another_width_go_through_the_modules(llama: Path) -> None:
+    # As models have them that rotate a part of each head.
+    layer = fused_layers(make_engine(llama).base.model)[0].forward
+    assert isinstance(layer, FusedDecoderLayer)
+    x = torch.zeros(1, 4, layer.hidden_size)
+    dim = layer.attention.site.head_dim
+    for width, rows, dtype, served in (
+        (dim, 4, torch.float32, True),
+        (dim // 2, 4, torch.float32, False),
+        (dim, 1, torch.float32, False),
+        (dim, 4, torch.bfloat16, False),
+    ):
+        positions = torch.zeros(1, rows, width, dtype=dtype)
+        assert layer._serves(x, (positions, positions)) is served
+    assert not layer._serves(x, None)

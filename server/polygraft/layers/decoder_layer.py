@@ -64,8 +64,9 @@ class FusedDecoderLayer:
     ) -> object:
         """[1, rows, hidden] to the same, with rotary positions (cos, sin), each [1, rows, head_dim]."""
         x, plan = hidden_states, self._step.attention
-        if args or position_embeddings is None or plan is None or x.dtype is not self._dtype:
+        if args or plan is None or x.dtype is not self._dtype or not self._serves(x, position_embeddings):
             return self._original(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+        assert position_embeddings is not None
         cos, sin = (t.contiguous() for t in position_embeddings)
         segments = self._step.segments
         adapted = 0
@@ -86,3 +87,8 @@ class FusedDecoderLayer:
             x.data_ptr(), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def _serves(self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
+        """Whether positions are as the operator reads them: it takes widths on trust."""
+        wanted = (1, x.shape[1], self.attention.site.head_dim)
+        return positions is not None and all(t.shape == wanted and t.dtype is x.dtype for t in positions)
