@@ -98,12 +98,11 @@ def test_positions_of_another_width_go_through_the_modules(llama: Path) -> None:
     assert isinstance(layer, FusedDecoderLayer)
     x = torch.zeros(1, 4, layer.hidden_size)
     dim = layer.attention.site.head_dim
-    for width, rows, dtype, served in (
-        (dim, 4, torch.float32, True),
-        (dim // 2, 4, torch.float32, False),
-        (dim, 1, torch.float32, False),
-        (dim, 4, torch.bfloat16, False),
+    for shape, dtype, served in (
+        ((1, 4, dim), torch.float32, True),
+        ((1, 4, dim // 2), torch.float32, False),
+        ((1, 1, dim), torch.float32, False),
+        ((1, 4, dim), torch.bfloat16, False),
     ):
-        positions = torch.zeros(1, rows, width, dtype=dtype)
-        assert layer._serves(x, (positions, positions)) is served
-    assert not layer._serves(x, None)
+        assert layer._serves(x, torch.zeros(shape, dtype=dtype)) is served
+    assert not layer._serves(x, torch.zeros(1, dim, 4).transpose(1, 2))

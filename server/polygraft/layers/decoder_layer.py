@@ -14,7 +14,7 @@ from polygraft.layers.attention import PagedAttention
 from polygraft.layers.fused import FusedRmsNorm
 from polygraft.layers.linear import LinearGroup
 from polygraft.layers.native.kernels import DTYPES, Kernels
-from polygraft.layers.native.structures import DecoderLayerStruct, NormStruct, RowsStruct
+from polygraft.layers.native.structures import DecoderLayerStruct, NormStruct
 from polygraft.layers.step import StepContext
 
 
@@ -40,6 +40,7 @@ class FusedDecoderLayer:
         self._original = original
         self.attention = attention
         self.hidden_size = groups[0].in_features
+        self._head_dim = attention.site.head_dim
         self._norms = norms  # the structure points into them
         self._groups = groups
         self._dtype = groups[0].dtype
@@ -52,8 +53,8 @@ class FusedDecoderLayer:
             self.hidden_size,
             activation,
         )
-        self._rows = RowsStruct()
-        self._width = kernels.decoder_layer_buffer(ctypes.addressof(self._struct))
+        self._address = ctypes.addressof(self._struct)
+        self._width = kernels.decoder_layer_buffer(self._address)
 
     def __call__(
         self,
@@ -63,32 +64,29 @@ class FusedDecoderLayer:
         **kwargs: object,
     ) -> object:
         """[1, rows, hidden] to the same, with rotary positions (cos, sin), each [1, rows, head_dim]."""
-        x, plan = hidden_states, self._step.attention
-        if args or plan is None or x.dtype is not self._dtype or not self._serves(x, position_embeddings):
+        x, step = hidden_states, self._step
+        if args or step.attention is None or x.dtype is not self._dtype or position_embeddings is None:
             return self._original(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        assert position_embeddings is not None
-        cos, sin = (t.contiguous() for t in position_embeddings)
-        segments = self._step.segments
-        adapted = 0
-        if segments.touched:
+        # Layers that share their positions share what else they are told of the step.
+        if step.positions is not position_embeddings or step.head_dim != self._head_dim:
+            if not all(self._serves(x, positions) for positions in position_embeddings):
+                return self._original(hidden_states, position_embeddings=position_embeddings, **kwargs)
+            step.describe_rows(position_embeddings)
+        touched, adapted = step.segments.touched, 0
+        if touched:
             for bit, group in enumerate(self._groups):
-                adapted |= bool(segments.touched & group.bits) << bit
-        buffer = self._step.buffer(x.shape[1] * self._width, self._dtype)
-        rows = self._rows
-        rows.cos, rows.sin = cos.data_ptr(), sin.data_ptr()
-        rows.plan = ctypes.addressof(plan.native())
-        rows.segments, rows.num_segments = segments.table.data_ptr(), len(segments.host)
-        rows.scratch, rows.max_rank = self._step.scratch.data_ptr(), segments.max_rank
-        rows.buffer = buffer.data_ptr()
+                if touched & group.bits:
+                    adapted |= 1 << bit
+        step.rows.buffer = step.buffer(x.shape[1] * self._width, self._dtype).data_ptr()
         x = x.contiguous()
         out = torch.empty_like(x)
         self._kernels.decoder_layer(
-            DTYPES[self._dtype], ctypes.addressof(self._struct), ctypes.addressof(rows), adapted,
-            x.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+            DTYPES[self._dtype], self._address, step.rows_address, adapted, x.data_ptr(), out.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 
-    def _serves(self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
-        """Whether positions are as the operator reads them: it takes widths on trust."""
-        wanted = (1, x.shape[1], self.attention.site.head_dim)
-        return positions is not None and all(t.shape == wanted and t.dtype is x.dtype for t in positions)
+    def _serves(self, x: torch.Tensor, positions: torch.Tensor) -> bool:
+        """Whether positions are as the operator reads them: it takes their shape on trust."""
+        wanted = (1, x.shape[1], self._head_dim)
+        return positions.shape == wanted and positions.dtype is x.dtype and positions.is_contiguous()

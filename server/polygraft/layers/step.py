@@ -6,11 +6,12 @@ share. Layers read tensors and flags of the plan, never a request or an adapter.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 
 import torch
 
-from polygraft.layers.native.structures import MAX_MODULES, PlanStruct
+from polygraft.layers.native.structures import MAX_MODULES, PlanStruct, RowsStruct
 
 
 @dataclass(slots=True)
@@ -86,7 +87,16 @@ class StepContext:
     segments: Segments = field(default_factory=lambda: NO_SEGMENTS)
     head_segments: Segments = field(default_factory=lambda: NO_SEGMENTS)
     scratch: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    positions: tuple[torch.Tensor, torch.Tensor] | None = None
+    """What `rows` was described with, or None before that."""
+    head_dim: int = 0
+    """Their width."""
+    rows: RowsStruct = field(default_factory=RowsStruct)
+    rows_address: int = field(init=False)
     _buffer: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    def __post_init__(self) -> None:
+        self.rows_address = ctypes.addressof(self.rows)
 
     def begin(self, attention: AttentionPlan, segments: Segments, head_segments: Segments, rows: int) -> None:
         """Describe the step that is about to run."""
@@ -94,6 +104,17 @@ class StepContext:
         needed = rows * MAX_MODULES * segments.max_rank
         if self.scratch.numel() < needed:
             self.scratch = torch.empty(needed)
+
+    def describe_rows(self, positions: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Tell decoder layers of the step, and of (cos, sin), each [1, rows, head_dim] and contiguous."""
+        assert self.attention is not None
+        self.positions = cos, sin = positions
+        self.head_dim = cos.shape[-1]
+        rows, segments = self.rows, self.segments
+        rows.cos, rows.sin = cos.data_ptr(), sin.data_ptr()
+        rows.plan = ctypes.addressof(self.attention.native())
+        rows.segments, rows.num_segments = segments.table.data_ptr(), len(segments.host)
+        rows.scratch, rows.max_rank = self.scratch.data_ptr(), segments.max_rank
 
     def buffer(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory that layers share for what their operators hand each other, at least so many elements."""
@@ -104,3 +125,4 @@ class StepContext:
     def end(self) -> None:
         """Forget it, so that nothing of a finished step can be read by mistake."""
         self.attention, self.segments, self.head_segments = None, NO_SEGMENTS, NO_SEGMENTS
+        self.positions = None
