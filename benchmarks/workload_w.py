@@ -20,8 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.adapter_files import write_adapters
 from benchmarks.sides.protocol import Side
-from benchmarks.workload import NEW_TOKENS, requests, write_adapters
+from benchmarks.workload import NEW_TOKENS, requests
 from polygraft.base.loader import inspect_without_weights
 from polygraft.cli.bench.plan import BASE, Planned
 from polygraft.cli.bench.run import closed_loop
@@ -75,11 +76,15 @@ def main() -> None:
                 if args.no_peft:
                     measured = measure(sides, args.rounds)
                 else:
-                    with Side("benchmarks.sides.peft_mixed", str(store), *precision) as peft:
-                        measured = measure(sides | {"peft_mixed": lambda: peft.round("mixed")}, args.rounds)
+                    with Side("benchmarks.peers.peft", str(store), *precision, "mixed") as peft:
+                        measured = measure(sides | {"peft_mixed": lambda: peft_round(peft)}, args.rounds)
             memory = scrape(where.metrics).resident_bytes
             server.stop()
     report(measured, {"ready_s": ready, "resident_mb": memory / 1e6, "precision": "-".join(precision)})
+
+
+def peft_round(peft: Side) -> dict[str, float]:
+    return {"tokens_per_s": peft.round("mixed-16")["tokens_per_s"]}
 
 
 def measure(sides: dict[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, dict[str, list[float]]]:

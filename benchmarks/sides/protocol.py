@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 
@@ -21,15 +24,32 @@ class Side:
 
     Args:
         module: to run with `python -m`.
+        python: of the environment that the side's packages are in.
+        environment: variables besides this process's own.
+        log: file for what the side says on standard error; None leaves it on this process's.
     """
 
-    def __init__(self, module: str, *arguments: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        python: str | Path = sys.executable,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> None:
+        errors = log.open("wb") if log else None
+        try:
+            self._process = subprocess.Popen(
+                [python, "-m", module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | (environment or {}),
+            )
+        finally:
+            if errors:
+                errors.close()
         self._read_until("ready")
 
     def _read_until(self, start: str) -> str:
@@ -52,5 +72,11 @@ class Side:
 
     def __exit__(self, *exception: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
+        # A side that died left a line unread.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+from benchmarks.machine import describe
 from benchmarks.suite import (
     adapter_sizes,
     limits,
@@ -19,7 +20,6 @@ from benchmarks.suite import (
     step_costs,
 )
 from benchmarks.suite.document import insert, publish, table
-from benchmarks.suite.machine import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = {
