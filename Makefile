@@ -8,7 +8,7 @@ PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I pr
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
 THREADS := OMP_NUM_THREADS=2
 
-.PHONY: help setup model demo serve test test-full check format protos adapters bench-w bench-boundary clean
+.PHONY: help setup model demo serve test test-full check format protos adapters bench bench-w bench-peers bench-boundary clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -64,6 +64,12 @@ adapters: model  ## Train the sample adapters again
 
 bench-w: model  ## Workload W: 16 requests over 8 LoRA adapters, against the base alone and PEFT
 	$(THREADS) $(BIN)/python benchmarks/workload_w.py
+
+bench: model  ## The benchmark suite: tables and plots into docs/performance.md, JSON into build/bench
+	$(THREADS) $(BIN)/python -m benchmarks.suite --document docs/performance.md
+
+bench-peers: model  ## Workload W on vLLM, OpenVINO, llama.cpp and PEFT, each installed below build/peers
+	$(THREADS) $(BIN)/python -m benchmarks.peers
 
 bench-boundary: model  ## Engine on a thread against engine in a process of its own
 	$(THREADS) $(BIN)/python benchmarks/boundary.py

@@ -1,4 +1,4 @@
-"""Requests at random times at rising rates, until the 99th percentile breaks."""
+"""Requests at random times at rising rates, until a 99th percentile breaks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from polygraft.base.loader import inspect_without_weights
 FIRST_RATE, GROWTH = 1.0, 1.3
 SECONDS = 8
 """How long a rate is kept, times the rounds."""
-BROKEN_MS = 3000.0
-"""Time to first token at the 99th percentile."""
+BROKEN = {"TTFT p99, ms": 3000.0, "ITL p99, ms": 250.0}
+"""What nobody would call interactive any more."""
 
 
 def run(rounds: int) -> list[Row]:
@@ -23,7 +23,7 @@ def run(rounds: int) -> list[Row]:
         with serving("--adapters", str(Path(folder) / "store")) as where:
             put(where.grpc, load(names), 16)
             rate = FIRST_RATE
-            while not rows or rows[-1]["TTFT p99, ms"] < BROKEN_MS:
+            while not rows or all(rows[-1][figure] < limit for figure, limit in BROKEN.items()):
                 report = put(
                     where.grpc,
                     load(names, rate=rate, seed=len(rows)),
@@ -44,4 +44,4 @@ def run(rounds: int) -> list[Row]:
     return rows
 
 
-EXPERIMENT = Experiment("open-loop", run, Plot("requests/s", ("TTFT p50, ms", "TTFT p99, ms")))
+EXPERIMENT = Experiment("open-loop", run, Plot("requests/s", ("ITL p50, ms", "ITL p99, ms")))
