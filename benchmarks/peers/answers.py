@@ -16,13 +16,13 @@ def check_adapters(outputs: Mapping[str, Outputs]) -> None:
     """Compare the answers of cases with and without adapters, request by request.
 
     Raises:
-        WrongAnswers: adapters changed fewer than half of the answers (one in a rut may stay as it is), or all
+        WrongAnswers: adapters changed fewer than a quarter of the answers (those in a rut stay), or all
             of them answer as the first one.
     """
     for with_lora, without in (("lora-1", "base-1"), ("lora-16", "base-16"), ("mixed-16", "base-16")):
         pairs = list(zip(outputs.get(with_lora, ()), outputs.get(without, ()), strict=False))
         changed = sum(answer != other for answer, other in pairs)
-        if 2 * changed < len(pairs):
+        if 4 * changed < len(pairs):
             raise WrongAnswers(
                 f"{changed} of {len(pairs)} answers in {with_lora} differ from {without}: "
                 "adapters aren't applied"
