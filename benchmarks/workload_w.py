@@ -13,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.adapter_files import write_adapters
+from benchmarks.rounds import Figures, in_turn
 from benchmarks.sides.protocol import Side
 from benchmarks.workload import NEW_TOKENS, requests
 from polygraft.base.loader import inspect_without_weights
@@ -68,16 +68,16 @@ def main() -> None:
             where = server.wait_ready(120, report=lambda line: None)
             ready = time.perf_counter() - started
             with Side("benchmarks.sides.engine_in_process", str(store), *precision) as engine:
-                sides: dict[str, Callable[[], dict[str, Any]]] = {
-                    "mixed": lambda: asyncio.run(through_grpc(where.grpc, mixed=True)),
-                    "base": lambda: asyncio.run(through_grpc(where.grpc, mixed=False)),
-                    "engine_mixed": lambda: engine.round("mixed"),
+                sides: dict[str, Callable[[int], dict[str, Any]]] = {
+                    "mixed": lambda _: asyncio.run(through_grpc(where.grpc, mixed=True)),
+                    "base": lambda _: asyncio.run(through_grpc(where.grpc, mixed=False)),
+                    "engine_mixed": lambda _: engine.round("mixed"),
                 }
                 if args.no_peft:
-                    measured = measure(sides, args.rounds)
+                    measured = in_turn(sides, args.rounds)
                 else:
                     with Side("benchmarks.peers.peft", str(store), *precision, "mixed") as peft:
-                        measured = measure(sides | {"peft_mixed": lambda: peft_round(peft)}, args.rounds)
+                        measured = in_turn(sides | {"peft_mixed": lambda _: peft_round(peft)}, args.rounds)
             memory = scrape(where.metrics).resident_bytes
             server.stop()
     report(measured, {"ready_s": ready, "resident_mb": memory / 1e6, "precision": "-".join(precision)})
@@ -87,34 +87,19 @@ def peft_round(peft: Side) -> dict[str, float]:
     return {"tokens_per_s": peft.round("mixed-16")["tokens_per_s"]}
 
 
-def measure(sides: dict[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """One warm-up round, then the counted ones, all sides in turn."""
-    measured: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in sides}
-    for n in range(rounds + 1):
-        order = list(sides)
-        # Who follows the slow peer pays for it, so everybody does in turn.
-        for name in order[n % len(order) :] + order[: n % len(order)]:
-            result = sides[name]()
-            print(f"round {n}: {name:13}", {k: round(v, 3) for k, v in result.items()}, flush=True)
-            if n:
-                for key, value in result.items():
-                    measured[name][key].append(value)
-    return measured
-
-
-def report(measured: dict[str, dict[str, list[float]]], extra: dict[str, Any]) -> None:
+def report(measured: dict[str, list[Figures]], extra: dict[str, Any]) -> None:
     """A table, then everything as one line of JSON."""
     medians = {
-        f"{name}_{key}": statistics.median(values)
+        f"{name}_{key}": statistics.median(one[key] for one in figures)
         for name, figures in measured.items()
-        for key, values in figures.items()
+        for key in figures[0]
     }
 
     def ratio(a: str, b: str) -> float | None:
         if b not in measured:
             return None
-        pairs = zip(measured[a]["tokens_per_s"], measured[b]["tokens_per_s"], strict=True)
-        return statistics.median(x / y for x, y in pairs)
+        pairs = zip(measured[a], measured[b], strict=True)
+        return statistics.median(x["tokens_per_s"] / y["tokens_per_s"] for x, y in pairs)
 
     result = {
         **extra,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.rounds import Figures, in_turn
 from polygraft.cli.bench.plan import Choice, Load, plan
 from polygraft.cli.bench.report import Report, summarise
 from polygraft.cli.bench.run import closed_loop, open_loop
@@ -98,31 +99,11 @@ def put(address: str, asked: Load, requests: int, concurrency: int = 16) -> Repo
     return report
 
 
-def interleave(
-    sides: Mapping[str, Callable[[int], Mapping[str, float]]], rounds: int
-) -> dict[str, dict[str, float]]:
-    """Medians by side of one warm-up round and `rounds` counted ones, in which all sides take turns.
-
-    Args:
-        sides: each takes the round's number, 0 for the warm-up, and returns figures.
-    """
-    measured: dict[str, list[Mapping[str, float]]] = {name: [] for name in sides}
-    order = list(sides)
-    for n in range(rounds + 1):
-        # Whoever follows a side pays for what it has left behind, so everybody does in turn.
-        first = n % len(order)
-        for name in order[first:] + order[:first]:
-            figures = sides[name](n)
-            print(
-                f"  round {n}  {name:24}",
-                {key: round(value, 2) for key, value in figures.items()},
-                flush=True,
-            )
-            if n:
-                measured[name].append(figures)
+def interleave(sides: Mapping[str, Callable[[int], Figures]], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians by side of rounds in turn."""
     return {
         name: {key: statistics.median(one[key] for one in figures) for key in figures[0]}
-        for name, figures in measured.items()
+        for name, figures in in_turn(sides, rounds).items()
     }
 
 
