@@ -68,4 +68,4 @@ def forced_logits(engine: Engine, rows: list[tuple[list[int], str | None]]) -> t
     while engine.scheduler.has_work:
         engine.step()
     engine.check_integrity()
-    return torch.stack([sequence.logits for sequence in sequences if sequence.logits is not None])
+    return torch.cat([sequence.logits for sequence in sequences if sequence.logits is not None])

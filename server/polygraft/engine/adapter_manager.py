@@ -232,9 +232,9 @@ class AdapterManager:
         if adapter is not None:
             adapter.pin()
         self._scheduler.add(sequence)
-        while sequence.logits is None:
+        while (logits := sequence.logits) is None:
             yield True
-        return sequence.logits
+        return logits[0]
 
     def unload(self, name: str, done: Future[AdapterInfo], *, wait: bool) -> None:
         """Start unloading; `done` gets the outcome once nothing uses the adapter."""

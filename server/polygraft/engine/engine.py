@@ -243,22 +243,23 @@ class Engine:
         """Take note of what has run, sample, and end what has come to its end."""
         rows: list[int] = []
         generations: list[Generation] = []
-        row = 0
+        end = 0
         for item in batch.items:
             sequence = item.sequence
             self.scheduler.advance(item)
+            first, end = end, end + len(item.logit_rows)
+            if isinstance(sequence, CanarySequence):
+                sequence.take(logits[first:end])
             if not item.completes:
                 continue
             if isinstance(sequence, SoftPromptSequence):
                 self.scheduler.prefixes.adopt(sequence)
                 self.scheduler.remove(sequence)
             elif isinstance(sequence, CanarySequence):
-                sequence.logits = logits[row].float()
                 self.scheduler.remove(sequence)
             elif isinstance(sequence, Generation):
-                rows.append(row)
+                rows.append(end - 1)
                 generations.append(sequence)
-            row += sequence.needs_logits
         if not generations:
             return []
         with torch.inference_mode():

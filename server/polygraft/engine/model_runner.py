@@ -34,22 +34,19 @@ class ModelRunner:
         """Run a batch; keys and values of its rows are in the cache afterwards.
 
         Returns:
-            logits [sequences that need them and are complete, vocabulary], in the batch's order.
+            logits [all items' `logit_rows`, vocabulary], in the batch's order.
         """
         items = batch.items
         starts = list(itertools.accumulate((item.count for item in items), initial=0))
         head_rows = [
-            start + item.count - 1
-            for start, item in zip(starts, items, strict=False)
-            if item.completes and item.sequence.needs_logits
+            start + row for start, item in zip(starts, items, strict=False) for row in item.logit_rows
         ]
-        head_slots = [item.sequence.slot for item in items if item.completes and item.sequence.needs_logits]
         device = self._base.device
         ids, positions = self._rows(items)
         self._step.begin(
             self._attention_plan(items, starts),
             self._bank.segments(_runs((item.sequence.slot, item.count) for item in items)),
-            self._bank.segments(_runs((slot, 1) for slot in head_slots)),
+            self._bank.segments(_runs((item.sequence.slot, len(item.logit_rows)) for item in items)),
             rows=len(ids),
         )
         inputs = {"input_ids": ids[None].to(device)}
@@ -126,7 +123,7 @@ def _runs(rows: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
     first = 0
     for slot, group in itertools.groupby(rows, key=lambda pair: pair[0]):
         last = first + sum(count for _, count in group)
-        if slot:
+        if slot and last > first:
             runs.append((first, last, slot))
         first = last
     return runs

@@ -28,12 +28,12 @@ class PrefixCache:
     def match(self, sequence: Sequence) -> list[int]:
         """The blocks that hold a waiting sequence's beginning, with one more holder each.
 
-        At least its last known token is left to compute, since logits are wanted behind it.
+        The tokens that logits are wanted behind are left to compute.
         """
         blocks: list[int] = []
         if not self._enabled or not sequence.cacheable:
             return blocks
-        most = (sequence.num_tokens - 1) // self._pool.block_size
+        most = sequence.logits_from // self._pool.block_size
         self._extend_keys(sequence, most)
         for key in sequence.keys[:most]:
             block = self._pool.take(key)

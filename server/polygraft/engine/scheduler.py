@@ -24,8 +24,13 @@ class Scheduled:
 
     @property
     def completes(self) -> bool:
-        """Whether its last known token is among them, so that its logits are wanted."""
+        """Whether its last known token is among them."""
         return self.start + self.count == self.sequence.num_tokens
+
+    @property
+    def logit_rows(self) -> range:
+        """Which of these tokens, counted from the first, logits are wanted behind."""
+        return range(max(0, self.sequence.logits_from - self.start), self.count)
 
 
 @dataclass(slots=True)
@@ -122,8 +127,7 @@ class Scheduler:
             victim = max(self.running, key=lambda s: s.order)
             self.running.remove(victim)
             self._free(victim)
-            if isinstance(victim, Generation):
-                victim.preemptions += 1
+            victim.note_preempted()
             bisect.insort(self.waiting, victim, key=lambda s: s.order)
             victims.append(victim)
             if victim is sequence:

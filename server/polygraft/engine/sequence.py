@@ -27,8 +27,6 @@ class Sequence:
         adapter: pinned for as long as the sequence lives; None is the base.
     """
 
-    needs_logits: ClassVar[bool] = True
-    """Whether something is to be done with the logits behind the last known token."""
     cacheable: ClassVar[bool] = False
     """Whether its blocks may be shared with later sequences that begin with the same tokens."""
 
@@ -53,6 +51,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def logits_from(self) -> int:
+        """The first of its tokens behind which logits are wanted; they are behind all later ones as well."""
+        return len(self.token_ids) - 1
+
+    @property
     def wants_prefix(self) -> bool:
         """Whether its adapter's virtual tokens must be in the cache before it starts."""
         return self.adapter is not None and self.adapter.compiled.prefix is not None
@@ -67,17 +70,23 @@ class Sequence:
         """[tokens, hidden] to run instead of the tokens' own embeddings."""
         return None
 
+    def note_preempted(self) -> None:
+        """Its blocks were taken away; it starts again from its tokens."""
+
 
 class SoftPromptSequence(Sequence):
     """A soft prompt on its way through the base; its blocks become the adapter's shared prefix."""
-
-    needs_logits = False
 
     def __init__(self, id: str, adapter: Adapter, embeddings: torch.Tensor, target: SharedPrefix) -> None:
         super().__init__(id, [0] * len(embeddings), adapter)
         self.adapter: Adapter = adapter
         self._embeddings = embeddings
         self.target = target
+
+    @property
+    def logits_from(self) -> int:
+        """Behind none: its keys and values are all that is wanted."""
+        return len(self.token_ids)
 
     @property
     def wants_prefix(self) -> bool:
@@ -91,12 +100,36 @@ class SoftPromptSequence(Sequence):
 
 
 class CanarySequence(Sequence):
-    """A few tokens whose last logits tell whether an adapter works."""
+    """A few tokens whose logits tell what an adapter does.
 
-    def __init__(self, id: str, token_ids: list[int], adapter: Adapter | None) -> None:
+    Args:
+        positions: so many of its last tokens' logits are wanted.
+    """
+
+    def __init__(self, id: str, token_ids: list[int], adapter: Adapter | None, *, positions: int = 1) -> None:
         super().__init__(id, token_ids, adapter)
-        self.logits: torch.Tensor | None = None
-        """float32 [vocabulary], once it has run."""
+        self._positions = positions
+        self._parts: list[torch.Tensor] = []
+
+    @property
+    def logits_from(self) -> int:
+        """As asked for."""
+        return len(self.token_ids) - self._positions
+
+    def take(self, logits: torch.Tensor) -> None:
+        """Note the logits [rows, vocabulary] behind its next tokens."""
+        self._parts.append(logits.float())
+
+    def note_preempted(self) -> None:
+        """It will run anew."""
+        self._parts.clear()
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """float32 [positions, vocabulary], once it has run."""
+        if sum(map(len, self._parts)) < self._positions:
+            return None
+        return torch.cat(self._parts)
 
 
 class Generation(Sequence):
@@ -137,6 +170,10 @@ class Generation(Sequence):
     def completion_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.prompt_tokens
+
+    def note_preempted(self) -> None:
+        """Counted, for its end."""
+        self.preemptions += 1
 
     @property
     def may_stop(self) -> bool:
