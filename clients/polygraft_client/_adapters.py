@@ -54,6 +54,18 @@ class Adapters:
         """
         return self._transport.run(_calls.reload_adapter(name), timeout)
 
+    def update(self, name: str, *, merged: bool, timeout: float | None = None) -> Adapter:
+        """Keep a merged copy of the base for an adapter, or let it go when its memory is needed.
+
+        Returns when the copy is there.
+
+        Raises:
+            NotFound: no such adapter.
+            FailedPrecondition: its weights don't fold into the base's, or not into the server's budget.
+            ResourceExhausted: other pinned copies leave no room.
+        """
+        return self._transport.run(_calls.update_adapter(name, merged=merged), timeout)
+
     def get(self, name: str, *, nearest_tokens: int = 0, timeout: float | None = None) -> Adapter:
         """Show one adapter.
 
@@ -99,6 +111,10 @@ class AsyncAdapters:
     async def reload(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Load an adapter's folder again under a new generation."""
         return await self._transport.run(_calls.reload_adapter(name), timeout)
+
+    async def update(self, name: str, *, merged: bool, timeout: float | None = None) -> Adapter:
+        """Keep a merged copy of the base for an adapter, or let it go when its memory is needed."""
+        return await self._transport.run(_calls.update_adapter(name, merged=merged), timeout)
 
     async def get(self, name: str, *, nearest_tokens: int = 0, timeout: float | None = None) -> Adapter:
         """Show one adapter."""

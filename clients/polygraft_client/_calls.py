@@ -93,6 +93,12 @@ def reload_adapter(name: str) -> Call[Adapter]:
     return Call(f"{_ADAPTERS}ReloadAdapter", request, adapters_pb2.ReloadAdapterResponse, _adapter_in)
 
 
+def update_adapter(name: str, *, merged: bool) -> Call[Adapter]:
+    """Keep a merged copy for an adapter, or keep it no longer."""
+    request = _requests.update_adapter_request(name, merged=merged)
+    return Call(f"{_ADAPTERS}UpdateAdapter", request, adapters_pb2.UpdateAdapterResponse, _adapter_in)
+
+
 def get_adapter(name: str, *, nearest_tokens: int) -> Call[Adapter]:
     """One adapter in detail."""
     request = _requests.get_adapter_request(name, nearest_tokens=nearest_tokens)

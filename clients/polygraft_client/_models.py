@@ -43,6 +43,16 @@ class AdapterState(StrEnum):
     UNKNOWN = "UNKNOWN"
 
 
+class MergeState(StrEnum):
+    """Where a merged copy stands."""
+
+    MERGING = "MERGING"
+    READY = "READY"
+    FAILED = "FAILED"
+    EVICTED = "EVICTED"
+    UNKNOWN = "UNKNOWN"
+
+
 class Health(StrEnum):
     """What the standard health service says about the server or one of its services."""
 
@@ -188,6 +198,43 @@ class NearestToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Deviation:
+    """How far the merged path's logits are from the unmerged path's, on a fixed set of texts.
+
+    Args:
+        greedy_agreement: share of positions at which both have the same likeliest token, in [0, 1].
+        positions: how many were compared.
+    """
+
+    largest: float
+    mean: float
+    greedy_agreement: float
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergedCopy:
+    """A copy of the base's weights with one adapter folded in.
+
+    Args:
+        pinned: kept until `adapters.update` says otherwise.
+        memory_bytes: that it takes.
+        dtype: what its weights are kept in.
+        merge_seconds: from being asked for to being there.
+        problem: why it failed.
+        deviation: None until the server has had time to measure it.
+    """
+
+    state: MergeState
+    pinned: bool
+    memory_bytes: int
+    dtype: str
+    merge_seconds: float
+    problem: str
+    deviation: Deviation | None
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """One adapter of the registry.
 
@@ -204,6 +251,8 @@ class Adapter:
         load_seconds: what loading took.
         problems: why it failed.
         warnings: it works, but.
+        mergeable: whether requests may ask for the merged path.
+        merged: its merged copy, or None if this generation never had one.
         nearest_tokens: for each virtual token of a soft prompt, if asked for, the vocabulary's nearest
             tokens, the nearest first.
     """
@@ -226,4 +275,6 @@ class Adapter:
     load_seconds: float
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
+    mergeable: bool = False
+    merged: MergedCopy | None = None
     nearest_tokens: tuple[tuple[NearestToken, ...], ...] = ()

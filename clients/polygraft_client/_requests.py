@@ -129,6 +129,11 @@ def unload_request(name: str, *, wait: bool) -> adapters_pb2.UnloadAdapterReques
     return adapters_pb2.UnloadAdapterRequest(name=name, mode=mode)
 
 
+def update_adapter_request(name: str, *, merged: bool) -> adapters_pb2.UpdateAdapterRequest:
+    """Build the request of UpdateAdapter; raises InvalidRequest."""
+    return _fill(adapters_pb2.UpdateAdapterRequest, name=name, merged=merged)
+
+
 def get_adapter_request(name: str, *, nearest_tokens: int) -> adapters_pb2.GetAdapterRequest:
     """Build the request of GetAdapter; raises InvalidRequest."""
     return _fill(adapters_pb2.GetAdapterRequest, name=name, nearest_tokens=nearest_tokens)

@@ -12,9 +12,12 @@ from polygraft_client._models import (
     Adapter,
     AdapterState,
     Chunk,
+    Deviation,
     FinishReason,
     Generation,
     LoraPath,
+    MergedCopy,
+    MergeState,
     Model,
     NearestToken,
     SamplingDefaults,
@@ -127,7 +130,24 @@ def adapter_from(
         load_seconds=adapter.load_seconds,
         problems=tuple(adapter.problems),
         warnings=tuple(adapter.warnings),
+        mergeable=adapter.mergeable,
+        merged=_merged_copy(adapter.merged) if adapter.HasField("merged") else None,
         nearest_tokens=nearest_tokens,
+    )
+
+
+def _merged_copy(copy: adapters_pb2.MergedCopy) -> MergedCopy:
+    measured = copy.deviation
+    return MergedCopy(
+        state=_named(MergeState, "MERGE_STATE_", adapters_pb2.MergeState.Name, copy.state),
+        pinned=copy.pinned,
+        memory_bytes=copy.memory_bytes,
+        dtype=copy.dtype,
+        merge_seconds=copy.merge_seconds,
+        problem=copy.problem,
+        deviation=Deviation(measured.largest, measured.mean, measured.greedy_agreement, measured.positions)
+        if copy.HasField("deviation")
+        else None,
     )
 
 

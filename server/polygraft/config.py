@@ -104,8 +104,17 @@ class ServerConfig(BaseSettings):
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type adapters are kept in; auto is bfloat16 on such a base, else the file's"
     )
-    lora_path: Literal["auto", "unmerged"] = Field(
-        "auto", description="how low-rank weights are applied where a request doesn't say"
+    lora_path: Literal["auto", "unmerged", "merged"] = Field(
+        "unmerged",
+        description="how low-rank weights are applied where a request doesn't say: unmerged is beside the "
+        "base's weights, any mix in a step; merged is in a copy of them, one adapter in a step; auto merges "
+        "an adapter while it holds nearly all requests",
+    )
+    merged_bytes: Bytes | None = Field(
+        None, ge=0, description="memory of merged copies [default: a quarter of what is free]"
+    )
+    requantize_merged: bool = Field(
+        False, description="on a quantized base, keep merged copies quantized too, which rounds a second time"
     )
     kv_cache_bytes: Bytes | None = Field(
         None, gt=0, description="memory of the KV cache, such as 256MiB [default: a quarter of what is free]"

@@ -110,9 +110,14 @@ BAD_REQUESTS: dict[str, tuple[pb.GenerateRequest, grpc.StatusCode, str]] = {
     "time limit of 0": (stopping(time_limit=0), Code.INVALID_ARGUMENT, "stopping.time_limit"),
     "empty chat": (pb.GenerateRequest(chat=pb.Chat()), Code.INVALID_ARGUMENT, "chat.messages"),
     "penalty": (sampling(repetition_penalty=1.2), Code.UNIMPLEMENTED, ""),
-    "merged path": (
+    "merged base": (
         pb.GenerateRequest(prompt="hi", lora_path=pb.LORA_PATH_MERGED),
-        Code.UNIMPLEMENTED,
+        Code.INVALID_ARGUMENT,
+        "lora_path",
+    ),
+    "merged prefix": (
+        pb.GenerateRequest(prompt="hi", adapter="prefix", lora_path=pb.LORA_PATH_MERGED),
+        Code.FAILED_PRECONDITION,
         "",
     ),
     "two adapters": (

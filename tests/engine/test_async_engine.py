@@ -14,11 +14,19 @@ from typing import Any
 
 import pytest
 
-from polygraft.adapters.info import AdapterInfo, AdapterState
+from polygraft.adapters.info import AdapterInfo, AdapterState, MergeEvent
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.engine.engine import Engine, StepResult
 from polygraft.engine.handle import Occupancy, StepStats
-from polygraft.engine.request import Chat, ChatMessage, Finished, FinishReason, Request, RequestOutput
+from polygraft.engine.request import (
+    Chat,
+    ChatMessage,
+    Finished,
+    FinishReason,
+    LoraPath,
+    Request,
+    RequestOutput,
+)
 from polygraft.errors import (
     AdapterExists,
     AdapterInvalid,
@@ -48,11 +56,15 @@ class Recorder:
         self.steps: list[StepStats] = []
         self.held: list[Occupancy] = []
         self.adapters: list[tuple[str, str]] = []
+        self.merges: list[MergeEvent] = []
+        self.paths: list[LoraPath] = []
 
     def request_submitted(self, adapter: str, kind: str) -> None:
         self.submitted[adapter, kind] += 1
 
-    def tokens_generated(self, adapter: str, kind: str, count: int, interval: float | None) -> None:
+    def tokens_generated(
+        self, adapter: str, kind: str, path: str, count: int, interval: float | None
+    ) -> None:
         self.tokens[adapter] += count
         self.first_tokens += interval is None
 
@@ -78,6 +90,12 @@ class Recorder:
 
     def adapter_removed(self, info: AdapterInfo) -> None:
         self.adapters.append((info.name, "removed"))
+
+    def merge_ended(self, event: MergeEvent) -> None:
+        self.merges.append(event)
+
+    def path_decided(self, path: LoraPath) -> None:
+        self.paths.append(path)
 
 
 class Running:

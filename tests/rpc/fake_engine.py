@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
-from polygraft.adapters.info import AdapterInfo, AdapterState, NearToken
+from polygraft.adapters.info import AdapterInfo, AdapterState, Deviation, MergedInfo, MergeState, NearToken
 from polygraft.engine.handle import ModelInfo
 from polygraft.engine.request import (
     Chat,
@@ -163,6 +163,13 @@ class FakeEngine:
         self._check()
         info = self.get_adapter(name)
         self.adapters[name] = replace(info, generation=info.generation + 1)
+        return self.adapters[name]
+
+    async def update_adapter(self, name: str, *, merged: bool) -> AdapterInfo:
+        self._check()
+        info = self.get_adapter(name)
+        copy = MergedInfo(MergeState.READY, merged, 100, "float32", 0.25, "", Deviation(0.5, 0.125, 0.75, 8))
+        self.adapters[name] = replace(info, mergeable=True, merged=copy)
         return self.adapters[name]
 
     def get_adapter(self, name: str) -> AdapterInfo:

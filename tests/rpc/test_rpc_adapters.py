@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
-from polygraft.adapters.info import AdapterInfo, AdapterState
+from polygraft.adapters.info import AdapterInfo, AdapterState, MergedInfo, MergeState
 from polygraft_api.v1 import adapters_pb2 as pb
 from polygraft_api.v1.inference_pb2 import GenerateRequest
 from tests.rpc.conftest import Serve, Served, details_of
@@ -53,6 +53,8 @@ async def test_get_shows_everything(served: Served) -> None:
         load_seconds=0.5,
         problems=("broken",),
         warnings=("odd",),
+        mergeable=True,
+        merged=MergedInfo(MergeState.FAILED, problem="no room"),
     )
     shown = await served.adapters.GetAdapter(pb.GetAdapterRequest(name="full", nearest_tokens=2))
     adapter = shown.adapter
@@ -60,6 +62,8 @@ async def test_get_shows_everything(served: Served) -> None:
     assert adapter.load_time.ToMilliseconds() == 1700000000250
     unset = [field.name for field in pb.Adapter.DESCRIPTOR.fields if not getattr(adapter, field.name)]
     assert unset == []
+    assert (adapter.merged.state, adapter.merged.problem) == (pb.MERGE_STATE_FAILED, "no room")
+    assert not adapter.merged.HasField("deviation")
     assert [[near.token_id for near in row.tokens] for row in shown.nearest_tokens] == [[5, 5], [5, 5]]
     plain = await served.adapters.GetAdapter(pb.GetAdapterRequest(name="json"))
     assert not plain.nearest_tokens
@@ -120,6 +124,22 @@ async def test_unknown_adapter(served: Served) -> None:
     error = await refused(served.adapters.GetAdapter(pb.GetAdapterRequest(name="nobody")))
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert details_of(error)["ErrorInfo"].metadata["adapter"] == "nobody"
+
+
+async def test_a_merged_copy_is_kept_and_shown(served: Served) -> None:
+    before = (await served.adapters.GetAdapter(pb.GetAdapterRequest(name="json"))).adapter
+    assert not before.HasField("merged")
+    unchanged = await served.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="json"))
+    assert unchanged.adapter == before
+    shown = (await served.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="json", merged=True))).adapter
+    assert shown.mergeable
+    copy = shown.merged
+    assert (copy.state, copy.pinned, copy.memory_bytes) == (pb.MERGE_STATE_READY, True, 100)
+    assert (copy.dtype, copy.merge_seconds, copy.problem) == ("float32", 0.25, "")
+    off = copy.deviation
+    assert (off.largest, off.mean, off.greedy_agreement, off.positions) == (0.5, 0.125, 0.75, 8)
+    released = await served.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="json", merged=False))
+    assert not released.adapter.merged.pinned
 
 
 async def test_what_is_not_served(served: Served) -> None:

@@ -15,7 +15,7 @@ from tests.rpc.fake_engine import MODEL, replace
 
 def convert(**fields: Any) -> Request:
     fields = fields if {"prompt", "token_ids", "chat"} & set(fields) else {"prompt": "hi", **fields}
-    return generate_request(pb.GenerateRequest(**fields), "id-1", MODEL, LoraPath.AUTO)
+    return generate_request(pb.GenerateRequest(**fields), "id-1", MODEL)
 
 
 def test_unset_fields_take_the_models_defaults() -> None:
@@ -23,7 +23,7 @@ def test_unset_fields_take_the_models_defaults() -> None:
     assert request.id == "id-1"
     assert request.prompt == "hi"
     assert request.adapter is None
-    assert request.lora_path is LoraPath.AUTO
+    assert (request.lora_path, request.path_required) == (LoraPath.UNMERGED, False)
     assert replace(request.sampling, seed=0) == MODEL.default_sampling
     assert 0 <= request.sampling.seed < 2**63
     assert convert(prompt="hi").sampling.seed != request.sampling.seed
@@ -69,8 +69,11 @@ def test_chat_and_short_form() -> None:
 
 def test_the_servers_path_is_the_default() -> None:
     message = pb.GenerateRequest(prompt="hi")
-    assert generate_request(message, "id", MODEL, LoraPath.UNMERGED).lora_path is LoraPath.UNMERGED
+    merging = generate_request(message, "id", replace(MODEL, default_lora_path=LoraPath.MERGED))
+    assert (merging.lora_path, merging.path_required) == (LoraPath.MERGED, False)
     assert convert(lora_path=pb.LORA_PATH_AUTO).lora_path is LoraPath.AUTO
+    asked = convert(lora_path=pb.LORA_PATH_MERGED)
+    assert (asked.lora_path, asked.path_required) == (LoraPath.MERGED, True)
 
 
 NAN, INF = math.nan, math.inf
@@ -120,20 +123,19 @@ def test_bad_values_are_refused_by_their_path(field: str, fields: dict[str, Any]
 
 def test_an_input_is_needed() -> None:
     with pytest.raises(InvalidRequest, match=r"^input: "):
-        generate_request(pb.GenerateRequest(), "id", MODEL, LoraPath.AUTO)
+        generate_request(pb.GenerateRequest(), "id", MODEL)
 
 
 def test_a_model_without_chat_template_refuses_chat() -> None:
     message = pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="x")]))
     with pytest.raises(InvalidRequest, match=r"^chat: "):
-        generate_request(message, "id", replace(MODEL, has_chat_template=False), LoraPath.AUTO)
+        generate_request(message, "id", replace(MODEL, has_chat_template=False))
 
 
 UNSERVED: list[tuple[str, dict[str, Any]]] = [
     ("adapters", {"adapters": [{"name": "a"}, {"name": "b"}]}),
     ("adapters[0].weight", {"adapters": [{"name": "a", "weight": 0.5}]}),
     ("adapters[0].weight", {"adapters": [{"name": "a", "weight": 0.0}]}),
-    ("lora_path", {"lora_path": pb.LORA_PATH_MERGED}),
     ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": 1.1}}),
     ("sampling.presence_penalty", {"sampling": {"presence_penalty": 1}}),
     ("sampling.frequency_penalty", {"sampling": {"frequency_penalty": -1}}),

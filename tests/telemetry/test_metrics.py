@@ -74,8 +74,8 @@ def busy(metrics: Metrics) -> Metrics:
     metrics.adapter_changed(AdapterInfo("broken", AdapterState.FAILED, "broken", problems=("x",)))
     for adapter, kind in (("json", "lora"), ("", "")):
         metrics.request_submitted(adapter, kind)
-        metrics.tokens_generated(adapter, kind, 1, None)
-        metrics.tokens_generated(adapter, kind, 1, 0.04)
+        metrics.tokens_generated(adapter, kind, "UNMERGED", 1, None)
+        metrics.tokens_generated(adapter, kind, "UNMERGED", 1, 0.04)
         metrics.request_finished(adapter, kind, FINISHED, None)
     metrics.step_finished(STEP)
     metrics.call_finished("/polygraft.v1.InferenceService/Generate", "OK")
@@ -99,9 +99,10 @@ def test_a_request_is_counted(metrics: Metrics) -> None:
         ("end_to_end", 2.0),
         ("queue", 0.2),
     ):
-        assert value(metrics, f"{name}_seconds_sum", kind="lora") == pytest.approx(seconds)
-        assert value(metrics, f"{name}_seconds_count", kind="lora") == 1
-        assert value(metrics, f"{name}_seconds_count", kind="base") == 1
+        path = {} if name == "queue" else {"path": "UNMERGED"}
+        assert value(metrics, f"{name}_seconds_sum", kind="lora", **path) == pytest.approx(seconds)
+        assert value(metrics, f"{name}_seconds_count", kind="lora", **path) == 1
+        assert value(metrics, f"{name}_seconds_count", kind="base", **path) == 1
 
 
 def test_the_base_model_has_an_empty_name_that_no_adapter_can_have(metrics: Metrics) -> None:
@@ -122,20 +123,20 @@ def test_a_failed_request_is_counted_apart(metrics: Metrics) -> None:
 def test_a_request_that_ends_before_its_first_token(metrics: Metrics) -> None:
     metrics.request_submitted("", "")
     metrics.request_finished("", "", replace(FINISHED, timings=Timings(total=0.1)), None)
-    assert value(metrics, "end_to_end_seconds_count", kind="base") == 1
-    assert value(metrics, "time_to_first_token_seconds_count", kind="base") is None
+    assert value(metrics, "end_to_end_seconds_count", kind="base", path="UNMERGED") == 1
+    assert value(metrics, "time_to_first_token_seconds_count", kind="base", path="UNMERGED") is None
 
 
 def test_several_tokens_of_one_step_share_its_interval(metrics: Metrics) -> None:
-    metrics.tokens_generated("", "", 4, 0.2)
-    assert value(metrics, "inter_token_latency_seconds_count", kind="base") == 4
-    assert value(metrics, "inter_token_latency_seconds_sum", kind="base") == pytest.approx(0.2)
+    metrics.tokens_generated("", "", "MERGED", 4, 0.2)
+    assert value(metrics, "inter_token_latency_seconds_count", kind="base", path="MERGED") == 4
+    assert value(metrics, "inter_token_latency_seconds_sum", kind="base", path="MERGED") == pytest.approx(0.2)
 
 
 def test_a_step_is_recorded(metrics: Metrics) -> None:
     metrics.step_finished(STEP)
     assert value(metrics, "steps_total", path="UNMERGED") == 1
-    assert value(metrics, "step_seconds_sum") == pytest.approx(0.05)
+    assert value(metrics, "step_seconds_sum", path="UNMERGED") == pytest.approx(0.05)
     assert value(metrics, "step_rows_sum", phase="prefill") == 30
     assert value(metrics, "step_rows_sum", phase="decode") == 2
     assert value(metrics, "step_adapters_sum") == 3
@@ -207,7 +208,7 @@ def adapter_labels(metrics: Metrics) -> set[str]:
 
 def use(metrics: Metrics, name: str) -> None:
     metrics.request_submitted(name, "lora")
-    metrics.tokens_generated(name, "lora", 1, None)
+    metrics.tokens_generated(name, "lora", "MERGED", 1, None)
     metrics.request_finished(name, "lora", FINISHED, None)
 
 

@@ -52,6 +52,38 @@ ADAPTER_STATE_UNLOADING: AdapterState.ValueType  # 4
 """Takes no new requests and waits for the running ones."""
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
 
+class _MergeState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MergeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MergeState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MERGE_STATE_UNSPECIFIED: _MergeState.ValueType  # 0
+    """Never sent."""
+    MERGE_STATE_MERGING: _MergeState.ValueType  # 1
+    """Being made, between the steps of running requests."""
+    MERGE_STATE_READY: _MergeState.ValueType  # 2
+    """Steps can run on it."""
+    MERGE_STATE_FAILED: _MergeState.ValueType  # 3
+    """Could not be made; `problem` says why. The next request for it tries again."""
+    MERGE_STATE_EVICTED: _MergeState.ValueType  # 4
+    """It gave way to others; the next request for it makes it again."""
+
+class MergeState(_MergeState, metaclass=_MergeStateEnumTypeWrapper):
+    """Where a merged copy stands."""
+
+MERGE_STATE_UNSPECIFIED: MergeState.ValueType  # 0
+"""Never sent."""
+MERGE_STATE_MERGING: MergeState.ValueType  # 1
+"""Being made, between the steps of running requests."""
+MERGE_STATE_READY: MergeState.ValueType  # 2
+"""Steps can run on it."""
+MERGE_STATE_FAILED: MergeState.ValueType  # 3
+"""Could not be made; `problem` says why. The next request for it tries again."""
+MERGE_STATE_EVICTED: MergeState.ValueType  # 4
+"""It gave way to others; the next request for it makes it again."""
+Global___MergeState: _TypeAlias = MergeState  # noqa: Y015
+
 class _UnloadMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -100,6 +132,8 @@ class Adapter(_message.Message):
     LOAD_SECONDS_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    MERGEABLE_FIELD_NUMBER: _builtins.int
+    MERGED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """[A-Za-z0-9][A-Za-z0-9._-]{0,127}"""
     generation: _builtins.int
@@ -128,6 +162,8 @@ class Adapter(_message.Message):
     """Requests that hold it now."""
     load_seconds: _builtins.float
     """Seconds that loading took."""
+    mergeable: _builtins.bool
+    """Whether its weights fold into the base's, so that requests may ask for LORA_PATH_MERGED."""
     @_builtins.property
     def primitives(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What it was compiled to, such as "low_rank" or "prefix"."""
@@ -143,6 +179,10 @@ class Adapter(_message.Message):
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """It works, but: such as an adapter that changes nothing."""
+
+    @_builtins.property
+    def merged(self) -> Global___MergedCopy:
+        """Its merged copy, if this generation ever had one."""
 
     def __init__(
         self,
@@ -165,14 +205,104 @@ class Adapter(_message.Message):
         load_seconds: _builtins.float = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        mergeable: _builtins.bool = ...,
+        merged: Global___MergedCopy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_merged", b"_merged", "load_time", b"load_time", "merged", b"merged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compiled_bytes", b"compiled_bytes", "content_hash", b"content_hash", "disk_bytes", b"disk_bytes", "generation", b"generation", "kind", b"kind", "load_seconds", b"load_seconds", "load_time", b"load_time", "modules", b"modules", "name", b"name", "parameters", b"parameters", "primitives", b"primitives", "problems", b"problems", "rank", b"rank", "running_requests", b"running_requests", "source", b"source", "state", b"state", "virtual_tokens", b"virtual_tokens", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_merged", b"_merged", "compiled_bytes", b"compiled_bytes", "content_hash", b"content_hash", "disk_bytes", b"disk_bytes", "generation", b"generation", "kind", b"kind", "load_seconds", b"load_seconds", "load_time", b"load_time", "mergeable", b"mergeable", "merged", b"merged", "modules", b"modules", "name", b"name", "parameters", b"parameters", "primitives", b"primitives", "problems", b"problems", "rank", b"rank", "running_requests", b"running_requests", "source", b"source", "state", b"state", "virtual_tokens", b"virtual_tokens", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__merged: _TypeAlias = _typing.Literal["merged"]  # noqa: Y015
+    _WhichOneofArgType__merged: _TypeAlias = _typing.Literal["_merged", b"_merged"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__merged) -> _WhichOneofReturnType__merged | None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class MergedCopy(_message.Message):
+    """A copy of the base's weights, of the modules that one adapter touches, with that adapter folded in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    MERGE_SECONDS_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    DEVIATION_FIELD_NUMBER: _builtins.int
+    state: Global___MergeState.ValueType
+    """Where it stands."""
+    pinned: _builtins.bool
+    """Kept until UpdateAdapter says otherwise, whoever else needs the memory."""
+    memory_bytes: _builtins.int
+    """Bytes of memory."""
+    dtype: _builtins.str
+    """What its weights are kept in, such as "bfloat16" or, requantized, "int8"."""
+    merge_seconds: _builtins.float
+    """Seconds from being asked for to being there."""
+    problem: _builtins.str
+    """Why it failed."""
+    @_builtins.property
+    def deviation(self) -> Global___Deviation:
+        """How far its logits are from the unmerged path's. Measured once for each generation, when the server
+        has nothing else to do; unset before.
+        """
+
+    def __init__(
+        self,
+        *,
+        state: Global___MergeState.ValueType = ...,
+        pinned: _builtins.bool = ...,
+        memory_bytes: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        merge_seconds: _builtins.float = ...,
+        problem: _builtins.str = ...,
+        deviation: Global___Deviation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deviation", b"_deviation", "deviation", b"deviation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deviation", b"_deviation", "deviation", b"deviation", "dtype", b"dtype", "memory_bytes", b"memory_bytes", "merge_seconds", b"merge_seconds", "pinned", b"pinned", "problem", b"problem", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deviation: _TypeAlias = _typing.Literal["deviation"]  # noqa: Y015
+    _WhichOneofArgType__deviation: _TypeAlias = _typing.Literal["_deviation", b"_deviation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deviation) -> _WhichOneofReturnType__deviation | None: ...
+
+Global___MergedCopy: _TypeAlias = MergedCopy  # noqa: Y015
+
+@_typing.final
+class Deviation(_message.Message):
+    """A comparison of two paths' logits on a fixed set of texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LARGEST_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    GREEDY_AGREEMENT_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    largest: _builtins.float
+    """The largest difference of two logits."""
+    mean: _builtins.float
+    """The mean of the differences' magnitudes."""
+    greedy_agreement: _builtins.float
+    """Share of positions at which both have the same likeliest token, in [0, 1]."""
+    positions: _builtins.int
+    """Positions that were compared."""
+    def __init__(
+        self,
+        *,
+        largest: _builtins.float = ...,
+        mean: _builtins.float = ...,
+        greedy_agreement: _builtins.float = ...,
+        positions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["greedy_agreement", b"greedy_agreement", "largest", b"largest", "mean", b"mean", "positions", b"positions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+Global___Deviation: _TypeAlias = Deviation  # noqa: Y015
 
 @_typing.final
 class LoadAdapterRequest(_message.Message):
@@ -492,7 +622,7 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class UpdateAdapterRequest(_message.Message):
-    """Not served yet."""
+    """What to change of an adapter; what is unset stays as it is."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -502,9 +632,9 @@ class UpdateAdapterRequest(_message.Message):
     name: _builtins.str
     """Its name."""
     pinned: _builtins.bool
-    """Keep it resident."""
+    """Keep it resident. Not served yet (UNIMPLEMENTED): every loaded adapter is."""
     merged: _builtins.bool
-    """Keep a merged copy of the base for it."""
+    """Keep a merged copy of the base for it, or (false) let the copy go when its memory is needed."""
     def __init__(
         self,
         *,
@@ -529,7 +659,7 @@ Global___UpdateAdapterRequest: _TypeAlias = UpdateAdapterRequest  # noqa: Y015
 
 @_typing.final
 class UpdateAdapterResponse(_message.Message):
-    """Not served yet."""
+    """The changed adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

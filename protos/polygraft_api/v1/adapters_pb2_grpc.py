@@ -33,7 +33,7 @@ class AdapterServiceStub:
     NOT_FOUND            no such adapter
     ALREADY_EXISTS       the name is taken by other content (the same content is fine)
     INVALID_ARGUMENT     the folder can't be served: every problem is a field violation
-    FAILED_PRECONDITION  running requests use it, or its state forbids the call
+    FAILED_PRECONDITION  running requests use it, or its state forbids the call, or it can't be merged
     RESOURCE_EXHAUSTED   no memory or no slot is left
     UNAUTHENTICATED      no valid token
     """
@@ -89,7 +89,7 @@ class AdapterServiceServicer:
     NOT_FOUND            no such adapter
     ALREADY_EXISTS       the name is taken by other content (the same content is fine)
     INVALID_ARGUMENT     the folder can't be served: every problem is a field violation
-    FAILED_PRECONDITION  running requests use it, or its state forbids the call
+    FAILED_PRECONDITION  running requests use it, or its state forbids the call, or it can't be merged
     RESOURCE_EXHAUSTED   no memory or no slot is left
     UNAUTHENTICATED      no valid token
     """
@@ -130,7 +130,7 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAdapter(self, request, context):
-        """Pins or merges an adapter. Not served yet: UNIMPLEMENTED.
+        """Keeps a merged copy of the base for an adapter, or keeps it no longer. Answers when it is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,7 +197,7 @@ class AdapterService:
     NOT_FOUND            no such adapter
     ALREADY_EXISTS       the name is taken by other content (the same content is fine)
     INVALID_ARGUMENT     the folder can't be served: every problem is a field violation
-    FAILED_PRECONDITION  running requests use it, or its state forbids the call
+    FAILED_PRECONDITION  running requests use it, or its state forbids the call, or it can't be merged
     RESOURCE_EXHAUSTED   no memory or no slot is left
     UNAUTHENTICATED      no valid token
     """

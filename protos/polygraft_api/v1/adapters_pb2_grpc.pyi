@@ -34,7 +34,7 @@ class AdapterServiceStub:
       NOT_FOUND            no such adapter
       ALREADY_EXISTS       the name is taken by other content (the same content is fine)
       INVALID_ARGUMENT     the folder can't be served: every problem is a field violation
-      FAILED_PRECONDITION  running requests use it, or its state forbids the call
+      FAILED_PRECONDITION  running requests use it, or its state forbids the call, or it can't be merged
       RESOURCE_EXHAUSTED   no memory or no slot is left
       UNAUTHENTICATED      no valid token
     """
@@ -54,7 +54,7 @@ class AdapterServiceStub:
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
     """Lists adapters by name, those that failed to load included."""
     UpdateAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]
-    """Pins or merges an adapter. Not served yet: UNIMPLEMENTED."""
+    """Keeps a merged copy of the base for an adapter, or keeps it no longer. Answers when it is there."""
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]
     """Sends a folder to the store. Not served yet: UNIMPLEMENTED."""
 
@@ -67,7 +67,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
       NOT_FOUND            no such adapter
       ALREADY_EXISTS       the name is taken by other content (the same content is fine)
       INVALID_ARGUMENT     the folder can't be served: every problem is a field violation
-      FAILED_PRECONDITION  running requests use it, or its state forbids the call
+      FAILED_PRECONDITION  running requests use it, or its state forbids the call, or it can't be merged
       RESOURCE_EXHAUSTED   no memory or no slot is left
       UNAUTHENTICATED      no valid token
     """
@@ -84,7 +84,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Lists adapters by name, those that failed to load included."""
     UpdateAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
-    """Pins or merges an adapter. Not served yet: UNIMPLEMENTED."""
+    """Keeps a merged copy of the base for an adapter, or keeps it no longer. Answers when it is there."""
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """Sends a folder to the store. Not served yet: UNIMPLEMENTED."""
 
@@ -96,7 +96,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
       NOT_FOUND            no such adapter
       ALREADY_EXISTS       the name is taken by other content (the same content is fine)
       INVALID_ARGUMENT     the folder can't be served: every problem is a field violation
-      FAILED_PRECONDITION  running requests use it, or its state forbids the call
+      FAILED_PRECONDITION  running requests use it, or its state forbids the call, or it can't be merged
       RESOURCE_EXHAUSTED   no memory or no slot is left
       UNAUTHENTICATED      no valid token
     """
@@ -147,7 +147,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UpdateAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UpdateAdapterResponse, _abc.Awaitable[_adapters_pb2.UpdateAdapterResponse]]:
-        """Pins or merges an adapter. Not served yet: UNIMPLEMENTED."""
+        """Keeps a merged copy of the base for an adapter, or keeps it no longer. Answers when it is there."""
 
     @_abc_1.abstractmethod
     def UploadAdapter(

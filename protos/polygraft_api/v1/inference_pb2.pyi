@@ -26,25 +26,37 @@ class _LoraPath:
 class _LoraPathEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoraPath.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     LORA_PATH_UNSPECIFIED: _LoraPath.ValueType  # 0
-    """The server's default."""
+    """The server's default (GetModel tells it). If that is MERGED, adapters that can't be merged, and the base
+    alone, are served unmerged.
+    """
     LORA_PATH_AUTO: _LoraPath.ValueType  # 1
-    """The server decides."""
+    """The server decides when the request is admitted: merged while one adapter holds nearly all requests.
+    In a summary: the request ended before that.
+    """
     LORA_PATH_UNMERGED: _LoraPath.ValueType  # 2
     """Beside the base's weights: any mix of adapters shares a step."""
     LORA_PATH_MERGED: _LoraPath.ValueType  # 3
-    """Folded into the base's weights. Not served yet: UNIMPLEMENTED."""
+    """Folded into a copy of the base's weights: steps of one adapter alone. The request waits until the copy is
+    there. FAILED_PRECONDITION for an adapter that doesn't fold into weights, or not into the server's budget.
+    """
 
 class LoraPath(_LoraPath, metaclass=_LoraPathEnumTypeWrapper):
     """How low-rank weights reach a request's rows."""
 
 LORA_PATH_UNSPECIFIED: LoraPath.ValueType  # 0
-"""The server's default."""
+"""The server's default (GetModel tells it). If that is MERGED, adapters that can't be merged, and the base
+alone, are served unmerged.
+"""
 LORA_PATH_AUTO: LoraPath.ValueType  # 1
-"""The server decides."""
+"""The server decides when the request is admitted: merged while one adapter holds nearly all requests.
+In a summary: the request ended before that.
+"""
 LORA_PATH_UNMERGED: LoraPath.ValueType  # 2
 """Beside the base's weights: any mix of adapters shares a step."""
 LORA_PATH_MERGED: LoraPath.ValueType  # 3
-"""Folded into the base's weights. Not served yet: UNIMPLEMENTED."""
+"""Folded into a copy of the base's weights: steps of one adapter alone. The request waits until the copy is
+there. FAILED_PRECONDITION for an adapter that doesn't fold into weights, or not into the server's budget.
+"""
 Global___LoraPath: _TypeAlias = LoraPath  # noqa: Y015
 
 class _FinishReason:
@@ -869,6 +881,8 @@ class GetModelResponse(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    DEFAULT_LORA_PATH_FIELD_NUMBER: _builtins.int
+    MERGED_CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As given to --model."""
     architecture: _builtins.str
@@ -897,6 +911,10 @@ class GetModelResponse(_message.Message):
     """Whether the model has a chat template."""
     server_version: _builtins.str
     """Version of the server."""
+    default_lora_path: Global___LoraPath.ValueType
+    """What LORA_PATH_UNSPECIFIED means on this server."""
+    merged_capacity_bytes: _builtins.int
+    """Memory that merged copies may take together."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end an answer."""
@@ -929,10 +947,12 @@ class GetModelResponse(_message.Message):
         has_chat_template: _builtins.bool = ...,
         server_version: _builtins.str = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        default_lora_path: Global___LoraPath.ValueType = ...,
+        merged_capacity_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_cache_bytes", b"kv_cache_bytes", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "notes", b"notes", "parameters", b"parameters", "quantization", b"quantization", "server_version", b"server_version", "vocabulary_size", b"vocabulary_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "default_lora_path", b"default_lora_path", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_cache_bytes", b"kv_cache_bytes", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "merged_capacity_bytes", b"merged_capacity_bytes", "model", b"model", "notes", b"notes", "parameters", b"parameters", "quantization", b"quantization", "server_version", b"server_version", "vocabulary_size", b"vocabulary_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,8 +31,8 @@ class InferenceServiceStub:
 
     INVALID_ARGUMENT     a field is wrong, or prompt plus output exceed the context
     NOT_FOUND            no such adapter or generation
-    FAILED_PRECONDITION  the adapter's state forbids the call
-    RESOURCE_EXHAUSTED   the queue is full
+    FAILED_PRECONDITION  the adapter's state forbids the call, or it can't be merged as asked
+    RESOURCE_EXHAUSTED   the queue is full, or a merged copy found no memory
     UNIMPLEMENTED        the field or method is part of the contract and not served yet
     UNAVAILABLE          the server is draining
     DEADLINE_EXCEEDED, CANCELLED  the caller's own; both free everything within one step
@@ -83,8 +83,8 @@ class InferenceServiceServicer:
 
     INVALID_ARGUMENT     a field is wrong, or prompt plus output exceed the context
     NOT_FOUND            no such adapter or generation
-    FAILED_PRECONDITION  the adapter's state forbids the call
-    RESOURCE_EXHAUSTED   the queue is full
+    FAILED_PRECONDITION  the adapter's state forbids the call, or it can't be merged as asked
+    RESOURCE_EXHAUSTED   the queue is full, or a merged copy found no memory
     UNIMPLEMENTED        the field or method is part of the contract and not served yet
     UNAVAILABLE          the server is draining
     DEADLINE_EXCEEDED, CANCELLED  the caller's own; both free everything within one step
@@ -181,8 +181,8 @@ class InferenceService:
 
     INVALID_ARGUMENT     a field is wrong, or prompt plus output exceed the context
     NOT_FOUND            no such adapter or generation
-    FAILED_PRECONDITION  the adapter's state forbids the call
-    RESOURCE_EXHAUSTED   the queue is full
+    FAILED_PRECONDITION  the adapter's state forbids the call, or it can't be merged as asked
+    RESOURCE_EXHAUSTED   the queue is full, or a merged copy found no memory
     UNIMPLEMENTED        the field or method is part of the contract and not served yet
     UNAVAILABLE          the server is draining
     DEADLINE_EXCEEDED, CANCELLED  the caller's own; both free everything within one step

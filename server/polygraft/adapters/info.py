@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 
 
 class AdapterState(StrEnum):
@@ -13,6 +13,71 @@ class AdapterState(StrEnum):
     READY = "READY"
     FAILED = "FAILED"
     UNLOADING = "UNLOADING"
+
+
+class MergeState(StrEnum):
+    """Where an adapter's merged copy stands. The values are the contract's names."""
+
+    MERGING = "MERGING"
+    READY = "READY"
+    FAILED = "FAILED"
+    EVICTED = "EVICTED"
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """How far the merged path's logits are from the unmerged path's, on a fixed set of texts.
+
+    Args:
+        greedy_agreement: share of the positions at which both have the same likeliest token.
+        positions: how many were compared.
+    """
+
+    largest: float
+    mean: float
+    greedy_agreement: float
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergedInfo:
+    """A snapshot of one adapter's merged copy.
+
+    Args:
+        pinned: kept until it is unpinned, whoever else needs the memory.
+        bytes: of memory; 0 unless READY.
+        dtype: what its weights are kept in, such as "bfloat16" or "int8".
+        seconds: from being asked for to being there.
+        problem: why it failed.
+        deviation: measured once for each generation, when the server is idle; None before.
+    """
+
+    state: MergeState
+    pinned: bool = False
+    bytes: int = 0
+    dtype: str = ""
+    seconds: float = 0.0
+    problem: str = ""
+    deviation: Deviation | None = None
+
+
+class MergeOutcome(Enum):
+    """How the making of a copy ended, or that one was given up."""
+
+    OK = auto()
+    FAILED = auto()
+    CANCELLED = auto()
+    EVICTED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class MergeEvent:
+    """Something that became of a copy; `seconds` from being asked for to being there, for OK."""
+
+    adapter: str
+    kind: str
+    outcome: MergeOutcome
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +95,8 @@ class AdapterInfo:
         load_seconds: what loading took.
         problems: why it failed; empty unless FAILED.
         warnings: it works, but.
+        mergeable: whether its weights fold into the base's.
+        merged: its merged copy, or None if there never was one of this generation.
     """
 
     name: str
@@ -50,6 +117,8 @@ class AdapterInfo:
     load_seconds: float = 0.0
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    mergeable: bool = False
+    merged: MergedInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)

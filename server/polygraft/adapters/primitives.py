@@ -101,6 +101,11 @@ class CompiledAdapter:
         return tuple(names)
 
     @property
+    def mergeable(self) -> bool:
+        """Whether all of it folds into the base's weights."""
+        return bool(self.low_rank) and self.prefix is None
+
+    @property
     def rank(self) -> int:
         """The largest rank, 0 without low-rank primitives."""
         return max((primitive.rank for primitive in self.low_rank.values()), default=0)

@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-from polygraft.adapters.info import AdapterInfo, AdapterState
+from polygraft.adapters.info import AdapterInfo, AdapterState, MergedInfo
 from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.engine.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
@@ -189,6 +189,15 @@ class AdapterRegistry:
                     del self._records[name]
             return gone
 
+    def set_merged(self, adapter: Adapter, merged: MergedInfo | None) -> AdapterInfo | None:
+        """Note where an adapter's merged copy stands; None if its name means another generation now."""
+        with self._lock:
+            record = self._records.get(adapter.name)
+            if record is None or record.adapter is not adapter:
+                return None
+            record.info = replace(record.info, merged=merged)
+            return self._snapshot(record)
+
     def get(self, name: str) -> AdapterInfo:
         """Raises AdapterNotFound."""
         with self._lock:
@@ -196,15 +205,19 @@ class AdapterRegistry:
                 raise AdapterNotFound(name, "not registered")
             return self._snapshot(self._records[name])
 
-    def compiled(self, name: str) -> CompiledAdapter:
-        """What an adapter is made of. Raises AdapterNotFound, AdapterUnavailable."""
+    def current(self, name: str) -> Adapter:
+        """The generation that a name means now, not pinned. Raises AdapterNotFound, AdapterUnavailable."""
         with self._lock:
             record = self._records.get(name)
             if record is None:
                 raise AdapterNotFound(name, "not registered")
-            if record.adapter is None:
+            if record.adapter is None or record.info.state == AdapterState.UNLOADING:
                 raise AdapterUnavailable(name, record.info.state.value.lower())
-            return record.adapter.compiled
+            return record.adapter
+
+    def compiled(self, name: str) -> CompiledAdapter:
+        """What an adapter is made of. Raises AdapterNotFound, AdapterUnavailable."""
+        return self.current(name).compiled
 
     def list(self) -> list[AdapterInfo]:
         """All of them by name."""
@@ -239,4 +252,5 @@ def ready_info(
         load_time=time.time(),
         load_seconds=load_seconds,
         warnings=warnings,
+        mergeable=compiled.mergeable,
     )

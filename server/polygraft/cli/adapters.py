@@ -11,7 +11,7 @@ from polygraft.cli import tables
 from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, Token, console, to_json
 from polygraft_client import Adapter, Client
 
-app = typer.Typer(help="Show, load, unload and check adapters.", no_args_is_help=True)
+app = typer.Typer(help="Show, load, unload, merge and check adapters.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
@@ -79,6 +79,22 @@ def reload(name: Name, server: Server = DEFAULT_SERVER, token: Token = None, as_
     """Load an adapter's folder again; running requests finish on what they started with."""
     with Client(server, token=token) as client:
         _print(client.adapters.reload(name), as_json)
+
+
+@app.command()
+def merge(
+    name: Name,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep/--release", help="Keep the merged copy, or let it go when memory is needed."),
+    ] = True,
+    server: Server = DEFAULT_SERVER,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a copy of the base with an adapter folded in; returns when it is there."""
+    with Client(server, token=token) as client:
+        _print(client.adapters.update(name, merged=keep), as_json)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, to_json
-from polygraft_client import Client, GenerateOptions, Generation, Stream
+from polygraft_client import Client, GenerateOptions, Generation, LoraPath, Stream
 
 STANDARD_INPUT = "-"
 
@@ -16,6 +16,14 @@ STANDARD_INPUT = "-"
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     adapter: Annotated[str | None, typer.Option(help="Adapter to use. [default: the base model]")] = None,
+    lora_path: Annotated[
+        LoraPath | None,
+        typer.Option(
+            case_sensitive=False,
+            help="How low-rank weights are applied: beside the base's (unmerged), folded into a copy "
+            "(merged), or as the server decides (auto). [default: the server's]",
+        ),
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -67,6 +75,8 @@ def generate(
         "time_limit": time_limit,
         "return_token_ids": as_json,
     }
+    if lora_path is not None:
+        options["lora_path"] = lora_path
     streaming = sys.stdout.isatty() and not as_json if stream is None else stream
     with Client(server, timeout=timeout) as client:
         if client.model().has_chat_template if chat is None else chat:
@@ -101,6 +111,7 @@ def _print_summary(answer: Generation) -> None:
     tokens, timings = answer.usage.completion_tokens, answer.timings
     print(
         f"[{answer.finish_reason}, {answer.usage.prompt_tokens} + {tokens} tokens, first after "
-        f"{timings.time_to_first_token:.2f} s, all after {timings.total:.2f} s, seed {answer.seed}]",
+        f"{timings.time_to_first_token:.2f} s, all after {timings.total:.2f} s, seed {answer.seed}, "
+        f"{answer.lora_path.lower()}]",
         file=sys.stderr,
     )

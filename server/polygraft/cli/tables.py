@@ -22,6 +22,7 @@ def adapters(found: Sequence[Adapter]) -> Table:
     table = Table(title=f"{len(found)} adapters", title_justify="left")
     for column in ("name", "state", "kind", "size"):
         table.add_column(column, no_wrap=True)
+    table.add_column("merged", no_wrap=True)
     for column in ("parameters", "memory", "running"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("remarks")
@@ -31,6 +32,7 @@ def adapters(found: Sequence[Adapter]) -> Table:
             Text(adapter.state.lower(), _STYLES.get(adapter.state, "yellow")),
             Text(adapter.kind),
             size(adapter.rank, adapter.virtual_tokens),
+            merged(adapter),
             f"{adapter.parameters:,}",
             decimal(adapter.compiled_bytes),
             str(adapter.running_requests),
@@ -53,6 +55,7 @@ def adapter(shown: Adapter) -> Table:
         in_memory=decimal(shown.compiled_bytes),
         folder=shown.source,
         sha256=shown.content_hash,
+        merged=merged_copy(shown),
         generation=str(shown.generation),
         running=str(shown.running_requests),
         loaded=f"{shown.load_time:%Y-%m-%d %H:%M:%S} UTC, in {shown.load_seconds:.2f} s"
@@ -97,6 +100,32 @@ def size(rank: int, virtual_tokens: int) -> str:
     """The measure that a kind is known by."""
     parts = [f"rank {rank}" if rank else "", f"{virtual_tokens} virtual tokens" if virtual_tokens else ""]
     return ", ".join(part for part in parts if part)
+
+
+def merged(shown: Adapter) -> str:
+    """Where its merged copy stands, in a word or two."""
+    if shown.merged is None:
+        return "" if shown.mergeable else "can't be"
+    state = shown.merged.state.lower()
+    return f"{state}, pinned" if shown.merged.pinned else state
+
+
+def merged_copy(shown: Adapter) -> str:
+    """Everything about its merged copy."""
+    copy = shown.merged
+    if copy is None:
+        return "" if shown.mergeable else "can't be"
+    parts = [merged(shown)]
+    if copy.memory_bytes:
+        parts.append(f"{decimal(copy.memory_bytes)} in {copy.dtype}, made in {copy.merge_seconds:.2f} s")
+    if copy.problem:
+        parts.append(copy.problem)
+    if (off := copy.deviation) is not None:
+        parts.append(
+            f"logits off by {off.mean:.3g} (at most {off.largest:.3g}), {off.greedy_agreement:.1%} of "
+            f"{off.positions} greedy tokens the same"
+        )
+    return "; ".join(parts)
 
 
 def _facts(**facts: str) -> Table:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from enum import Enum, auto
 
@@ -19,8 +18,8 @@ from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
 from polygraft.base.spec import BaseSpec
 from polygraft.engine.background import BackgroundWork, Job
+from polygraft.engine.canaries import Canaries
 from polygraft.engine.scheduler import Scheduler
-from polygraft.engine.sequence import CanarySequence
 from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, InvalidRequest, PolygraftError
 from polygraft.layers.low_rank_bank import LowRankBank
 
@@ -47,6 +46,7 @@ class AdapterManager:
 
     Args:
         context_length: virtual tokens must leave room in it.
+        forget: called with every generation that is gone, before its weights are.
     """
 
     def __init__(
@@ -57,8 +57,10 @@ class AdapterManager:
         bank: LowRankBank,
         scheduler: Scheduler,
         background: BackgroundWork,
+        canaries: Canaries,
         limits: AdapterLimits,
         context_length: int,
+        forget: Callable[[Adapter], None],
     ) -> None:
         self.registry = registry
         self.store = store
@@ -68,7 +70,8 @@ class AdapterManager:
         self._background = background
         self._limits = limits
         self._context_length = context_length
-        self._ids = itertools.count()
+        self._canaries = canaries
+        self._forget = forget
         self._base_canary: torch.Tensor | None = None
         self._loading: dict[str, tuple[str, Future[AdapterInfo]]] = {}  # content hash and outcome
         self._unloading: dict[str, Future[AdapterInfo]] = {}
@@ -228,12 +231,7 @@ class AdapterManager:
     def _canary_logits(self, adapter: Adapter | None) -> Generator[bool | None, None, torch.Tensor]:
         vocabulary = self._base.vocabulary_size
         tokens = [(31 + 7919 * i) % vocabulary for i in range(_CANARY_TOKENS)]
-        sequence = CanarySequence(f"canary-{next(self._ids)}", tokens, adapter)
-        if adapter is not None:
-            adapter.pin()
-        self._scheduler.add(sequence)
-        while (logits := sequence.logits) is None:
-            yield True
+        logits = yield from self._canaries.logits(tokens, adapter)
         return logits[0]
 
     def unload(self, name: str, done: Future[AdapterInfo], *, wait: bool) -> None:
@@ -262,6 +260,7 @@ class AdapterManager:
             self._unloading.pop(adapter.name).set_result(info)
 
     def _free(self, adapter: Adapter) -> None:
+        self._forget(adapter)
         if adapter.slot:
             self._bank.remove(adapter.slot)
         self._scheduler.prefixes.forget(adapter)

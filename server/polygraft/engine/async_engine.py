@@ -166,6 +166,11 @@ class AsyncEngine:
         """See `EngineHandle.unload_adapter`."""
         return await self._command(lambda done: self._engine.adapters.unload(name, done, wait=wait))
 
+    async def update_adapter(self, name: str, *, merged: bool) -> AdapterInfo:
+        """See `EngineHandle.update_adapter`."""
+        self._check_open()
+        return await self._command(lambda done: self._engine.merging.update(name, merged, done))
+
     async def _command(self, command: Callable[[Future[T]], None]) -> T:
         if self._failure is not None:
             raise EngineDead(str(self._failure))
@@ -249,7 +254,9 @@ class AsyncEngine:
                 continue
             if output.token_ids:
                 interval = None if stream.last_tokens is None else now - stream.last_tokens
-                self._observer.tokens_generated(stream.adapter, stream.kind, len(output.token_ids), interval)
+                self._observer.tokens_generated(
+                    stream.adapter, stream.kind, output.path.value, len(output.token_ids), interval
+                )
                 stream.last_tokens = now
             if output.terminal:
                 del self._streams[output.request_id]
@@ -268,6 +275,10 @@ class AsyncEngine:
                     self._observer.adapter_removed(info)
                 case AdapterChange.LOAD_FAILED:
                     self._observer.adapter_load_failed(info)
+        for event in result.merge_events:
+            self._observer.merge_ended(event)
+        for path in result.path_decisions:
+            self._observer.path_decided(path)
         if not self._streams:
             self._idle.set()
 
@@ -293,9 +304,7 @@ class AsyncEngine:
                 if self._engine.has_work:
                     self._hand_over(self._engine.step())
                 else:
-                    events = self._engine.adapters.take_events()
-                    if events:
-                        self._hand_over(StepResult(adapter_events=events))
+                    self._hand_over(self._engine.take_news(StepResult()))
                     self._wake.wait()
         except Exception as error:
             # The engine's state is unknown: nobody may go on with it.
@@ -303,7 +312,7 @@ class AsyncEngine:
             self._call(self._fail, error)
 
     def _hand_over(self, result: StepResult) -> None:
-        if result.outputs or result.stats or result.occupancy or result.adapter_events:
+        if result.tells_anything:
             self._call(self._deliver, result)
 
     def _call(self, function: Callable[[T], None], argument: T) -> None:

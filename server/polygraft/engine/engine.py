@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from polygraft.adapters.folder import AdapterStore
+from polygraft.adapters.info import MergeEvent, MergeState
 from polygraft.adapters.kinds import AdapterLimits
-from polygraft.adapters.registry import AdapterRegistry
+from polygraft.adapters.registry import Adapter, AdapterRegistry
 from polygraft.base.layer_fusing import fuse_decoder_layers
 from polygraft.base.loader import Base, load_base
 from polygraft.config import ServerConfig
-from polygraft.engine.adapter_manager import AdapterEvent, AdapterManager
+from polygraft.engine.adapter_manager import AdapterChange, AdapterEvent, AdapterManager
 from polygraft.engine.background import BackgroundWork
 from polygraft.engine.block_pool import BlockPool
+from polygraft.engine.canaries import Canaries
 from polygraft.engine.handle import Occupancy, StepStats
 from polygraft.engine.intake import Intake
-from polygraft.engine.kv_cache import KVCache
+from polygraft.engine.kv_cache import FREE_SHARE, KVCache, free_memory
+from polygraft.engine.merge_commands import DEVIATION_TEXTS, MergeCommands
+from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.model_info import model_info
 from polygraft.engine.model_runner import ModelRunner
+from polygraft.engine.paths import Paths
 from polygraft.engine.prefix_cache import PrefixCache
 from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import (
@@ -37,8 +43,9 @@ from polygraft.engine.sampler import sample
 from polygraft.engine.scheduler import Batch, Scheduler
 from polygraft.engine.sequence import CanarySequence, Generation, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefixes
-from polygraft.errors import InvalidRequest, PolygraftError
+from polygraft.errors import InvalidRequest, PolygraftError, ResourceExhausted
 from polygraft.layers.low_rank_bank import LowRankBank
+from polygraft.layers.merging import WeightSwitch
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import StepContext
 
@@ -56,6 +63,13 @@ class StepResult:
     stats: StepStats | None = None
     occupancy: Occupancy | None = None
     adapter_events: list[AdapterEvent] = field(default_factory=list)
+    merge_events: list[MergeEvent] = field(default_factory=list)
+    path_decisions: list[LoraPath] = field(default_factory=list)
+
+    @property
+    def tells_anything(self) -> bool:
+        """Whether there is anything in it."""
+        return self != StepResult()
 
 
 class Engine:
@@ -97,9 +111,11 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
-        self.runner = ModelRunner(base, bank, step, config.block_size)
+        switch = WeightSwitch()
+        self.runner = ModelRunner(base, bank, switch, step, config.block_size)
         self.prompts = Prompts(base)
         self.background = BackgroundWork()
+        canaries = Canaries(self.scheduler)
         # Rounded no coarser than the base's own products are; a float32 base gets what the file holds.
         auto = torch.bfloat16 if base.dtype == torch.bfloat16 else None
         dtypes = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -110,6 +126,7 @@ class Engine:
             bank,
             self.scheduler,
             self.background,
+            canaries,
             AdapterLimits(
                 rank=config.max_adapter_rank,
                 virtual_tokens=config.max_virtual_tokens,
@@ -117,10 +134,35 @@ class Engine:
                 dtype=dtypes[config.adapter_dtype],
             ),
             base.context_length,
+            self._forget,
         )
-        self.intake = Intake(base, self.prompts, self.adapters.registry, pool)
+        requantized = base.quantization != "none" and config.requantize_merged
+        self.copies = MergedCopies(
+            bank,
+            switch,
+            self.background,
+            budget=self._merged_budget(),
+            requantize=requantized,
+            dtype=base.quantization if requantized else str(base.dtype).removeprefix("torch."),
+        )
+        self.merging = MergeCommands(
+            self.copies,
+            self.adapters.registry,
+            self.background,
+            canaries,
+            lambda: not self._generations,
+            [list(self.prompts.token_ids(text))[: base.context_length] for text in DEVIATION_TEXTS],
+        )
+        # Copies in the compute type read more memory than the quantized weights that they stand in for.
+        worthwhile = base.quantization == "none" or requantized
+        self.paths = Paths(self.copies, self.scheduler, worthwhile=worthwhile)
+        self.intake = Intake(base, self.prompts, self.adapters.registry, self.copies, pool)
         self.model = model_info(
-            base, config, kv_cache_bytes=self.kv_cache.bytes, has_chat_template=self.prompts.has_chat_template
+            base,
+            config,
+            kv_cache_bytes=self.kv_cache.bytes,
+            merged_capacity_bytes=self.copies.budget,
+            has_chat_template=self.prompts.has_chat_template,
         )
         self._generations: dict[str, Generation] = {}
 
@@ -146,6 +188,16 @@ class Engine:
         engine.finish_background()
         return engine
 
+    def _merged_budget(self) -> int:
+        """Bytes that merged copies may take."""
+        if self.config.merged_bytes is not None:
+            return self.config.merged_bytes
+        return max(0, int((free_memory(self.base.device) - self.kv_cache.bytes) * FREE_SHARE))
+
+    def _forget(self, adapter: Adapter) -> None:
+        self.paths.forget(adapter)
+        self.copies.forget(adapter)
+
     def finish_background(self) -> None:
         """Run background work, and the steps it needs, to its end."""
         while not self.background.idle:
@@ -168,6 +220,9 @@ class Engine:
             kv_blocks_used=pool.used,
             kv_blocks_cached=pool.idle,
             kv_blocks_total=pool.num_blocks,
+            merged_copies=self.copies.count,
+            merged_bytes=self.copies.bytes,
+            merged_bytes_capacity=self.copies.budget,
         )
 
     def prepare(self, request: Request) -> Generation:
@@ -181,6 +236,7 @@ class Engine:
         """Queue a prepared request."""
         assert generation.id not in self._generations, "request ids must be unique"
         self._generations[generation.id] = generation
+        self.paths.queue(generation)
         self.scheduler.add(generation)
 
     def submit(self, request: Request) -> None:
@@ -198,20 +254,38 @@ class Engine:
         """Advance every request that fits by one chunk or one token."""
         started = time.perf_counter()
         result = StepResult(outputs=self._expire())
-        if self.scheduler.has_work:
-            batch = self.scheduler.schedule()
-            self._note_first_scheduled(batch)
+        if batch := self._schedule():
             logits = self.runner.run(batch)
             result.outputs += self._postprocess(batch, logits)
             result.stats = self._stats(batch, time.perf_counter() - started)
             self.background.run_after_step(result.stats.seconds)
         else:
             self.background.run_idle()
-        if result.outputs or result.stats is not None:
-            result.occupancy = self.occupancy
+        result.outputs += self._fail_unmerged()
         self.adapters.collect()
+        self.merging.collect()
+        return self.take_news(result)
+
+    def take_news(self, result: StepResult) -> StepResult:
+        """Add to a result what has become of adapters and their copies since the last time."""
         result.adapter_events = self.adapters.take_events()
+        result.adapter_events += [(AdapterChange.CHANGED, info) for info in self.merging.take_changed()]
+        result.merge_events = self.copies.take_events()
+        result.path_decisions = self.paths.take_decisions()
+        if result.tells_anything:
+            result.occupancy = self.occupancy
         return result
+
+    def _schedule(self) -> Batch | None:
+        """The next batch; None if nothing can run, be it for want of a merged copy."""
+        if not self.scheduler.has_work:
+            return None
+        self.paths.decide()
+        batch = self.scheduler.schedule()
+        if not batch.items:
+            return None
+        self._note_first_scheduled(batch)
+        return batch
 
     def generate(self, requests: Iterable[Request]) -> list[list[RequestOutput]]:
         """Run requests to their ends, for notebooks and tests; the outputs of each, in its order."""
@@ -230,6 +304,15 @@ class Engine:
         late = [g for g in self._generations.values() if g.deadline is not None and g.deadline <= now]
         return [
             self._finish(generation, FinishReason.TIME_LIMIT, generation.text.flush()) for generation in late
+        ]
+
+    def _fail_unmerged(self) -> list[RequestOutput]:
+        """End the requests whose merged copy can't be had."""
+        lost = [g for g in self._generations.values() if g.copy and g.copy.state is MergeState.FAILED]
+        return [
+            self._fail(generation, ResourceExhausted(f"not merged: {generation.copy.problem}"))
+            for generation in lost
+            if generation.copy is not None
         ]
 
     @staticmethod
@@ -275,7 +358,9 @@ class Engine:
             finite = torch.isfinite(logits.amax(-1)).tolist()
         now = time.monotonic()
         return [
-            self._accept(generation, token, now) if ok else self._fail(generation)
+            self._accept(generation, token, now)
+            if ok
+            else self._fail(generation, PolygraftError("the model's logits are not finite"))
             for generation, token, ok in zip(generations, tokens, finite, strict=True)
         ]
 
@@ -283,7 +368,7 @@ class Engine:
         text, reason = generation.accept(token, now)
         if reason is not None:
             return self._finish(generation, reason, text, token)
-        return RequestOutput(generation.id, text, (token,))
+        return RequestOutput(generation.id, text, (token,), path=generation.path)
 
     def _finish(
         self, generation: Generation, reason: FinishReason, text: str = "", token: int | None = None
@@ -306,18 +391,18 @@ class Engine:
                 time_to_first_token=None if first is None else first - generation.arrival,
             ),
             seed=generation.request.sampling.seed,
-            path=LoraPath.UNMERGED,
+            path=generation.path,
             adapter_generation=generation.adapter.generation if generation.adapter else None,
             stop_sequence=generation.text.matched,
             stop_token_id=token if reason == FinishReason.STOP else None,
             preemptions=generation.preemptions,
         )
         tokens = () if token is None else (token,)
-        return RequestOutput(generation.id, text, tokens, finished=finished)
+        return RequestOutput(generation.id, text, tokens, finished=finished, path=generation.path)
 
-    def _fail(self, generation: Generation) -> RequestOutput:
+    def _fail(self, generation: Generation, error: PolygraftError) -> RequestOutput:
         self._remove(generation)
-        return RequestOutput(generation.id, error=PolygraftError("the model's logits are not finite"))
+        return RequestOutput(generation.id, error=error)
 
     def _remove(self, generation: Generation) -> None:
         del self._generations[generation.id]
@@ -336,15 +421,25 @@ class Engine:
         }
         return StepStats(
             seconds=seconds,
-            path=LoraPath.UNMERGED.value,
+            path=(LoraPath.UNMERGED if batch.copy is None else LoraPath.MERGED).value,
             prefill_rows=batch.rows - decodes,
             decode_rows=decodes,
             adapters=tuple(adapters),
             base_rows=any(i.sequence.adapter is None for i in batch.items),
             preemptions=batch.preempted,
+            waited=batch.waited,
+            switched=self.runner.switched,
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, prefixes and pins add up."""
         self.scheduler.check_integrity()
+        users = Counter(
+            s.copy.adapter.generation
+            for s in self.scheduler
+            if s.copy is not None and s.path is LoraPath.MERGED
+        )
+        if self.paths.held is not None:
+            users[self.paths.held.adapter.generation] += 1
+        self.copies.check_integrity(users)
         assert set(self._generations.values()) <= set(self.scheduler)

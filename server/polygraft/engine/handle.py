@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from polygraft.adapters.info import AdapterInfo, NearToken
-from polygraft.engine.request import Chat, Finished, Request, RequestOutput, SamplingParams
+from polygraft.adapters.info import AdapterInfo, MergeEvent, NearToken
+from polygraft.engine.request import Chat, Finished, LoraPath, Request, RequestOutput, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     default_sampling: SamplingParams
     has_chat_template: bool
+    default_lora_path: LoraPath = LoraPath.UNMERGED
+    merged_capacity_bytes: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -42,6 +44,7 @@ class Occupancy:
 
     Args:
         running, waiting: requests.
+        merged_bytes: of copies of the base's weights, those that are being made included.
         kv_blocks_used: held by requests and virtual tokens; `kv_blocks_cached` are the free ones whose
             contents a prompt may still find.
     """
@@ -51,6 +54,9 @@ class Occupancy:
     kv_blocks_used: int
     kv_blocks_cached: int
     kv_blocks_total: int
+    merged_copies: int = 0
+    merged_bytes: int = 0
+    merged_bytes_capacity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,8 @@ class StepStats:
         adapters: (name, kind) of the distinct adapters whose requests shared the step.
         base_rows: whether requests without an adapter shared it too.
         preemptions: sequences that lost their blocks in it.
+        waited: steps of other weights since the last one of these, while it had work.
+        switched: whether it ran on other weights than the step before.
     """
 
     seconds: float
@@ -72,6 +80,8 @@ class StepStats:
     adapters: tuple[tuple[str, str], ...]
     base_rows: bool
     preemptions: int
+    waited: int = 0
+    switched: bool = False
 
 
 class Observer(Protocol):
@@ -80,7 +90,9 @@ class Observer(Protocol):
     def request_submitted(self, adapter: str, kind: str) -> None:
         """A request entered the queue."""
 
-    def tokens_generated(self, adapter: str, kind: str, count: int, interval: float | None) -> None:
+    def tokens_generated(
+        self, adapter: str, kind: str, path: str, count: int, interval: float | None
+    ) -> None:
         """`count` tokens came out of one step, `interval` seconds after the request's previous ones
         (None for its first)."""
 
@@ -103,6 +115,12 @@ class Observer(Protocol):
 
     def adapter_removed(self, info: AdapterInfo) -> None:
         """An adapter is gone."""
+
+    def merge_ended(self, event: MergeEvent) -> None:
+        """A merged copy was made, wasn't, or was given up."""
+
+    def path_decided(self, path: LoraPath) -> None:
+        """AUTO sends the hot adapter's new requests this way from here on."""
 
 
 class EngineHandle(Protocol):
@@ -143,6 +161,13 @@ class EngineHandle(Protocol):
         """Unload; wait for running requests, or refuse if there are any.
 
         Raises: AdapterNotFound, AdapterUnavailable (in use and `wait` is False), EngineDead.
+        """
+
+    async def update_adapter(self, name: str, *, merged: bool) -> AdapterInfo:
+        """Keep a merged copy of the base for an adapter, or keep it no longer; returns when it is there.
+
+        Raises: AdapterNotFound, AdapterUnavailable (it can't be merged, or not within the budget),
+            ResourceExhausted, Draining, EngineDead.
         """
 
     async def reload_adapter(self, name: str) -> AdapterInfo:

@@ -5,36 +5,48 @@ from __future__ import annotations
 from polygraft.adapters.registry import Adapter, AdapterRegistry
 from polygraft.base.loader import Base
 from polygraft.engine.block_pool import BlockPool
+from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import DEFAULT_MAX_NEW_TOKENS, LoraPath, Request
 from polygraft.engine.sequence import Generation
 from polygraft.engine.text_stream import TextStream
-from polygraft.errors import ContextLengthExceeded, InvalidRequest, NotSupported
+from polygraft.errors import ContextLengthExceeded, InvalidRequest, PolygraftError
 
 
 class Intake:
     """Prepares requests, on any thread: it reads the pool's size only, and the registry has a lock."""
 
-    def __init__(self, base: Base, prompts: Prompts, registry: AdapterRegistry, pool: BlockPool) -> None:
+    def __init__(
+        self,
+        base: Base,
+        prompts: Prompts,
+        registry: AdapterRegistry,
+        copies: MergedCopies,
+        pool: BlockPool,
+    ) -> None:
         self._base = base
         self._prompts = prompts
         self._registry = registry
+        self._copies = copies
         self._pool = pool
 
     def prepare(self, request: Request) -> Generation:
         """Check a request, resolve its adapter and pin it, and tokenize; may run on any thread.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable, NotSupported.
+            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
         """
-        if request.lora_path == LoraPath.MERGED:
-            raise NotSupported("lora_path", "MERGED isn't served")
+        required = request.lora_path is LoraPath.MERGED and request.path_required
+        if required and request.adapter is None:
+            raise InvalidRequest("lora_path", "MERGED needs an adapter to merge")
         prompt_ids = list(self._prompts.token_ids(request.prompt))
         adapter = None if request.adapter is None else self._registry.resolve(request.adapter)
         try:
+            if required and adapter is not None:
+                self._copies.check(adapter)
             max_new_tokens = self._check_length(request, len(prompt_ids), adapter)
             self._prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
-        except InvalidRequest:
+        except PolygraftError:
             if adapter is not None:
                 adapter.release()
             raise

@@ -5,11 +5,16 @@ from __future__ import annotations
 from polygraft.base.loader import Base
 from polygraft.config import ServerConfig
 from polygraft.engine.handle import ModelInfo
-from polygraft.engine.request import SamplingParams
+from polygraft.engine.request import LoraPath, SamplingParams
 
 
 def model_info(
-    base: Base, config: ServerConfig, *, kv_cache_bytes: int, has_chat_template: bool
+    base: Base,
+    config: ServerConfig,
+    *,
+    kv_cache_bytes: int,
+    merged_capacity_bytes: int,
+    has_chat_template: bool,
 ) -> ModelInfo:
     """The base as it is served under these settings."""
     return ModelInfo(
@@ -28,6 +33,8 @@ def model_info(
         eos_token_ids=base.eos_token_ids,
         default_sampling=default_sampling(base),
         has_chat_template=has_chat_template,
+        default_lora_path=LoraPath[config.lora_path.upper()],
+        merged_capacity_bytes=merged_capacity_bytes,
         notes=base.notes,
     )
 

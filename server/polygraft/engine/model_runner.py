@@ -11,6 +11,7 @@ import torch
 from polygraft.base.loader import Base
 from polygraft.engine.scheduler import Batch, Scheduled
 from polygraft.layers.low_rank_bank import LowRankBank
+from polygraft.layers.merging import WeightSwitch
 from polygraft.layers.step import AttentionPlan, StepContext
 
 
@@ -21,9 +22,14 @@ class ModelRunner:
         block_size: tokens in a block of the cache.
     """
 
-    def __init__(self, base: Base, bank: LowRankBank, step: StepContext, block_size: int) -> None:
+    def __init__(
+        self, base: Base, bank: LowRankBank, switch: WeightSwitch, step: StepContext, block_size: int
+    ) -> None:
         self._base = base
         self._bank = bank
+        self._switch = switch
+        self.switched = False
+        """Whether the last batch ran on other weights than the one before."""
         self._step = step
         self._block_size = block_size
         # A mask of four dimensions is taken for a finished one, so transformers builds none and doesn't
@@ -36,6 +42,7 @@ class ModelRunner:
         Returns:
             logits [all items' `logit_rows`, vocabulary], in the batch's order.
         """
+        self.switched = self._switch.use(None if batch.copy is None else batch.copy.weights)
         items = batch.items
         starts = list(itertools.accumulate((item.count for item in items), initial=0))
         head_rows = [

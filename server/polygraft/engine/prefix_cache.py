@@ -1,8 +1,9 @@
 """Automatic prefix caching: a prompt's beginning that the cache already holds isn't computed again.
 
 A full block is known by a hash of everything its keys and values depend on: the adapter's generation, which
-no other weights ever have (virtual tokens belong to it, so positions do too), and all tokens of the sequence
-up to the block's last. Generated tokens count like a prompt's, so a chat's next turn finds the last one's.
+no other weights ever have (virtual tokens belong to it, so positions do too), the path of its low-rank
+weights, since the two round differently, and all tokens of the sequence up to the block's last. Generated
+tokens count like a prompt's, so a chat's next turn finds the last one's.
 """
 
 from __future__ import annotations
@@ -56,6 +57,6 @@ class PrefixCache:
         keys = sequence.keys
         for at in range(len(keys), count):
             generation = 0 if sequence.adapter is None else sequence.adapter.generation
-            before = keys[-1] if keys else generation.to_bytes(16, "big")
+            before = keys[-1] if keys else (2 * generation + (sequence.copy is not None)).to_bytes(16, "big")
             tokens = array("q", sequence.token_ids[at * size : (at + 1) * size])
             keys.append(hashlib.blake2b(before + tokens.tobytes(), digest_size=16).digest())

@@ -111,12 +111,15 @@ class Request:
         id: unique among the running requests.
         prompt: text (tokenized with the model's special tokens), token ids, or a chat.
         adapter: None is the base model.
+        path_required: whether `lora_path` must be had; otherwise, where an adapter can't be merged, the
+            other path serves.
     """
 
     id: str
     prompt: str | tuple[int, ...] | Chat
     adapter: AdapterRef | None = None
-    lora_path: LoraPath = LoraPath.AUTO
+    lora_path: LoraPath = LoraPath.UNMERGED
+    path_required: bool = False
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stopping: StoppingParams = field(default_factory=StoppingParams)
 
@@ -173,8 +176,9 @@ class Finished:
 class RequestOutput:
     """What one step produced for one request.
 
-    `text` is whole characters only and never part of a stop sequence, so it may lag behind
-    `token_ids`. Exactly one output of a request has `finished` or `error` set, and it is the last.
+    `text` is whole characters only and never part of a stop sequence, so it may lag behind `token_ids`;
+    `path` is the one they took. Exactly one output of a request has `finished` or `error` set, and it is the
+    last.
     """
 
     request_id: str
@@ -182,6 +186,7 @@ class RequestOutput:
     token_ids: tuple[int, ...] = ()
     finished: Finished | None = None
     error: PolygraftError | None = None
+    path: LoraPath = LoraPath.UNMERGED
 
     @property
     def terminal(self) -> bool:

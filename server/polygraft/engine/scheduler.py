@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from polygraft.engine.block_pool import BlockPool
+from polygraft.engine.merged_copies import MergedCopy
 from polygraft.engine.prefix_cache import PrefixCache
+from polygraft.engine.request import LoraPath
 from polygraft.engine.sequence import Generation, Sequence, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefix, SharedPrefixes
 
@@ -40,10 +42,14 @@ class Batch:
     Args:
         items: filled by the scheduler, ordered by adapter slot, so that an adapter's rows are neighbours.
         preempted: sequences that lost their blocks while it was put together.
+        copy: the merged copy that all of it runs on; None is the base's own weights with side paths.
+        waited: steps that its sequences had to leave to those of other copies since their last one.
     """
 
     items: list[Scheduled] = field(default_factory=list)
     preempted: int = 0
+    copy: MergedCopy | None = None
+    waited: int = 0
 
     @property
     def rows(self) -> int:
@@ -56,6 +62,10 @@ class Scheduler:
 
     When blocks run out, the latest running sequence gives its blocks back and is recomputed later from
     its tokens, the generated ones included, so nothing is lost.
+
+    A step runs on one set of weights: the base's own, where any mix of adapters shares it, or one merged
+    copy's. They take turns, the one that has waited longest first: of n that have work each gets every n-th
+    step, and every request one token in n steps.
 
     Args:
         max_num_seqs: most sequences that run at once.
@@ -79,6 +89,9 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._orders = itertools.count()
+        self._waited: dict[MergedCopy | None, int] = {}
+        self._blocked: Sequence | None = None
+        """The waiting sequence that found no room: nothing that came later takes it."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind all others."""
@@ -95,11 +108,28 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def schedule(self) -> Batch:
-        """Put the next step together; decodes first, so that a long prompt delays nobody's next token."""
-        batch = Batch()
+        """Put the next step together. It is empty if all that waits needs a copy that isn't there."""
+        turns = self._turns()
+        for copy in turns:
+            batch = self._fill(copy)
+            if batch.items:
+                batch.waited = self._waited.get(copy, 0)
+                self._waited = {other: self._waited.get(other, 0) + 1 for other in turns if other is not copy}
+                return batch
+        return Batch()
+
+    def _turns(self) -> list[MergedCopy | None]:
+        """The weights that sequences could run on now, the longest waiting first."""
+        able = dict.fromkeys(s.copy for s in self if s.copy is None or s.copy.ready)
+        return sorted(able, key=lambda copy: -self._waited.get(copy, 0))
+
+    def _fill(self, copy: MergedCopy | None) -> Batch:
+        """Decodes first, so that a long prompt delays nobody's next token."""
+        batch = Batch(copy=copy)
         chosen: dict[Sequence, Scheduled] = {}
         budget = self.max_num_batched_tokens
-        for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.order)):
+        mine = (sequence for sequence in self.running if sequence.copy is copy)
+        for sequence in sorted(mine, key=lambda s: (s.remaining > 1, s.order)):
             if budget == 0:
                 break
             if not sequence.blocks:
@@ -114,7 +144,7 @@ class Scheduler:
                 chosen[sequence] = Scheduled(sequence, sequence.num_computed, count)
                 budget -= count
         if not batch.preempted:  # what was just taken away would be given back at once
-            self._admit(budget, chosen)
+            self._admit(copy, budget, chosen)
         batch.items = sorted(chosen.values(), key=lambda item: item.sequence.slot)
         return batch
 
@@ -135,15 +165,20 @@ class Scheduler:
         sequence.blocks += self.pool.allocate(needed)
         return victims
 
-    def _admit(self, budget: int, chosen: dict[Sequence, Scheduled]) -> None:
+    def _admit(self, copy: MergedCopy | None, budget: int, chosen: dict[Sequence, Scheduled]) -> None:
         for sequence in list(self.waiting):
             if budget == 0 or len(self.running) >= self.max_num_seqs:
                 return
+            if sequence.copy is not copy:
+                if sequence is self._blocked:
+                    return
+                continue
             prefix = None
             if sequence.wants_prefix:
                 assert sequence.adapter is not None
                 acquired = self.prefixes.acquire(sequence.adapter)
                 if acquired is None:
+                    self._blocked = sequence
                     return
                 if isinstance(acquired, SoftPromptSequence):
                     acquired.order = sequence.order
@@ -158,6 +193,7 @@ class Scheduler:
             if not started:
                 if prefix is not None:
                     self.prefixes.release(prefix)
+                self._blocked = sequence
                 return
             budget -= started
 
@@ -176,6 +212,7 @@ class Scheduler:
             return 0
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        self._settle(sequence)
         sequence.prefix = prefix
         sequence.num_computed = len(cached) * self.pool.block_size
         if isinstance(sequence, Generation) and sequence.first_scheduled is None:
@@ -185,6 +222,15 @@ class Scheduler:
         sequence.blocks = cached + self.pool.allocate(fresh)
         chosen[sequence] = Scheduled(sequence, sequence.num_computed, count)
         return count
+
+    def _settle(self, sequence: Sequence) -> None:
+        """From here on a sequence keeps its path."""
+        if sequence is self._blocked:
+            self._blocked = None
+        if sequence.path is LoraPath.AUTO:
+            sequence.path = LoraPath.UNMERGED if sequence.copy is None else LoraPath.MERGED
+            if sequence.copy is not None:
+                sequence.copy.users += 1
 
     def advance(self, item: Scheduled) -> None:
         """Take note that a part of a batch has run: its keys and values are in the cache."""
@@ -199,6 +245,10 @@ class Scheduler:
             self._free(sequence)
         else:
             self.waiting.remove(sequence)
+            if sequence is self._blocked:
+                self._blocked = None
+        if sequence.copy is not None and sequence.path is LoraPath.MERGED:
+            sequence.copy.users -= 1
         if sequence.adapter is not None:
             sequence.adapter.release()
 

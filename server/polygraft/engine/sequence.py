@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from polygraft.engine.request import FinishReason, Request
+from polygraft.engine.request import FinishReason, LoraPath, Request
 from polygraft.engine.text_stream import TextStream
 
 if TYPE_CHECKING:
     from polygraft.adapters.registry import Adapter
+    from polygraft.engine.merged_copies import MergedCopy
     from polygraft.engine.shared_prefix import SharedPrefix
 
 
@@ -20,6 +21,9 @@ class Sequence:
 
     The scheduler owns `order` (of arrival), `num_computed`, `blocks` and `prefix`; the last three are empty
     while it waits. The prefix cache owns `keys`, one for each full block of tokens so far.
+
+    `path` is AUTO until it is admitted, if the server is to decide; what it is admitted with it keeps, since
+    its keys and values belong to it. `copy` is the merged copy it runs on, None being the base's own weights.
 
     Args:
         id: unique among the live sequences.
@@ -39,6 +43,14 @@ class Sequence:
         self.blocks: list[int] = []
         self.prefix: SharedPrefix | None = None
         self.keys: list[bytes] = []
+        self.path = LoraPath.UNMERGED
+        self.copy: MergedCopy | None = None
+
+    def assign(self, copy: MergedCopy | None) -> None:
+        """Change the weights that a waiting sequence is to run on."""
+        if copy is not self.copy:
+            self.copy = copy
+            self.keys.clear()
 
     @property
     def num_tokens(self) -> int:
@@ -62,8 +74,8 @@ class Sequence:
 
     @property
     def slot(self) -> int:
-        """Its adapter's slot in the low-rank bank; 0 is none."""
-        return 0 if self.adapter is None else self.adapter.slot
+        """The slot in the low-rank bank of its side paths; 0 is none."""
+        return 0 if self.adapter is None or self.copy is not None else self.adapter.slot
 
     @property
     def embeddings(self) -> torch.Tensor | None:
@@ -158,6 +170,7 @@ class Generation(Sequence):
         self.text = text
         self.stop_token_ids = stop_token_ids
         self.max_new_tokens = max_new_tokens
+        self.path = request.lora_path
         self.preemptions = 0
         self.cached_tokens = 0
         self.arrival = time.monotonic()

@@ -8,16 +8,37 @@ int8 weights, in whole numbers), and a row's result doesn't depend on the number
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from polygraft.layers.low_rank import LowRankSlots
 from polygraft.layers.native.kernels import DTYPES, Kernels
-from polygraft.layers.native.structures import MAX_MODULES, STORAGE, GroupStruct
-from polygraft.layers.panels import Panels, Quantization, padded
+from polygraft.layers.native.structures import MAX_MODULES, STORAGE, GroupStruct, WeightsStruct
+from polygraft.layers.panels import Panels, Quantization, padded, unpack
 from polygraft.layers.step import NO_SEGMENTS, StepContext
+
+_SLICE = 2**20
+"""Weights that are merged at a stretch: about a millisecond's work."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeights:
+    """What one module of a group can multiply by.
+
+    Args:
+        struct: linear.h's `Weights`, which points into `tensors`.
+    """
+
+    struct: WeightsStruct
+    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that they take."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class LinearGroup:
@@ -46,17 +67,15 @@ class LinearGroup:
         self._kernels = kernels
         self._panels = Panels(weights, kernels.panel, quantization, double=double)
         self._biases = [None if bias is None else padded(bias.float(), kernels.panel) for bias in biases]
-        self._struct = GroupStruct(
-            self._panels.weight.data_ptr(),
-            None if self._panels.scale is None else self._panels.scale.data_ptr(),
-            None if self._panels.values is None else self._panels.values.data_ptr(),
-            STORAGE[quantization],
-            self.in_features,
-            len(weights),
-        )
-        for module, width, bias in zip(self._struct.module, self.widths, self._biases, strict=False):
-            module.width = width
-            module.bias = None if bias is None else bias.data_ptr()
+        self._double = double
+        self._struct = GroupStruct(self.in_features, len(weights))
+        self._own: list[WeightsStruct] = []
+        for member, (width, bias) in enumerate(zip(self.widths, self._biases, strict=True)):
+            address = None if bias is None else bias.data_ptr()
+            own = WeightsStruct(*self._panels.addresses(member), address, STORAGE[quantization])
+            self._own.append(own)
+            self._struct.module[member].width = width
+            self._struct.module[member].weights = own
         self.address = ctypes.addressof(self._struct)
         """Of linear.h's `Group`."""
         self._addresses = (ctypes.c_void_p * MAX_MODULES)()
@@ -106,6 +125,63 @@ class LinearGroup:
         """A copy of one module's weight [out_features, in_features]."""
         return self._panels.unpacked(member)
 
+    def bias(self, member: int) -> torch.Tensor | None:
+        """One module's bias, float32 [out_features], or None."""
+        bias = self._biases[member]
+        return None if bias is None else bias[: self.widths[member]]
+
+    def merged(
+        self, member: int, slots: LowRankSlots, slot: int, *, requantize: bool
+    ) -> Generator[None, None, PackedWeights]:
+        """One module's own weights with an adapter's folded in; yields where it may be interrupted.
+
+        Args:
+            slots: the module's, with the adapter's weights in `slot`.
+            requantize: keep them as the module's own are kept, instead of in the group's type.
+        """
+        assert bytes(self._struct.module[member].weights) == bytes(self._own[member]), "merges don't add up"
+        width, panel = self.widths[member], self._kernels.panel
+        count = -(-width // panel)
+        pair = (2,) if self.dtype == torch.bfloat16 else ()
+        inputs = -(-self.in_features // 2) if pair else self.in_features
+        weight = torch.empty(count, inputs, panel, *pair, dtype=self.dtype)
+        at_once = max(torch.get_num_threads(), _SLICE // (self.in_features * panel))
+        for first in range(0, count, at_once):
+            self._kernels.merge(
+                DTYPES[self.dtype], self.address, member, slot, first, min(first + at_once, count),
+                weight.data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+            yield
+        bias = self._biases[member]
+        extra = slots.bias(slot)
+        if extra is not None:
+            bias = extra.clone() if bias is None else bias + extra
+        address = None if bias is None else bias.data_ptr()
+        tensors = [weight] if bias is self._biases[member] or bias is None else [weight, bias]
+        if not requantize or self.quantization == "none":
+            struct = WeightsStruct(weight.data_ptr(), None, None, address, STORAGE["none"])
+            return PackedWeights(struct, tuple(tensors))
+        rows = unpack(weight, (width, self.in_features))
+        yield
+        panels = Panels([rows], panel, self.quantization, double=self._double)
+        tensors[0] = panels.weight
+        tensors += [tensor for tensor in (panels.scale, panels.values) if tensor is not None]
+        struct = WeightsStruct(*panels.addresses(0), address, STORAGE[self.quantization])
+        return PackedWeights(struct, tuple(tensors))
+
+    def merged_bytes(self, member: int, *, requantize: bool) -> int:
+        """What `merged` takes at most."""
+        columns = -(-self.widths[member] // self._kernels.panel) * self._kernels.panel
+        weights = columns * (self.in_features + self.in_features % 2)
+        others = 2 * columns * 4  # a bias, and a scale by column
+        if not requantize or self.quantization == "none":
+            return weights * self.dtype.itemsize + others
+        return (weights if self.quantization == "int8" else weights * 9 // 16) + others + 64
+
+    def use(self, member: int, weights: PackedWeights | None) -> None:
+        """Multiply by these from here on, None being the module's own."""
+        self._struct.module[member].weights = self._own[member] if weights is None else weights.struct
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory that weights and biases take."""
@@ -130,3 +206,8 @@ class PackedLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """A copy of the weight [out_features, in_features], unpacked."""
         return self.group.unpacked(self.member)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """float32 [out_features], or None."""
+        return self.group.bias(self.member)

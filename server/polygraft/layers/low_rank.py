@@ -106,6 +106,15 @@ class LowRankSlots:
             [a.data_ptr(), b.data_ptr(), address, a.shape[0], WEIGHT_DTYPES.get(a.dtype, -1)]
         )
 
+    def bias(self, slot: int) -> torch.Tensor | None:
+        """What an adapter adds to every row, float32 [columns of all panels]."""
+        return self._weights[slot][2]
+
+    def delta(self, slot: int, width: int) -> torch.Tensor:
+        """What an adapter adds to the module's weight, float32 [width, in_features]."""
+        a, b, _ = self._weights[slot]
+        return b.float().transpose(0, 1).flatten(1)[:, :width].t() @ a.float()
+
     def remove(self, slot: int) -> None:
         """Empty a slot; no step that uses it may be running."""
         if self._weights.pop(slot, None) is not None:
@@ -156,10 +165,17 @@ class AdaptedLinear(nn.Module):
         self._struct = GroupStruct(modules=1)
         self._out = ctypes.c_void_p()
         slots.bind(self._struct.module[0])
+        # In a tuple, so that torch doesn't take it for a part of the model.
+        self._instead: tuple[nn.Module, ...] = ()
+
+    def use(self, layer: nn.Module | None) -> None:
+        """Run this layer from here on, None being the base's own."""
+        self._instead = () if layer is None else (layer,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., rows, in_features] to [..., rows, out_features]."""
-        out: torch.Tensor = self.base_layer(x)
+        layer = self._instead[0] if self._instead else self.base_layer
+        out: torch.Tensor = layer(x)
         segments = self.step.head_segments if self.is_head else self.step.segments
         if segments.touched >> self.slots.index & 1:
             out = self._add(x, out.contiguous(), segments)

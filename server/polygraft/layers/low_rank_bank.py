@@ -12,6 +12,7 @@ from torch import nn
 from polygraft.adapters.primitives import LowRank
 from polygraft.layers.linear import PackedLinear
 from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots, together
+from polygraft.layers.merging import AnySite, PackedSite, PlainSite
 from polygraft.layers.native.kernels import Kernels, load_kernels
 from polygraft.layers.step import Segments, StepContext
 
@@ -56,6 +57,7 @@ class LowRankBank:
         self._touched: dict[int, int] = {}
         self._ranks: dict[int, int] = {}
         self._free: list[int] = []
+        self._sites: dict[str, AnySite] = {}
         self._tables = torch.zeros(len(modules), 0, ENTRY, dtype=torch.int64, device=device)
         for index, (name, is_head) in enumerate(modules.items()):
             slots = LowRankSlots(index, kernels.panel if kernels else 0, device)
@@ -63,9 +65,11 @@ class LowRankBank:
             module = model.get_submodule(name)
             if kernels and isinstance(module, PackedLinear):
                 module.group.attach(module.member, slots, step, is_head)
+                self._sites[name] = PackedSite(module.group, module.member, slots)
             else:
                 adapted = AdaptedLinear(module, slots, step, is_head, kernels, self._triton)
                 model.set_submodule(name, adapted)
+                self._sites[name] = PlainSite(adapted)
         self._grow(16)
 
     def _grow(self, capacity: int) -> None:
@@ -107,6 +111,11 @@ class LowRankBank:
         cut = runs if self._triton is None else self._triton.tiles(runs)
         table = torch.tensor(cut, dtype=torch.int32, device=self._tables.device).view(-1, 3)
         return Segments(table, runs, touched, rank)
+
+    def merge_sites(self, slot: int) -> list[AnySite]:
+        """Where an adapter's weights can be folded into the base's."""
+        touched = self._touched[slot]
+        return [site for site in self._sites.values() if touched >> site.slots.index & 1]
 
     @property
     def resident(self) -> int:

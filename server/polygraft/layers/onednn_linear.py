@@ -25,7 +25,7 @@ class OneDnnLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         # Not a parameter: the order is oneDNN's own, so it can be neither saved nor moved.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        self._itemsize = weight.itemsize
+        self._dtype = weight.dtype
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -35,10 +35,16 @@ class OneDnnLinear(nn.Module):
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 
+    def unpacked(self) -> torch.Tensor:
+        """A copy of the weight [out_features, in_features]: what the unit vectors are mapped to."""
+        unit = torch.eye(self.in_features, dtype=self._dtype)
+        columns: torch.Tensor = torch.ops.mkldnn._linear_pointwise(unit, self.weight, None, "none", [], "")
+        return columns.t().contiguous()
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the weight takes."""
-        return self.out_features * self.in_features * self._itemsize
+        return self.out_features * self.in_features * self._dtype.itemsize
 
 
 def gains_by_onednn(weight: torch.Tensor) -> bool:

@@ -73,14 +73,28 @@ class Panels:
             panels = self.values[codes.long()] * self.scale[mine].repeat_interleave(BLOCK, 1)
         elif self.scale is not None:
             panels = panels * self.scale[mine][:, None, :, None]
-        rows = panels.transpose(1, 2).flatten(2).flatten(0, 1)
-        out_features, in_features = self._shapes[member]
-        return rows[:out_features, :in_features].to(self.dtype).contiguous()
+        return unpack(panels, self._shapes[member]).to(self.dtype)
+
+    def addresses(self, member: int) -> tuple[int, int | None, int | None]:
+        """Of one module's weight, scale and values."""
+        first = sum(self._counts[:member])
+        scale, values = self.scale, self.values
+        return (
+            self.weight[first:].data_ptr(),
+            None if scale is None else scale[first:].data_ptr(),
+            None if values is None else values.data_ptr(),
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that they take."""
         return sum(t.nbytes for t in (self.weight, self.scale, self.values) if t is not None)
+
+
+def unpack(panels: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """[out_features, in_features] of plain or paired panels."""
+    rows = panels.transpose(1, 2).flatten(2).flatten(0, 1)
+    return rows[: shape[0], : shape[1]].contiguous()
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -84,8 +84,14 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def UpdateAdapter(  # noqa: N802
         self, request: pb.UpdateAdapterRequest, context: Context
     ) -> pb.UpdateAdapterResponse:
-        """Not served yet."""
-        raise NotSupported("UpdateAdapter", "not served yet")
+        """Keep a merged copy for an adapter, or keep it no longer."""
+        name = check_name(request.name)
+        if request.HasField("pinned"):
+            raise NotSupported("pinned", "not served yet: every loaded adapter is resident")
+        if not request.HasField("merged"):
+            return pb.UpdateAdapterResponse(adapter=messages.adapter(self._handle.get_adapter(name)))
+        info = await self._handle.update_adapter(name, merged=request.merged)
+        return pb.UpdateAdapterResponse(adapter=messages.adapter(info))
 
     async def UploadAdapter(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context

@@ -27,9 +27,7 @@ _MAX_TIME_LIMIT = 86400.0
 _NEUTRAL_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
-def generate_request(
-    message: pb.GenerateRequest, request_id: str, model: ModelInfo, default_path: LoraPath
-) -> Request:
+def generate_request(message: pb.GenerateRequest, request_id: str, model: ModelInfo) -> Request:
     """A generation with every value settled.
 
     Raises:
@@ -40,7 +38,8 @@ def generate_request(
         id=request_id,
         prompt=_input(message, model),
         adapter=_adapter(message),
-        lora_path=_lora_path(message.lora_path, default_path),
+        lora_path=_lora_path(message.lora_path, model.default_lora_path),
+        path_required=message.lora_path != pb.LORA_PATH_UNSPECIFIED,
         sampling=_sampling(message.sampling, model.default_sampling),
         stopping=_stopping(message.stopping, model),
     )
@@ -164,8 +163,6 @@ def _refuse_unserved(message: pb.GenerateRequest) -> None:
         raise NotSupported("adapters", "more than one adapter in a request is not served yet")
     if message.adapters and message.adapters[0].HasField("weight") and message.adapters[0].weight != 1:
         raise NotSupported("adapters[0].weight", "a weight other than 1 is not served yet")
-    if message.lora_path == pb.LORA_PATH_MERGED:
-        raise NotSupported("lora_path", "the merged path is not served yet")
     sampling, response = message.sampling, message.response
     for name, neutral in _NEUTRAL_PENALTIES.items():
         if sampling.HasField(name) and getattr(sampling, name) != neutral:  # type: ignore[arg-type]

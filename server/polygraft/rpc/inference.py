@@ -10,7 +10,6 @@ from typing import Any
 import grpc
 
 from polygraft.engine.handle import EngineHandle
-from polygraft.engine.request import LoraPath
 from polygraft.errors import NotSupported
 from polygraft.rpc import convert, messages
 from polygraft.telemetry.logging import request_id
@@ -25,12 +24,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     Args:
         handle: the engine.
-        default_path: the path of requests that don't name one.
     """
 
-    def __init__(self, handle: EngineHandle, default_path: LoraPath = LoraPath.AUTO) -> None:
+    def __init__(self, handle: EngineHandle) -> None:
         self._handle = handle
-        self._default_path = default_path
         self._numbers = itertools.count()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
@@ -48,7 +45,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         call = request_id.get()
         # The caller may choose a call's id and choose it again while the engine still drops the first.
         unique = f"{call}/{next(self._numbers)}"
-        domain = convert.generate_request(request, unique, self._handle.model, self._default_path)
+        domain = convert.generate_request(request, unique, self._handle.model)
         want_ids = request.response.token_ids
         texts: list[str] = []
         token_ids: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import polygraft
-from polygraft.adapters.info import AdapterInfo, NearToken
+from polygraft.adapters.info import AdapterInfo, MergedInfo, NearToken
 from polygraft.engine.handle import ModelInfo
 from polygraft.engine.request import Finished
 from polygraft_api.v1 import adapters_pb2 as apb
@@ -62,6 +62,8 @@ def model(info: ModelInfo) -> pb.GetModelResponse:
         has_chat_template=info.has_chat_template,
         server_version=polygraft.__version__,
         notes=info.notes,
+        default_lora_path=pb.LoraPath.Value(f"LORA_PATH_{info.default_lora_path.value}"),
+        merged_capacity_bytes=info.merged_capacity_bytes,
     )
 
 
@@ -85,10 +87,33 @@ def adapter(info: AdapterInfo) -> apb.Adapter:
         load_seconds=info.load_seconds,
         problems=info.problems,
         warnings=info.warnings,
+        mergeable=info.mergeable,
+        merged=None if info.merged is None else merged_copy(info.merged),
     )
     if info.load_time > 0:
         message.load_time.FromMicroseconds(round(info.load_time * 1e6))
     return message
+
+
+def merged_copy(info: MergedInfo) -> apb.MergedCopy:
+    """An adapter's merged copy."""
+    measured = info.deviation
+    return apb.MergedCopy(
+        state=apb.MergeState.Value(f"MERGE_STATE_{info.state.value}"),
+        pinned=info.pinned,
+        memory_bytes=info.bytes,
+        dtype=info.dtype,
+        merge_seconds=info.seconds,
+        problem=info.problem,
+        deviation=None
+        if measured is None
+        else apb.Deviation(
+            largest=measured.largest,
+            mean=measured.mean,
+            greedy_agreement=measured.greedy_agreement,
+            positions=measured.positions,
+        ),
+    )
 
 
 def nearest(tokens: Sequence[NearToken]) -> apb.NearestTokens:

@@ -8,7 +8,6 @@ from grpc_reflection.v1alpha import reflection
 
 from polygraft.config import ServerConfig
 from polygraft.engine.handle import EngineHandle
-from polygraft.engine.request import LoraPath
 from polygraft.errors import ConfigError, PolygraftError
 from polygraft.rpc.adapters import AdapterServicer
 from polygraft.rpc.calls import Calls
@@ -41,9 +40,7 @@ class RpcServer:
             interceptors=[CallInterceptor(self.calls, observer, token.get_secret_value() if token else None)],
             options=_options(config),
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(handle, LoraPath[config.lora_path.upper()]), self._server
-        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(handle), self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(handle), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (INFERENCE, ADAPTERS, HEALTH, reflection.SERVICE_NAME)

@@ -14,9 +14,9 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from polygraft.adapters.info import AdapterInfo, AdapterState
+from polygraft.adapters.info import AdapterInfo, AdapterState, MergeEvent, MergeOutcome
 from polygraft.engine.handle import ModelInfo, Occupancy, StepStats
-from polygraft.engine.request import Finished
+from polygraft.engine.request import Finished, LoraPath
 from polygraft.telemetry.labels import AdapterLabels
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -27,6 +27,12 @@ _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0
 _ROWS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LOAD = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_WAIT = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)
+_MERGE_RESULTS = {
+    MergeOutcome.OK: "ok",
+    MergeOutcome.FAILED: "failed",
+    MergeOutcome.CANCELLED: "cancelled",
+}
 
 BASE_KIND = "base"
 """The kind label of the base model."""
@@ -54,6 +60,7 @@ class Metrics:
         self._define_requests()
         self._define_steps()
         self._define_adapters()
+        self._define_merges()
 
     def _define_requests(self) -> None:
         own = ("adapter", "kind")
@@ -73,13 +80,13 @@ class Metrics:
         )
         self._generated = self._counter("generated_tokens", "Tokens generated", own)
         self._first_token = self._histogram(
-            "time_to_first_token_seconds", "From arrival to the first token", _LATENCY, ("kind",)
+            "time_to_first_token_seconds", "From arrival to the first token", _LATENCY, ("kind", "path")
         )
         self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of a request", _INTER_TOKEN, ("kind",)
+            "inter_token_latency_seconds", "Between two tokens of a request", _INTER_TOKEN, ("kind", "path")
         )
         self._end_to_end = self._histogram(
-            "end_to_end_seconds", "From arrival to the end of a request", _END_TO_END, ("kind",)
+            "end_to_end_seconds", "From arrival to the end of a request", _END_TO_END, ("kind", "path")
         )
         self._queue = self._histogram(
             "queue_seconds", "From arrival to first being scheduled", _QUEUE, ("kind",)
@@ -91,7 +98,11 @@ class Metrics:
 
     def _define_steps(self) -> None:
         self._steps = self._counter("steps", "Engine steps, by the path of low-rank weights", ("path",))
-        self._step_seconds = self._histogram("step_seconds", "Duration of a step", _STEP)
+        self._step_seconds = self._histogram("step_seconds", "Duration of a step", _STEP, ("path",))
+        self._path_wait = self._histogram(
+            "path_wait_steps", "Steps on other weights since the last ones of these", _WAIT, ("path",)
+        )
+        self._switches = self._counter("path_switches", "Steps on other weights than the one before")
         self._rows = self._histogram(
             "step_rows", "Tokens run through the base in a step, by phase", _ROWS, ("phase",)
         )
@@ -131,6 +142,23 @@ class Metrics:
             self._generated,
         )
 
+    def _define_merges(self) -> None:
+        self._merges = self._counter("merges", "Merged copies asked for, by what became of it", ("result",))
+        for outcome in _MERGE_RESULTS.values():
+            self._merges.labels(outcome)
+        self._merge_seconds = self._histogram(
+            "merge_seconds", "From asking for a merged copy to having it", _LOAD
+        )
+        self._evictions = self._counter("merged_evictions", "Merged copies that gave way to others")
+        self._copies = self._gauge("merged_copies", "Merged copies in memory")
+        self._merged_bytes = self._gauge("merged_bytes", "Memory of merged copies")
+        self._merged_capacity = self._gauge("merged_capacity_bytes", "Memory that merged copies may take")
+        self._decisions = self._counter(
+            "auto_decisions", "Changes of the path that AUTO takes, by the new one", ("path",)
+        )
+        for path in ("MERGED", "UNMERGED"):
+            self._decisions.labels(path)
+
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"polygraft_{name}", text, labels, registry=self.registry)
 
@@ -153,12 +181,14 @@ class Metrics:
         """Count a request that entered the queue."""
         self._submitted.labels(self._labels.label(adapter), kind or BASE_KIND).inc()
 
-    def tokens_generated(self, adapter: str, kind: str, count: int, interval: float | None) -> None:
+    def tokens_generated(
+        self, adapter: str, kind: str, path: str, count: int, interval: float | None
+    ) -> None:
         """Count `count` tokens that came `interval` seconds after the request's previous ones."""
         kind = kind or BASE_KIND
         self._generated.labels(self._labels.label(adapter), kind).inc(count)
         if interval is not None:
-            latency = self._inter_token.labels(kind)
+            latency = self._inter_token.labels(kind, path)
             for _ in range(count):
                 latency.observe(interval / count)
 
@@ -174,12 +204,12 @@ class Metrics:
         self._prompt.labels(*own).inc(finished.usage.prompt_tokens)
         self._cached.labels(*own).inc(finished.usage.cached_tokens)
         self._virtual.labels(*own).inc(finished.usage.virtual_tokens)
-        timings = finished.timings
-        self._end_to_end.labels(own[1]).observe(timings.total)
+        timings, path = finished.timings, finished.path.value
+        self._end_to_end.labels(own[1], path).observe(timings.total)
         if timings.queue is not None:
             self._queue.labels(own[1]).observe(timings.queue)
         if timings.time_to_first_token is not None:
-            self._first_token.labels(own[1]).observe(timings.time_to_first_token)
+            self._first_token.labels(own[1], path).observe(timings.time_to_first_token)
 
     def occupancy_changed(self, occupancy: Occupancy) -> None:
         """Show what the engine holds now."""
@@ -188,11 +218,16 @@ class Metrics:
         self._blocks_used.set(occupancy.kv_blocks_used)
         self._blocks_cached.set(occupancy.kv_blocks_cached)
         self._blocks.set(occupancy.kv_blocks_total)
+        self._copies.set(occupancy.merged_copies)
+        self._merged_bytes.set(occupancy.merged_bytes)
+        self._merged_capacity.set(occupancy.merged_bytes_capacity)
 
     def step_finished(self, stats: StepStats) -> None:
         """Record what one step did."""
         self._steps.labels(stats.path).inc()
-        self._step_seconds.observe(stats.seconds)
+        self._step_seconds.labels(stats.path).observe(stats.seconds)
+        self._path_wait.labels(stats.path).observe(stats.waited)
+        self._switches.inc(stats.switched)
         self._prefill_rows.observe(stats.prefill_rows)
         self._decode_rows.observe(stats.decode_rows)
         self._step_adapters.observe(len(stats.adapters))
@@ -206,6 +241,19 @@ class Metrics:
             self._widest_step.clear()
             for kind, count in kinds.items():
                 self._widest_step.labels(kind).set(count)
+
+    def merge_ended(self, event: MergeEvent) -> None:
+        """Count what became of a merged copy."""
+        if event.outcome is MergeOutcome.EVICTED:
+            self._evictions.inc()
+            return
+        self._merges.labels(_MERGE_RESULTS[event.outcome]).inc()
+        if event.outcome is MergeOutcome.OK:
+            self._merge_seconds.observe(event.seconds)
+
+    def path_decided(self, path: LoraPath) -> None:
+        """Count a change of what AUTO does."""
+        self._decisions.labels(path.value).inc()
 
     def adapter_changed(self, info: AdapterInfo) -> None:
         """Record where an adapter stands; a generation that is ready for the first time was loaded."""

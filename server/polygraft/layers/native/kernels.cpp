@@ -6,6 +6,7 @@
 // depend on torch's ABI. Everything is computed in float32, whatever it is stored in.
 
 #include "decoder_layer.h"
+#include "merge.h"
 
 namespace {
 
@@ -35,6 +36,16 @@ void polygraft_linear(int dtype, const void* group, const void* x, int64_t rows,
     linear(*static_cast<const Group*>(group), static_cast<const T*>(x), rows,
            reinterpret_cast<T* const*>(outs), static_cast<const Segment*>(segments), num_segments, scratch,
            max_rank, threads);
+  });
+}
+
+// Panels [first, last) of one module's weights with the low-rank weights in `slot` folded in; out: all panels
+// of the module, in the base's type.
+void polygraft_merge(int dtype, const void* group, int64_t member, int64_t slot, int64_t first, int64_t last,
+                     void* out, int threads) {
+  by_type(dtype, [&](auto type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    merge<T>(*static_cast<const Group*>(group), member, slot, first, last, out, threads);
   });
 }
 

@@ -29,6 +29,9 @@ class Kernels:
             integer, address, address, size, address, address, size, address, size, integer,
         )  # fmt: skip
         self.linear.restype = None
+        self.merge = library.polygraft_merge
+        self.merge.argtypes = (integer, address, size, size, size, size, address, integer)
+        self.merge.restype = None
         self.paged_attention = library.polygraft_paged_attention
         self.paged_attention.argtypes = (
             integer, address, address, address, size, size, address, size, size, address, size, size,

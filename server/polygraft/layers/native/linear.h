@@ -21,13 +21,7 @@ constexpr int64_t kBlockRows = 192;    // most rows that are taken through all p
 
 inline int64_t panels_of(const Module& module) { return (module.width + kPanel - 1) / kPanel; }
 
-enum Storage { kNothing = 0, kRowsType = 1, kInt8 = 2, k4Bit = 3 };
-
 struct Group {  // modules that read the same input; layers/linear.py fills it
-  const void* weight;   // the modules' panels one after another
-  const float* scale;   // of int8 weights by column, of 4-bit ones by block of inputs and column
-  const float* values;  // the 16 that 4 bits stand for
-  int64_t storage;      // kNothing: the outputs hold the base's product already
   int64_t in;
   int64_t modules;
   Module module[kMaxModules];
@@ -58,29 +52,28 @@ void store_panel(const float* acc, const float* bias, int64_t rows, int64_t widt
   }
 }
 
-// One panel of one module's outputs, for rows [row, row + count).
+// A block of rows, in the forms in which panels of weights are multiplied by them.
 template <typename T>
-struct PanelOfRows {
-  const Group& group;
-  int64_t inputs;       // group.in, padded as the weights are
-  const float* wide;    // [count, inputs], or null
+struct BlockOfRows {
+  int64_t in;
+  const float* wide;  // [count, in], padded as weights in T are; or null
   const Int8Rows& quantized;
-  int64_t row, count;
+  int64_t count;
 
-  // acc [count, kPanel] = the base's product of panel `p` of all, with what is in `out` where there is none.
-  void multiply(int64_t p, const T* out, int64_t width, int64_t columns, float* acc) const {
-    if (group.storage == kRowsType)
-      multiply_panel(wide, count, inputs, Panel<T>::at(group.weight, p, group.in), acc);
-    else if (group.storage == kInt8)
-      multiply_panel_int8(quantized, count, inputs,
-                          static_cast<const int8_t*>(group.weight) + p * inputs * kPanel,
-                          group.scale + p * kPanel, acc);
-    else if (group.storage == k4Bit)
-      multiply_panel_4bit(wide, count, inputs,
-                          static_cast<const uint8_t*>(group.weight) + p * inputs / 2 * kPanel,
-                          group.scale + p * inputs / kScaleInputs * kPanel, group.values, acc);
-    else
+  // acc [count, kPanel] = the product with panel `p` of a module, or what is in `out` where there is none.
+  void multiply(const Weights& by, int64_t p, const T* out, int64_t width, int64_t columns, float* acc) const {
+    if (by.storage == kRowsType) {
+      multiply_panel(wide, count, Panel<T>::inputs(in), Panel<T>::at(by.weight, p, in), acc);
+    } else if (by.storage == kInt8) {
+      const int64_t inputs = (in + 1) / 2 * 2;
+      multiply_panel_int8(quantized, count, inputs, static_cast<const int8_t*>(by.weight) + p * inputs * kPanel,
+                          by.scale + p * kPanel, acc);
+    } else if (by.storage == k4Bit) {  // whole blocks of inputs, so never an odd number
+      multiply_panel_4bit(wide, count, in, static_cast<const uint8_t*>(by.weight) + p * in / 2 * kPanel,
+                          by.scale + p * in / kScaleInputs * kPanel, by.values, acc);
+    } else {
       load_panel(out, count, width, columns, acc);
+    }
   }
 };
 
@@ -91,13 +84,17 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
                   int64_t num_segments, float* h, int64_t max_rank) {
   const int thread = omp_get_thread_num(), team = omp_get_num_threads();
   const int64_t in = group.in, h_stride = kMaxModules * max_rank;
-  const bool paired = group.storage == kInt8 || group.storage == k4Bit;
-  const int64_t inputs = paired ? (in + 1) / 2 * 2 : Panel<T>::inputs(in);
   // As many rows as keep the block's inputs in the L2 cache.
-  const int64_t fitting = std::clamp<int64_t>(65536 / inputs, 4 * kTileRows, kBlockRows);
+  const int64_t fitting = std::clamp<int64_t>(65536 / in, 4 * kTileRows, kBlockRows);
   const int64_t blocks = (rows + fitting - 1) / fitting;
   int64_t panels = 0;
-  for (int64_t m = 0; m < group.modules; m++) panels += panels_of(group.module[m]);
+  bool widens = false, quantizes = false;
+  for (int64_t m = 0; m < group.modules; m++) {
+    const int64_t storage = group.module[m].weights.storage;
+    panels += panels_of(group.module[m]);
+    quantizes |= storage == kInt8;
+    widens |= storage == kRowsType || storage == k4Bit;
+  }
   if (num_segments > 0) {
     shrink_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread,
                  team);
@@ -114,12 +111,8 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
   alignas(64) float acc[kBlockRows * kPanel];
   for (int64_t b = thread % across; b < blocks; b += across) {
     const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-    const float* wide = nullptr;
-    if (group.storage == kInt8)
-      quantize(x + row * in, count, in, quantized);
-    else if (group.storage != kNothing)
-      wide = widen(x + row * in, count, in, widened);
-    const PanelOfRows<T> product{group, inputs, wide, quantized, row, count};
+    if (quantizes) quantize(x + row * in, count, in, quantized);
+    const BlockOfRows<T> from_rows{in, widens ? widen(x + row * in, count, in, widened) : nullptr, quantized, count};
     int64_t first = 0;  // panel of the module among all
     for (int64_t m = 0; m < group.modules; m++) {
       const Module& module = group.module[m];
@@ -128,11 +121,12 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
         const int64_t panel = p - first, column = panel * kPanel;
         const int64_t columns = std::min<int64_t>(kPanel, module.width - column);
         T* out = outs[m] + row * module.width + column;
-        product.multiply(p, out, module.width, columns, acc);
+        from_rows.multiply(module.weights, panel, out, module.width, columns, acc);
         if (num_segments > 0)
           expand_panel(acc, row, count, segments, num_segments, module.table, panel, h + m * max_rank,
                        h_stride);
-        store_panel(acc, module.bias ? module.bias + column : nullptr, count, module.width, columns, out);
+        const float* bias = module.weights.bias;
+        store_panel(acc, bias ? bias + column : nullptr, count, module.width, columns, out);
       }
       first = last;
     }

@@ -22,6 +22,9 @@ struct Panel<float> {  // [in, kPanel]
   static const float* at(const void* weight, int64_t panel, int64_t in) {
     return static_cast<const float*>(weight) + panel * in * kPanel;
   }
+  static float* at(void* weight, int64_t panel, int64_t in) {
+    return static_cast<float*>(weight) + panel * in * kPanel;
+  }
 };
 
 template <>
@@ -29,6 +32,9 @@ struct Panel<bf16> {  // [in / 2, kPanel] of two inputs' weights each, the first
   static int64_t inputs(int64_t in) { return (in + 1) / 2 * 2; }
   static const uint32_t* at(const void* weight, int64_t panel, int64_t in) {
     return static_cast<const uint32_t*>(weight) + panel * (inputs(in) / 2) * kPanel;
+  }
+  static uint32_t* at(void* weight, int64_t panel, int64_t in) {
+    return static_cast<uint32_t*>(weight) + panel * (inputs(in) / 2) * kPanel;
   }
 };
 

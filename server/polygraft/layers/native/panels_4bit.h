@@ -56,6 +56,19 @@ inline ivec load_bytes(const uint8_t* p) {
 #endif
 }
 
+// wide [inputs, kPanel] = a part of a panel in float32, by its scales [inputs / 64, kPanel].
+inline void widen_4bit(const uint8_t* w, const float* scale, const Codes& codes, int64_t inputs, float* wide) {
+  for (int64_t at = 0; at < inputs; at += kScaleInputs)
+    for (int v = 0; v < kVecs; v++) {
+      const vec factor = load(scale + at / kScaleInputs * kPanel + v * kLanes);
+      for (int64_t k = at; k < at + kScaleInputs; k += 2) {
+        const ivec both = load_bytes(w + k / 2 * kPanel + v * kLanes);
+        store(wide + k * kPanel + v * kLanes, codes(both & 15) * factor);
+        store(wide + (k + 1) * kPanel + v * kLanes, codes(both >> 4) * factor);
+      }
+    }
+}
+
 // acc[rows, kPanel] = x[rows, inputs] times one panel, whose scales are [inputs / 64, kPanel].
 inline void multiply_panel_4bit(const float* x, int64_t rows, int64_t inputs, const uint8_t* w,
                                 const float* scale, const float* values, float* acc) {
@@ -64,15 +77,7 @@ inline void multiply_panel_4bit(const float* x, int64_t rows, int64_t inputs, co
   alignas(64) float wide[kBlockInputs * kPanel];
   for (int64_t i = 0; i < inputs; i += kBlockInputs) {
     const int64_t count = std::min(kBlockInputs, inputs - i);
-    for (int64_t at = 0; at < count; at += kScaleInputs)
-      for (int v = 0; v < kVecs; v++) {
-        const vec factor = load(scale + (i + at) / kScaleInputs * kPanel + v * kLanes);
-        for (int64_t k = at; k < at + kScaleInputs; k += 2) {
-          const ivec both = load_bytes(w + (i + k) / 2 * kPanel + v * kLanes);
-          store(wide + k * kPanel + v * kLanes, codes(both & 15) * factor);
-          store(wide + (k + 1) * kPanel + v * kLanes, codes(both >> 4) * factor);
-        }
-      }
+    widen_4bit(w + i / 2 * kPanel, scale + i / kScaleInputs * kPanel, codes, count, wide);
     multiply_tiles(rows, tiles, x + i, inputs, static_cast<const float*>(wide), count, acc, i == 0);
   }
 }

@@ -21,10 +21,20 @@ struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
   int64_t dtype;  // of A and B: 0 float32, 1 bfloat16
 };
 
+enum Storage { kNothing = 0, kRowsType = 1, kInt8 = 2, k4Bit = 3 };
+
+struct Weights {        // what a module multiplies by: the base's own, or a merged copy
+  const void* weight;   // in panels
+  const float* scale;   // of int8 weights by column, of 4-bit ones by block of inputs and column
+  const float* values;  // the 16 that 4 bits stand for
+  const float* bias;    // in whole panels, or null
+  int64_t storage;      // kNothing: the outputs hold the base's product already
+};
+
 struct Module {
   const Entry* table;  // the adapters' weights by slot
-  const float* bias;   // in whole panels, or null
   int64_t width;       // output features
+  Weights weights;
 };
 
 struct Segment {

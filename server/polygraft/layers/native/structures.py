@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 MAX_MODULES = 4  # linear.h's kMaxModules
-STORAGE = {"none": 1, "int8": 2, "nf4": 3, "fp4": 3}  # linear.h's Storage
+STORAGE = {"none": 1, "int8": 2, "nf4": 3, "fp4": 3}  # side_path.h's Storage
 
 
 class PlanStruct(ctypes.Structure):
@@ -41,13 +41,25 @@ class LayerStruct(ctypes.Structure):
     )
 
 
+class WeightsStruct(ctypes.Structure):
+    """side_path.h's `Weights`."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("storage", ctypes.c_int64),
+    )
+
+
 class ModuleStruct(ctypes.Structure):
-    """linear.h's `Module`."""
+    """side_path.h's `Module`."""
 
     _fields_ = (
         ("table", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
         ("width", ctypes.c_int64),
+        ("weights", WeightsStruct),
     )
 
 
@@ -55,10 +67,6 @@ class GroupStruct(ctypes.Structure):
     """linear.h's `Group`."""
 
     _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("storage", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("modules", ctypes.c_int64),
         ("module", ModuleStruct * MAX_MODULES),

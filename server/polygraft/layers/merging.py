@@ -1,0 +1,205 @@
+"""Merged weights: copies of the base's with one adapter folded in, and the switch between them.
+
+Nothing is ever subtracted: the base's own weights stay where they are, and a copy is used in their place for
+the steps that want it (as in dLoRA, OSDI 2024). Only the modules that an adapter touches are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from polygraft.layers.int8_linear import Int8Linear
+from polygraft.layers.onednn_linear import OneDnnLinear
+
+if TYPE_CHECKING:
+    from polygraft.layers.linear import LinearGroup, PackedWeights
+    from polygraft.layers.low_rank import AdaptedLinear, LowRankSlots
+
+Part = TypeVar("Part")
+
+
+class MergeSite(Protocol[Part]):
+    """A linear module that can multiply by other weights than its own. `slots` are its adapters'."""
+
+    slots: LowRankSlots
+
+    def merge(self, slot: int, *, requantize: bool) -> Generator[None, None, Part]:
+        """Fold the adapter in `slot` into a copy; yields where it may be interrupted.
+
+        The module must be using its own weights whenever it goes on.
+        """
+
+    def merged_bytes(self, *, requantize: bool) -> int:
+        """What a copy takes at most."""
+
+    def use(self, part: Part | None) -> None:
+        """Use a copy from here on, None being the module's own weights."""
+
+    def part_bytes(self, part: Part) -> int:
+        """What a copy takes."""
+
+
+AnySite = MergeSite[Any]
+
+
+class PackedSite:
+    """A module whose product is our own operator."""
+
+    def __init__(self, group: LinearGroup, member: int, slots: LowRankSlots) -> None:
+        self.slots = slots
+        self._group = group
+        self._member = member
+
+    def merge(self, slot: int, *, requantize: bool) -> Generator[None, None, PackedWeights]:
+        """See `MergeSite`."""
+        return (yield from self._group.merged(self._member, self.slots, slot, requantize=requantize))
+
+    def merged_bytes(self, *, requantize: bool) -> int:
+        """See `MergeSite`."""
+        return self._group.merged_bytes(self._member, requantize=requantize)
+
+    def use(self, part: PackedWeights | None) -> None:
+        """See `MergeSite`."""
+        self._group.use(self._member, part)
+
+    def part_bytes(self, part: PackedWeights) -> int:
+        """See `MergeSite`."""
+        return part.nbytes
+
+
+class PlainSite:
+    """A module of any other make."""
+
+    def __init__(self, adapted: AdaptedLinear) -> None:
+        self.slots = adapted.slots
+        self._adapted = adapted
+
+    def merge(self, slot: int, *, requantize: bool) -> Generator[None, None, nn.Module]:
+        """See `MergeSite`."""
+        layer = self._adapted.base_layer
+        weight = dense_weight(layer)
+        dtype = weight.dtype
+        yield
+        merged = (weight.float() + self.slots.delta(slot, len(weight)).to(weight.device)).to(dtype)
+        yield
+        bias: torch.Tensor | None = getattr(layer, "bias", None)
+        extra = self.slots.bias(slot)
+        if extra is not None:
+            extra = extra[: len(weight)].to(weight.device)
+            bias = extra if bias is None else bias.float() + extra
+        bias = None if bias is None else bias.to(dtype)
+        if isinstance(layer, OneDnnLinear):
+            return OneDnnLinear(merged, bias)
+        if isinstance(layer, Int8Linear) and requantize:
+            return Int8Linear(merged, bias)
+        return _PlainLinear(merged, bias)
+
+    def merged_bytes(self, *, requantize: bool) -> int:
+        """See `MergeSite`."""
+        layer = cast("Any", self._adapted.base_layer)
+        weights, outputs = (
+            (layer.nx * layer.nf, layer.nf)
+            if isinstance(layer, Conv1D)
+            else (layer.in_features * layer.out_features, layer.out_features)
+        )
+        own = layer.weight if isinstance(layer, nn.Linear | Conv1D) else None
+        itemsize = own.dtype.itemsize if own is not None and own.is_floating_point() else 4
+        return int(weights * itemsize + 2 * outputs * 4)
+
+    def use(self, part: nn.Module | None) -> None:
+        """See `MergeSite`."""
+        self._adapted.use(part)
+
+    def part_bytes(self, part: nn.Module) -> int:
+        """See `MergeSite`."""
+        assert isinstance(part, OneDnnLinear | Int8Linear | _PlainLinear)
+        return part.nbytes
+
+
+class _PlainLinear(nn.Module):
+    """torch's own product with weights that are no parameters."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self._weight = weight
+        self._bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return nn.functional.linear(x, self._weight, self._bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the weight takes."""
+        return self._weight.nbytes
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """A linear module's weight [out_features, in_features] as its product uses it, of whatever make it is."""
+    if isinstance(layer, OneDnnLinear):
+        return layer.unpacked()
+    weight: torch.Tensor = cast("Any", layer).weight
+    if isinstance(layer, Conv1D):
+        return weight.detach().t()
+    if weight.is_floating_point():
+        return weight.detach()
+    # bitsandbytes' packed weights: once its CPU kernel has repacked them, its own dequantize gives garbage
+    # without a word. The unit vectors' products are the weight's columns whatever lies in memory.
+    quantized = cast("Any", layer)
+    bias, quantized.bias = quantized.bias, None
+    try:
+        compute = getattr(quantized, "compute_dtype", None) or torch.float32
+        unit = torch.eye(quantized.in_features, dtype=compute)
+        columns: torch.Tensor = layer(unit.to(weight.device))
+    finally:
+        quantized.bias = bias
+    return columns.t().contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class MergedWeights:
+    """A copy: the modules that one adapter touches, each with its weights folded in."""
+
+    parts: tuple[tuple[AnySite, Any], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return sum(site.part_bytes(part) for site, part in self.parts)
+
+
+def merge(sites: Sequence[AnySite], slot: int, *, requantize: bool) -> Generator[None, None, MergedWeights]:
+    """Fold the adapter in `slot` into copies of these modules' weights; yields where it may be interrupted.
+
+    The base's own weights must be in use whenever it goes on.
+    """
+    parts = []
+    for site in sites:
+        parts.append((site, (yield from site.merge(slot, requantize=requantize))))
+    return MergedWeights(tuple(parts))
+
+
+class WeightSwitch:
+    """Which weights the base multiplies by: its own, or one merged copy's."""
+
+    def __init__(self) -> None:
+        self._active: MergedWeights | None = None
+
+    def use(self, copy: MergedWeights | None) -> bool:
+        """Use a copy from here on, None being the base's own weights; returns whether anything changed."""
+        if copy is self._active:
+            return False
+        if self._active is not None:
+            for site, _ in self._active.parts:
+                site.use(None)
+        if copy is not None:
+            for site, part in copy.parts:
+                site.use(part)
+        self._active = copy
+        return True

@@ -1,0 +1,84 @@
+// An adapter's low-rank weights folded into a module's: W + B A, rounded once, in panels of the base's type.
+// layers/merging.py keeps the copies.
+
+#pragma once
+
+#include "linear.h"
+
+namespace {
+
+// One panel of weights in float32, wide [inputs, kPanel]; inputs are padded as panels of T are.
+template <typename T>
+void widen_panel(const Weights& from, int64_t panel, int64_t in, float* wide) {
+  if (from.storage == kRowsType) {
+    const auto* w = Panel<T>::at(from.weight, panel, in);
+    if constexpr (std::is_same_v<T, float>) {
+      std::memcpy(wide, w, in * kPanel * sizeof(float));
+    } else {
+      for (int64_t p = 0; p < Panel<T>::inputs(in) / 2; p++)
+        for (int v = 0; v < kVecs; v++) {
+          store(wide + 2 * p * kPanel + v * kLanes, lower(w + p * kPanel + v * kLanes));
+          store(wide + (2 * p + 1) * kPanel + v * kLanes, upper(w + p * kPanel + v * kLanes));
+        }
+    }
+  } else if (from.storage == kInt8) {
+    const int64_t inputs = (in + 1) / 2 * 2;
+    const int8_t* w = static_cast<const int8_t*>(from.weight) + panel * inputs * kPanel;
+    const float* scale = from.scale + panel * kPanel;
+    for (int64_t i = 0; i < in; i++)
+      for (int64_t c = 0; c < kPanel; c++) wide[i * kPanel + c] = w[(i / 2 * kPanel + c) * 2 + i % 2] * scale[c];
+    std::fill(wide + in * kPanel, wide + Panel<T>::inputs(in) * kPanel, 0.0f);
+  } else {
+    widen_4bit(static_cast<const uint8_t*>(from.weight) + panel * in / 2 * kPanel,
+               from.scale + panel * in / kScaleInputs * kPanel, Codes(from.values), in, wide);
+  }
+}
+
+inline void store_panel_weights(const float* wide, int64_t in, float* out) {
+  std::memcpy(out, wide, in * kPanel * sizeof(float));
+}
+inline void store_panel_weights(const float* wide, int64_t in, uint32_t* out) {
+  for (int64_t p = 0; p < Panel<bf16>::inputs(in) / 2; p++)
+    for (int64_t c = 0; c < kPanel; c++) {
+      bf16 even, odd;
+      from_float(wide[2 * p * kPanel + c], &even);
+      from_float(wide[(2 * p + 1) * kPanel + c], &odd);
+      out[p * kPanel + c] = even.bits | uint32_t(odd.bits) << 16;
+    }
+}
+
+// A^T [in, rank] in float32.
+template <typename W>
+void transpose(const W* a, int64_t rank, int64_t in, float* out) {
+  for (int64_t r = 0; r < rank; r++)
+    for (int64_t i = 0; i < in; i++) out[i * rank + r] = to_float(a[r * in + i]);
+}
+
+// Panels [first, last) of a module's weights with the adapter in `slot`, to where they belong in `out`.
+template <typename T>
+void merge(const Group& group, int64_t member, int64_t slot, int64_t first, int64_t last, void* out, int threads) {
+  const Module& module = group.module[member];
+  const Entry& entry = module.table[slot];
+  const int64_t in = group.in, inputs = Panel<T>::inputs(in), rank = entry.rank;
+  std::vector<float> a(in * rank);
+  if (entry.dtype == 0)
+    transpose(reinterpret_cast<const float*>(entry.a), rank, in, a.data());
+  else
+    transpose(reinterpret_cast<const bf16*>(entry.a), rank, in, a.data());
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> wide(inputs * kPanel);
+#pragma omp for
+    for (int64_t panel = first; panel < last; panel++) {
+      widen_panel<T>(module.weights, panel, in, wide.data());
+      const int64_t at = panel * rank * kPanel;
+      if (entry.dtype == 0)
+        expand(wide.data(), in, reinterpret_cast<const float*>(entry.b) + at, a.data(), rank, rank);
+      else
+        expand(wide.data(), in, reinterpret_cast<const bf16*>(entry.b) + at, a.data(), rank, rank);
+      store_panel_weights(wide.data(), in, Panel<T>::at(out, panel, in));
+    }
+  }
+}
+
+}  // namespace
