@@ -16,7 +16,10 @@ RUN python -m venv /opt/polygraft \
 
 FROM python:3.11-slim-bookworm
 # torch's wheels bring their own OpenMP runtime, and the operators share it.
-RUN useradd --create-home --uid 10001 polygraft && mkdir /adapters && chown polygraft /adapters
+# A volume takes its owner from the folder it is mounted on; without one it would be root's.
+RUN useradd --create-home --uid 10001 polygraft \
+    && mkdir -p /adapters /home/polygraft/.cache/polygraft \
+    && chown -R polygraft /adapters /home/polygraft/.cache
 COPY --from=build /opt/polygraft /opt/polygraft
 COPY docker/healthcheck.py /usr/local/bin/healthcheck.py
 USER polygraft
