@@ -20,22 +20,6 @@ ALERTS_TEST = DEPLOY / "prometheus" / "alerts_test.yml"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "polygraft.json"
 COMPOSE = DEPLOY / "compose.yaml"
 
-PATH_METRICS: frozenset[str] = frozenset(
-    {
-        "polygraft_auto_decisions_total",
-        "polygraft_merge_seconds",
-        "polygraft_merged_bytes",
-        "polygraft_merged_capacity_bytes",
-        "polygraft_merged_copies",
-        "polygraft_merged_evictions_total",
-        "polygraft_merges_total",
-        "polygraft_path_switches_total",
-        "polygraft_path_wait_steps",
-    }
-)
-"""Metrics of the merged path, which the server doesn't have yet. With this set emptied, the test with a real Prometheus
-asks for merged answers and wants data for all panels."""
-
 
 @dataclass(frozen=True, slots=True)
 class Query:

@@ -18,10 +18,9 @@ import pytest
 
 from polygraft.cli.demo.launcher import ServerProcess, serve_command
 from polygraft_client import Adapter, Client
-from tests.deploy.files import PATH_METRICS, Query, queries, tool
+from tests.deploy.files import Query, queries, tool
 from tests.e2e.mixed_load import (
     LONG_TOKENS,
-    Ask,
     Seen,
     by_the_merged_path,
     counted,
@@ -32,9 +31,6 @@ from tests.e2e.mixed_load import (
     send_bad,
 )
 from tests.e2e.prometheus import Prometheus, Vector, settle
-
-MERGED_IS_SERVED = not PATH_METRICS
-"""Whether the load asks for the merged path, and its panels must have data."""
 
 GONE = "lora-head"
 LEFT = 'polygraft_requests_total{finish_reason="CANCELLED"} or polygraft_errors_total{code="CANCELLED"}'
@@ -65,10 +61,6 @@ class Watched:
         return self.prometheus.value(expression, at=self.settled[2])
 
 
-def merged(adapters: list[Adapter]) -> list[Ask]:
-    return by_the_merged_path(adapters) if MERGED_IS_SERVED else []
-
-
 @pytest.fixture(scope="module")
 def watched(
     tiny_model: Callable[[str], Path],
@@ -89,13 +81,13 @@ def watched(
         with Prometheus(addresses.metrics, folder) as prometheus, Client(addresses.grpc) as client:
             ready = [adapter for adapter in client.adapters.list() if adapter.state == "READY"]
             before = prometheus.wait_scraped()
-            first = send(addresses.grpc, [*first_burst(ready), *merged(ready)])
+            first = send(addresses.grpc, first_burst(ready))
             refused = send_bad(addresses.grpc)
             between = prometheus.wait_scraped()
             client.adapters.load("again", "lora-regex")
             client.adapters.unload(GONE)
             stayed = [adapter for adapter in client.adapters.list() if adapter.state == "READY"]
-            second = send(addresses.grpc, [*second_burst(stayed, first), *merged(stayed)])
+            second = send(addresses.grpc, [*second_burst(stayed, first), *by_the_merged_path(stayed)])
             # The server learns that a client has left when the client is gone already.
             settle("everybody has left", lambda: len(prometheus.query(LEFT)) == 2)
             after = prometheus.wait_scraped()
@@ -239,7 +231,6 @@ def test_errors(watched: Watched) -> None:
     assert watched.query("sum by (code) (polygraft_errors_total)", "code") == codes
 
 
-@pytest.mark.xfail(not MERGED_IS_SERVED, reason="the merged path isn't served yet", strict=False)
 def test_merges(watched: Watched) -> None:
     merged = {seen.ask.adapter for seen in watched.seen if seen.path == "MERGED"}
     assert merged
@@ -255,8 +246,6 @@ def test_merges(watched: Watched) -> None:
 @pytest.mark.parametrize("query", queries(), ids=lambda query: query.panel)
 def test_every_query_of_the_dashboard_returns_data(watched: Watched, query: Query) -> None:
     values = watched.query(query.at(WINDOW)).values()
-    if query.metrics & PATH_METRICS:
-        return  # Prometheus understood it; there is nothing to find yet
     assert any(math.isfinite(value) for value in values), (query, values)
 
 
