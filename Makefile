@@ -7,8 +7,9 @@ PROTOS := $(wildcard protos/polygraft_api/v1/*.proto)
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS) \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
 THREADS := OMP_NUM_THREADS=2
+OUT ?= build/compare
 
-.PHONY: help setup model demo serve test test-full check format protos adapters bench bench-w bench-peers bench-boundary clean
+.PHONY: help setup model demo serve test test-full check format protos adapters bench bench-w bench-compare bench-peers bench-boundary clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -67,6 +68,11 @@ bench-w: model  ## Workload W: 16 requests over 8 LoRA adapters, against the bas
 
 bench: model  ## The benchmark suite: tables and plots into docs/performance.md, JSON into build/bench
 	$(THREADS) $(BIN)/python -m benchmarks.suite --document docs/performance.md
+
+bench-compare: model  ## Merged against unmerged LoRA, the short form: table, compare.json and compare.html in OUT
+	$(THREADS) $(BIN)/python -m benchmarks.compare_store build/compare/store
+	$(THREADS) $(BIN)/polygraft bench compare --adapters build/compare/store --threads 2 \
+		--concurrency 1,4,16 --mix 1,2,4,8 --rounds 2 --out $(OUT)
 
 bench-peers: model  ## Workload W on vLLM, OpenVINO, llama.cpp and PEFT, each installed below build/peers
 	$(THREADS) $(BIN)/python -m benchmarks.peers

@@ -71,7 +71,7 @@ def test_percentiles_leave_out_what_failed() -> None:
     ]
     report = summarise([*good, Measured("b", error="DeadlineExceeded")], 2.0)
     assert (report.requests, report.errors, report.distinct_adapters) == (102, {"DeadlineExceeded": 1}, 2)
-    assert report.time_to_first_token_ms == {"p50": 51.0, "p90": 91.0, "p99": 100.0}
+    assert report.time_to_first_token_ms == {"p50": 51.0, "p90": 91.0, "p95": 96.0, "p99": 100.0}
     assert report.inter_token_latency_ms["p50"] == pytest.approx(20.0)
     assert (report.output_tokens_per_s, report.requests_per_s) == (303 / 2, 101 / 2)
     assert "1 failed (1 DeadlineExceeded)" in summary(report)
@@ -97,7 +97,7 @@ def test_json_for_programs(call: Invoke, script: Script, loop: list[object]) -> 
     report = json.loads(result.stdout)
     assert (report["requests"], report["errors"]) == (5, {})
     assert report["output_tokens"] > 0
-    assert set(report["total_ms"]) == {"p50", "p90", "p99"}
+    assert set(report["total_ms"]) == {"p50", "p90", "p95", "p99"}
     assert {request.adapter for request in generations(script)} == {""}
 
 

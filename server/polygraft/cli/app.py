@@ -69,7 +69,7 @@ app.command(
 )(serve.serve)
 app.command()(generate.generate)
 app.add_typer(adapters.app, name="adapters")
-app.command()(bench.bench)
+app.add_typer(bench.app, name="bench")
 app.command()(demo.demo)
 
 

@@ -1,5 +1,10 @@
 """`polygraft bench`: load on a running server, and what came of it."""
 
-from polygraft.cli.bench.command import bench
+import typer
 
-__all__ = ["bench"]
+from polygraft.cli.bench.command import bench
+from polygraft.cli.bench.compare import compare
+
+app = typer.Typer(invoke_without_command=True)
+app.callback()(bench)
+app.command()(compare)

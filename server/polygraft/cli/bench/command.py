@@ -15,10 +15,11 @@ from polygraft.cli.bench.plan import BASE, Choice, Load, plan
 from polygraft.cli.bench.run import closed_loop, open_loop
 from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, Token, console, to_json
 from polygraft.errors import ConfigError
-from polygraft_client import AdapterState, AsyncClient
+from polygraft_client import AdapterState, AsyncClient, LoraPath
 
 
 def bench(
+    context: typer.Context,
     requests: Annotated[int, typer.Option(min=1, help="Requests that are measured.")] = 64,
     concurrency: Annotated[
         int, typer.Option(min=1, help="Requests at a time; the next is sent when one ends (closed loop).")
@@ -44,11 +45,17 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer, exactly.")] = 64,
     warmup: Annotated[int, typer.Option(min=0, help="Requests before the measured ones.")] = 16,
     seed: Annotated[int, typer.Option(help="Of prompts, adapters and times.")] = 0,
+    lora_path: Annotated[
+        LoraPath | None,
+        typer.Option(case_sensitive=False, help="How low-rank weights are applied. [default: the server's]"),
+    ] = None,
     server: Server = DEFAULT_SERVER,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
     """Put load on a running server and show throughput and latencies; exit 1 if a request failed."""
+    if context.invoked_subcommand is not None:
+        return
     if shared_tokens > prompt_tokens:
         raise ConfigError("--shared-tokens", f"{shared_tokens} is more than --prompt-tokens {prompt_tokens}")
 
@@ -58,7 +65,7 @@ def bench(
             model = await client.model()
             load = Load(
                 names, choice, zipf_exponent, prompt_tokens, new_tokens, shared_tokens, rate,
-                model.vocabulary_size, seed,
+                model.vocabulary_size, seed, lora_path,
             )  # fmt: skip
             planned = plan(load)
             with Progress(

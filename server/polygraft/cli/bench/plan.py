@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from polygraft_client import LoraPath
+
 BASE = ""
 """The name of no adapter."""
 
@@ -30,6 +32,7 @@ class Load:
         shared_tokens: of the prompt, the same in every request of an adapter, as a system prompt is.
         rate: requests a second, at random times (an open loop); None sends the next when one ends.
         vocabulary_size: prompts are random ids of it.
+        lora_path: of every request; None is the server's own.
     """
 
     adapters: Sequence[str]
@@ -41,6 +44,7 @@ class Load:
     rate: float | None
     vocabulary_size: int
     seed: int
+    lora_path: LoraPath | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Planned:
     adapter: str
     token_ids: tuple[int, ...]
     at: float
+    lora_path: LoraPath | None = None
 
 
 def plan(load: Load) -> Iterator[Planned]:
@@ -66,4 +71,4 @@ def plan(load: Load) -> Iterator[Planned]:
             at += draw.expovariate(load.rate)  # a Poisson process
         (adapter,) = draw.choices(load.adapters, cum_weights=cumulative)
         own = [draw.randrange(load.vocabulary_size) for _ in range(load.prompt_tokens - load.shared_tokens)]
-        yield Planned(adapter, (*shared, *own), at)
+        yield Planned(adapter, (*shared, *own), at, load.lora_path)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from polygraft.cli.bench.run import Measured
 
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,14 @@ def summarise(results: Sequence[Measured], seconds: float) -> Report:
         cached_tokens=sum(result.cached_tokens for result in good),
         output_tokens_per_s=tokens / seconds,
         requests_per_s=len(good) / seconds,
-        time_to_first_token_ms=_percentiles([result.first_token for result in good]),
-        inter_token_latency_ms=_percentiles([i for result in good for i in result.intervals]),
-        total_ms=_percentiles([result.total for result in good]),
+        time_to_first_token_ms=percentiles([result.first_token for result in good]),
+        inter_token_latency_ms=percentiles([i for result in good for i in result.intervals]),
+        total_ms=percentiles([result.total for result in good]),
     )
 
 
-def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Milliseconds by percentile; empty if there is nothing."""
     if not seconds:
         return {}
     values = np.percentile(np.array(seconds) * 1000, PERCENTILES)

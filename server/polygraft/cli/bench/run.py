@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from polygraft.cli.bench.plan import Planned
-from polygraft_client import AsyncClient, PolygraftError
+from polygraft_client import AsyncClient, GenerateOptions, PolygraftError
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ async def closed_loop(
 
     async def worker() -> None:
         for _ in left:
-            result = await _one(client, next(requests), new_tokens, time.perf_counter())
+            result = await one(client, next(requests), new_tokens, time.perf_counter())
             results.append(result)
             on_done(result)
 
@@ -61,28 +61,32 @@ async def open_loop(
     """Send each request when it is due, whatever has become of those before."""
     started = time.perf_counter()
 
-    async def one(planned: Planned) -> Measured:
+    async def at_its_time(planned: Planned) -> Measured:
         due = started + planned.at
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        result = await _one(client, planned, new_tokens, due)
+        result = await one(client, planned, new_tokens, due)
         on_done(result)
         return result
 
-    return list(await asyncio.gather(*(one(next(requests)) for _ in range(count))))
+    return list(await asyncio.gather(*(at_its_time(next(requests)) for _ in range(count))))
 
 
-async def _one(client: AsyncClient, planned: Planned, new_tokens: int, due: float) -> Measured:
+async def one(client: AsyncClient, planned: Planned, new_tokens: int, due: float) -> Measured:
+    """Send one request that was due at a moment of `time.perf_counter`, and note what it took."""
     result = Measured(planned.adapter)
     last = 0.0
+    options: GenerateOptions = {
+        "token_ids": planned.token_ids,
+        "adapter": planned.adapter or None,
+        "max_new_tokens": new_tokens,
+        "ignore_eos": True,
+        "temperature": 0.0,
+        "return_token_ids": True,
+    }
+    if planned.lora_path is not None:
+        options["lora_path"] = planned.lora_path
     try:
-        async with client.stream(
-            token_ids=planned.token_ids,
-            adapter=planned.adapter or None,
-            max_new_tokens=new_tokens,
-            ignore_eos=True,
-            temperature=0.0,
-            return_token_ids=True,
-        ) as stream:
+        async with client.stream(**options) as stream:
             async for chunk in stream:
                 now = time.perf_counter()
                 if not chunk.token_ids:

@@ -25,11 +25,16 @@ class Scrape:
 
 def scrape(address: str) -> Scrape:
     """Read the metrics endpoint at HOST:PORT; raises OSError."""
+    return parse(fetch(address))
+
+
+def fetch(address: str) -> str:
+    """What the metrics endpoint at HOST:PORT answers; raises OSError."""
     # http.client and not urllib: a proxy of the environment can't lead to this machine itself
     connection = http.client.HTTPConnection(address, timeout=SCRAPE_SECONDS)
     try:
         connection.request("GET", "/metrics")
-        return parse(connection.getresponse().read().decode())
+        return connection.getresponse().read().decode()
     finally:
         connection.close()
 
