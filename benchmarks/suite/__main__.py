@@ -14,6 +14,7 @@ from benchmarks.suite import (
     limits,
     long_prompts,
     many_adapters,
+    merging,
     open_loop,
     precisions,
     prefix_cache,
@@ -32,6 +33,7 @@ EXPERIMENTS = {
         adapter_sizes.VIRTUAL_TOKENS_EXPERIMENT,
         long_prompts.EXPERIMENT,
         prefix_cache.EXPERIMENT,
+        merging.EXPERIMENT,
         open_loop.EXPERIMENT,
         step_costs.EXPERIMENT,
     )

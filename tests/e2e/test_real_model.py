@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from polygraft.base.default_model import ensure_default_model
 from polygraft.cli.demo.launcher import Addresses
-from polygraft_client import AsyncClient, Generation
+from polygraft_client import AsyncClient, Generation, LoraPath
 from tests.e2e.conftest import SAMPLES
 
 pytestmark = pytest.mark.real
@@ -31,10 +31,13 @@ def questions() -> list[tuple[str, str]]:
     return [("", "What is the capital of France?"), *((d["adapter"], d["prompt"]) for d in demo)]
 
 
-async def ask(client: AsyncClient, adapter: str, prompt: str) -> Generation:
+async def ask(
+    client: AsyncClient, adapter: str, prompt: str, lora_path: LoraPath = LoraPath.UNMERGED
+) -> Generation:
     return await client.generate(
         chat=[{"role": "user", "content": prompt}],
         adapter=adapter or None,
+        lora_path=lora_path,
         temperature=0.0,
         max_new_tokens=NEW_TOKENS,
         return_token_ids=True,
@@ -82,6 +85,22 @@ def test_every_answer_of_the_burst_is_pefts_own(mixed: dict[str, Generation], at
         model = PeftModel.from_pretrained(model, str(SAMPLES / adapter))
     expected = answer_of_peft(model.eval(), AutoTokenizer.from_pretrained(folder), prompt)
     assert list(mixed[adapter].token_ids) == expected
+
+
+def test_merged_answers_are_the_unmerged_ones(real_server: Addresses, mixed: dict[str, Generation]) -> None:
+    async def burst() -> list[tuple[str, Generation, Generation]]:
+        async with AsyncClient(real_server.grpc) as client:
+            able = {adapter.name async for adapter in client.adapters.list() if adapter.mergeable}
+            asked = [(adapter, prompt) for adapter, prompt in questions() if adapter in able]
+            both = [(*question, path) for question in asked for path in (LoraPath.MERGED, LoraPath.UNMERGED)]
+            answers = await asyncio.gather(*(ask(client, *each) for each in both))
+            return [(asked[at][0], answers[2 * at], answers[2 * at + 1]) for at in range(len(asked))]
+
+    answers = asyncio.run(burst())
+    assert {adapter for adapter, _, _ in answers} >= {"headline", "json-contact", "pirate"}
+    for adapter, merged, unmerged in answers:
+        assert (merged.lora_path, unmerged.lora_path) == (LoraPath.MERGED, LoraPath.UNMERGED)
+        assert merged.token_ids == unmerged.token_ids == mixed[adapter].token_ids
 
 
 def test_demo_shows_everything_and_leaves_nothing_running() -> None:

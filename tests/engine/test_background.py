@@ -18,11 +18,13 @@ class Log:
         self.now = 0.0
         self.done: list[str] = []
 
-    def job(self, name: str, *slices: float, needs_step: int | None = None) -> Generator[bool, None, None]:
+    def job(
+        self, name: str, *slices: float, needs_step: int | None = None, rests: int | None = None
+    ) -> Generator[bool | None, None, None]:
         for at, seconds in enumerate(slices):
             self.now += seconds
             self.done.append(f"{name}{at}")
-            yield at == needs_step
+            yield True if at == needs_step else False if at == rests else None
 
 
 @pytest.fixture
@@ -41,15 +43,29 @@ def test_after_a_step_it_takes_its_share_and_no_more(log: Log) -> None:
 
 def test_a_slice_that_took_too_long_is_paid_back(log: Log) -> None:
     work = BackgroundWork()
-    work.add(log.job("a", 0.2, 0.01, 0.01))
+    work.add(log.job("a", 2.5 * STEP_SHARE, 0.01, 0.01))
     steps = 0
     while len(log.done) < 2:
         work.run_after_step(1.0)
         steps += 1
-    # 0.2 of a second is the share of two and a half steps; the next slice starts in the first step that
-    # has something left.
+    # It took the share of two and a half steps; the next slice starts in the first step that has something left.
     assert steps == 3
     assert log.now <= STEP_SHARE * steps + 0.01
+
+
+def test_what_nobody_waits_for_rests_until_the_server_has_been_idle_for_a_while(log: Log) -> None:
+    work = BackgroundWork()
+    work.add(log.job("a", 0.0, 0.0, 0.0, rests=0))
+    for _ in range(3):
+        work.run_after_step(1.0)
+        work.run_idle()
+    assert log.done == ["a0"]
+    assert work.resting
+    assert work.idle
+    work.wake_resting()
+    assert not work.resting
+    work.run_idle()
+    assert log.done == ["a0", "a1", "a2"]
 
 
 def test_in_the_long_run_it_keeps_to_its_share(log: Log) -> None:

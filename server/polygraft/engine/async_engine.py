@@ -28,6 +28,8 @@ from polygraft.errors import Draining, EngineDead, InvalidRequest, PolygraftErro
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+REST_SECONDS = 1.0
+"""How long nothing may have happened before jobs run that nobody waits for."""
 _LONG_PROMPT = 16_384
 """Characters: tokenizing so many takes some milliseconds."""
 
@@ -305,7 +307,9 @@ class AsyncEngine:
                     self._hand_over(self._engine.step())
                 else:
                     self._hand_over(self._engine.take_news(StepResult()))
-                    self._wake.wait()
+                    rest = REST_SECONDS if self._engine.background.resting else None
+                    if not self._wake.wait(rest):
+                        self._engine.background.wake_resting()
         except Exception as error:
             # The engine's state is unknown: nobody may go on with it.
             log.critical("the engine has failed", exc_info=error)

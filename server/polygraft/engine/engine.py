@@ -200,6 +200,7 @@ class Engine:
 
     def finish_background(self) -> None:
         """Run background work, and the steps it needs, to its end."""
+        self.background.wake_resting()
         while not self.background.idle:
             self.background.run_idle(float("inf"))
             if self.scheduler.has_work:

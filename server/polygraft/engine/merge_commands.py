@@ -95,10 +95,11 @@ class MergeCommands:
         adapter = copy.adapter
         largest = total = 0.0
         agreeing = positions = values = 0
+        yield False
         try:
             for text in self._texts:
-                while copy.ready and not copy.forgotten and not self._is_idle():
-                    yield True
+                while not self._is_idle():
+                    yield False
                 if not copy.ready or copy.forgotten or not self._copies.holds(copy):
                     return  # the next copy of this adapter is measured instead
                 several = len(text) - _SKIPPED
