@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import (
+    IA3Config,
     LoraConfig,
     PeftConfig,
     PrefixTuningConfig,
@@ -29,6 +30,13 @@ REGEX = {
     "gemma3_text": r".*layers\.\d+\.(self_attn\.k_proj|mlp\.up_proj)",
     "gpt2": r".*h\.\d+\.(attn\.c_proj|mlp\.c_proj)",
 }
+# Output-scaled modules and, with the scale on their input, feed-forward ones.
+IA3 = {
+    "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "qwen2": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "gemma3_text": (["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+}
 CAUSAL = {"task_type": "CAUSAL_LM"}
 
 KINDS: dict[str, Callable[[str], PeftConfig]] = {
@@ -47,6 +55,7 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "lora-regex": lambda a: LoraConfig(r=5, target_modules=REGEX[a], **CAUSAL),
     "lora-layers": lambda a: LoraConfig(r=4, target_modules=TARGETS[a], layers_to_transform=[0, 2], **CAUSAL),
     "lora-head": lambda a: LoraConfig(r=4, target_modules=[*TARGETS[a], "lm_head"], **CAUSAL),
+    "ia3": lambda a: IA3Config(target_modules=IA3[a][0], feedforward_modules=IA3[a][1], **CAUSAL),
     "prefix": lambda a: PrefixTuningConfig(num_virtual_tokens=5, **CAUSAL),
     "prefix-projection": lambda a: PrefixTuningConfig(
         num_virtual_tokens=19, prefix_projection=True, encoder_hidden_size=32, **CAUSAL
@@ -66,6 +75,8 @@ def save_adapter(folder: Path, model_folder: Path, architecture: str, kind: str,
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.15)
+            elif "ia3_" in name:
+                parameter.normal_(mean=1.0, std=0.4)
             elif parameter.requires_grad and "prompt_encoder" in name:
                 parameter.normal_(std=0.4)
     model.save_pretrained(folder, save_embedding_layers=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.ia3 import IA3Layer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
@@ -35,7 +36,16 @@ def load_reference(model_folder: Path, adapter_folder: Path | None, precision: s
     model = AutoModelForCausalLM.from_pretrained(model_folder, **options)
     if adapter_folder is not None:
         model = PeftModel.from_pretrained(model, str(adapter_folder))
+        if precision != "float32":
+            _round_scaled(model)
     return model.eval()
+
+
+def _round_scaled(model: torch.nn.Module) -> None:
+    """Over quantized modules PEFT's (IA)^3 returns float32, which attention refuses beside the others' bfloat16."""
+    for module in model.modules():
+        if isinstance(module, IA3Layer):
+            module.register_forward_hook(lambda module, args, out: out.bfloat16())
 
 
 def generate(model: torch.nn.Module, prompt: list[int], steps: int) -> Reference:

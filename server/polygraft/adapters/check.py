@@ -65,7 +65,7 @@ def check_against(folder: Path, base: BaseSpec, limits: AdapterLimits) -> CheckR
         base_parameters=base.parameters,
         kind=compiled.kind,
         primitives=compiled.primitives,
-        modules=len(compiled.low_rank) or (len(base.attention) if compiled.prefix else 0),
+        modules=compiled.modules or (len(base.attention) if compiled.prefix else 0),
         rank=compiled.rank,
         ranks=dict(sorted(ranks.items())),
         virtual_tokens=compiled.virtual_tokens,

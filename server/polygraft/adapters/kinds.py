@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from polygraft.adapters.folder import AdapterFolder
+from polygraft.adapters.ia3 import compile_ia3
 from polygraft.adapters.lora import compile_lora
 from polygraft.adapters.prefix_tuning import compile_prefix_tuning
 from polygraft.adapters.primitives import CompiledAdapter
@@ -24,6 +25,7 @@ Compiler = Callable[[FolderReader, BaseSpec], Generator[None, None, CompiledAdap
 
 KINDS: Mapping[str, Compiler] = {
     "LORA": compile_lora,
+    "IA3": compile_ia3,
     "PREFIX_TUNING": compile_prefix_tuning,
     "PROMPT_TUNING": compile_prompt_tuning,
     "P_TUNING": compile_p_tuning,

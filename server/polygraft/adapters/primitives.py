@@ -21,16 +21,34 @@ class LowRank:
         a: [rank, in_features]
         b: [out_features, rank]
         bias: [out_features] or None
+        magnitude: [out_features], the norm that each row of the base's weight plus B A is brought to, or None
+            (DoRA); it becomes a scale when the base's weights are at hand.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Columns of B."""
         return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Multiplies what a module of the base reads or gives; a `LowRank` beside it sees the input as it was.
+
+    Args:
+        input: [in_features] or None; only for a module that reads its input alone.
+        output: [out_features] or None.
+        after_bias: whether the output is scaled with the module's bias in it.
+    """
+
+    input: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+    after_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +95,7 @@ class CompiledAdapter:
 
     Args:
         kind: PEFT's name for the method in lower case.
-        low_rank: by the name of the base's module.
+        low_rank, scales: by the name of the base's module.
         parameters: in the file.
         warnings: it works, but.
     """
@@ -85,6 +103,7 @@ class CompiledAdapter:
     kind: str
     parameters: int
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
+    scales: Mapping[str, Scale] = field(default_factory=dict)
     prefix: Prefix | SoftPrompt | None = None
     warnings: tuple[str, ...] = ()
 
@@ -94,6 +113,8 @@ class CompiledAdapter:
         names = []
         if self.low_rank:
             names.append("low_rank")
+        if self.scales or any(primitive.magnitude is not None for primitive in self.low_rank.values()):
+            names.append("scale")
         if isinstance(self.prefix, Prefix):
             names.append("prefix")
         if isinstance(self.prefix, SoftPrompt):
@@ -103,7 +124,12 @@ class CompiledAdapter:
     @property
     def mergeable(self) -> bool:
         """Whether all of it folds into the base's weights."""
-        return bool(self.low_rank) and self.prefix is None
+        return bool(self.low_rank or self.scales) and self.prefix is None
+
+    @property
+    def modules(self) -> int:
+        """Modules of the base that it has weights for."""
+        return len({*self.low_rank, *self.scales})
 
     @property
     def rank(self) -> int:
@@ -120,8 +146,9 @@ class CompiledAdapter:
         for low_rank in self.low_rank.values():
             yield low_rank.a
             yield low_rank.b
-            if low_rank.bias is not None:
-                yield low_rank.bias
+            yield from (t for t in (low_rank.bias, low_rank.magnitude) if t is not None)
+        for scale in self.scales.values():
+            yield from (t for t in (scale.input, scale.output) if t is not None)
         if isinstance(self.prefix, Prefix):
             yield from self.prefix.keys
             yield from self.prefix.values
@@ -129,16 +156,19 @@ class CompiledAdapter:
             yield self.prefix.embeddings
 
     def without_low_rank_weights(self) -> CompiledAdapter:
-        """The same with shapes alone in `low_rank`, for when the layers hold the weights."""
-        shapes = {
-            name: LowRank(
-                low_rank.a.to("meta"),
-                low_rank.b.to("meta"),
-                None if low_rank.bias is None else low_rank.bias.to("meta"),
-            )
-            for name, low_rank in self.low_rank.items()
+        """The same with shapes alone in `low_rank` and `scales`, for when the layers hold the weights."""
+
+        def shape(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.to("meta")
+
+        low_rank = {
+            name: LowRank(p.a.to("meta"), p.b.to("meta"), shape(p.bias), shape(p.magnitude))
+            for name, p in self.low_rank.items()
         }
-        return replace(self, low_rank=shapes)
+        scales = {
+            name: Scale(shape(s.input), shape(s.output), s.after_bias) for name, s in self.scales.items()
+        }
+        return replace(self, low_rank=low_rank, scales=scales)
 
     @property
     def compiled_bytes(self) -> int:

@@ -22,6 +22,7 @@ from polygraft.engine.canaries import Canaries
 from polygraft.engine.scheduler import Scheduler
 from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, InvalidRequest, PolygraftError
 from polygraft.layers.low_rank_bank import LowRankBank
+from polygraft.layers.magnitudes import resolve_magnitudes
 
 log = logging.getLogger(__name__)
 
@@ -164,14 +165,15 @@ class AdapterManager:
             if isinstance(folder, PolygraftError):
                 raise folder
             compiled = yield from compile_adapter(folder, self._base, self._limits)
+            compiled = yield from resolve_magnitudes(compiled, self._bank)
             self._check_room(name, compiled)
-            slot = self._bank.install(compiled.low_rank) if compiled.low_rank else 0
+            slot = self._bank.install(compiled.low_rank, compiled.scales) if compiled.modules else 0
             adapter = self.registry.new_adapter(name, compiled.without_low_rank_weights(), slot)
             warnings = yield from self._canary(adapter)
             info = ready_info(
                 adapter,
                 source,
-                modules=len(compiled.low_rank) or len(self._base.attention),
+                modules=compiled.modules or len(self._base.attention),
                 disk_bytes=folder.disk_bytes,
                 content_hash=folder.content_hash,
                 load_seconds=time.monotonic() - started,

@@ -11,12 +11,12 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import LowRank
+from polygraft.adapters.primitives import LowRank, Scale
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import GroupStruct, ModuleStruct
 from polygraft.layers.step import Segments, StepContext
@@ -24,16 +24,33 @@ from polygraft.layers.step import Segments, StepContext
 if TYPE_CHECKING:
     from polygraft.layers.triton_side_path import TritonSidePath
 
-ENTRY = 5  # int64 fields of side_path.h's `Entry`
+ENTRY = 7  # int64 fields of side_path.h's `Entry`
 # Codes in the table; the C++ operator knows the first two, Triton's all three.
 WEIGHT_DTYPES = {**DTYPES, torch.float16: 2}
 
-PackedLowRank = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""A [rank, in_features], B^T in panels [panels, rank, columns], bias float32 [columns of all panels]."""
+
+class PackedAdapter(NamedTuple):
+    """What an adapter has for one module, as the operators read it.
+
+    Args:
+        a: [rank, in_features]; it and `b` are None for one that only scales.
+        b: B^T in panels, [panels, rank, columns].
+        bias: float32 [columns of all panels]; added to every row.
+        in_scale: float32 [in_features]; the base's product is of the input times this.
+        out_scale: float32 [columns of all panels]; the base's product is multiplied by it.
+    """
+
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    in_scale: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
+
+
 _ALIGNMENT = 64  # bytes: a cache line; Triton's wide loads need 16
 
 
-def together(adapter: Sequence[PackedLowRank]) -> list[PackedLowRank]:
+def together(adapter: Sequence[PackedAdapter]) -> list[PackedAdapter]:
     """Copies of an adapter's weights in one piece of memory.
 
     An adapter has hundreds of small tensors, which would come to lie between those of loads that are over:
@@ -52,25 +69,37 @@ def together(adapter: Sequence[PackedLowRank]) -> list[PackedLowRank]:
         return typed[tensor.dtype][first : first + tensor.numel()].view(tensor.shape).copy_(tensor)
 
     copies = map(copy, tensors, starts)
-    return [(next(copies), next(copies), None if bias is None else next(copies)) for _, _, bias in adapter]
+    return [PackedAdapter(*(None if part is None else next(copies) for part in packed)) for packed in adapter]
 
 
 class LowRankSlots:
-    """One module's low-rank weights by slot.
+    """One module's low-rank weights and scales by slot.
 
     Args:
         index: the module's bit in `Segments.touched`.
         panel: columns in a panel of B; 0 keeps it in one.
         device: where weights and table are kept.
+        base_bias: the module's own, [out_features] or None.
+        bias_inside: whether what is scaled has that bias in it already.
     """
 
-    def __init__(self, index: int, panel: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        index: int,
+        panel: int,
+        device: torch.device,
+        base_bias: torch.Tensor | None = None,
+        *,
+        bias_inside: bool = True,
+    ) -> None:
         self.index = index
         self._panel = panel
         self._device = device
+        self._base_bias = base_bias
+        self._bias_inside = bias_inside
         self._struct = ModuleStruct()
         self._table = torch.zeros(0, ENTRY, dtype=torch.int64)
-        self._weights: dict[int, PackedLowRank] = {}
+        self._weights: dict[int, PackedAdapter] = {}
 
     def bind(self, struct: ModuleStruct) -> None:
         """Keep the table's address up to date where the C++ operator reads it."""
@@ -84,54 +113,113 @@ class LowRankSlots:
 
     @property
     def table(self) -> torch.Tensor:
-        """int64 [slots, 5] of (addresses of A, B^T in panels, float32 bias or 0; rank; type)."""
+        """int64 [slots, 7], as native/side_path.h's `Entry` has it."""
         return self._table
 
-    def pack(self, primitive: LowRank) -> PackedLowRank:
-        """An adapter's weights as the operators read them."""
-        width = primitive.b.shape[0]
-        panel = self._panel or width
-        b = nn.functional.pad(primitive.b.to(self._device), (0, 0, 0, -width % panel))
-        b = b.view(b.shape[0] // panel, panel, primitive.rank).transpose(1, 2)
-        bias = primitive.bias
-        if bias is not None:
-            bias = nn.functional.pad(bias.to(self._device).float(), (0, -width % panel))
-        return primitive.a.to(self._device), b, bias
+    def pack(self, primitive: LowRank | None, scale: Scale | None = None) -> PackedAdapter:
+        """What an adapter has for the module, as the operators read it."""
+        a = b = bias = out_scale = None
+        if primitive is not None:
+            assert primitive.magnitude is None, "to be resolved against the base's weights first"
+            width = primitive.b.shape[0]
+            panel = self._panel or width
+            b = nn.functional.pad(primitive.b.to(self._device), (0, 0, 0, -width % panel))
+            b = b.view(b.shape[0] // panel, panel, primitive.rank).transpose(1, 2)
+            a, bias = primitive.a.to(self._device), primitive.bias
+        if scale is not None and scale.output is not None:
+            bias = self._with_scaled_bias(bias, scale)
+            out_scale = self._padded(scale.output)
+        in_scale = None if scale is None or scale.input is None else scale.input.to(self._device).float()
+        return PackedAdapter(a, b, None if bias is None else self._padded(bias), in_scale, out_scale)
 
-    def install(self, slot: int, packed: PackedLowRank) -> None:
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(x.to(self._device).float(), (0, -len(x) % (self._panel or len(x))))
+
+    def _with_scaled_bias(self, bias: torch.Tensor | None, scale: Scale) -> torch.Tensor | None:
+        """The adapter's bias, with what the scale must do, or must not have done, to the base's own."""
+        if self._base_bias is None or self._bias_inside == scale.after_bias:
+            return bias
+        assert scale.output is not None
+        own = self._base_bias.detach().float().to(scale.output.device)
+        more = own * (scale.output.float() - 1) * (1 if scale.after_bias else -1)
+        return more if bias is None else bias.float() + more
+
+    def install(self, slot: int, packed: PackedAdapter) -> None:
         """Put an adapter's weights into a slot; contiguous, and not to be moved."""
-        a, b, bias = self._weights[slot] = packed
-        address = 0 if bias is None else bias.data_ptr()
-        self._table[slot] = torch.tensor(
-            [a.data_ptr(), b.data_ptr(), address, a.shape[0], WEIGHT_DTYPES.get(a.dtype, -1)]
-        )
+        self._weights[slot] = packed
+        addresses = [0 if part is None else part.data_ptr() for part in packed]
+        a = packed.a
+        rank, dtype = (0, 0) if a is None else (a.shape[0], WEIGHT_DTYPES.get(a.dtype, -1))
+        self._table[slot] = torch.tensor([*addresses[:3], rank, dtype, *addresses[3:]])
 
     def bias(self, slot: int) -> torch.Tensor | None:
         """What an adapter adds to every row, float32 [columns of all panels]."""
-        return self._weights[slot][2]
+        return self._weights[slot].bias
 
-    def delta(self, slot: int, width: int) -> torch.Tensor:
-        """What an adapter adds to the module's weight, float32 [width, in_features]."""
-        a, b, _ = self._weights[slot]
-        return b.float().transpose(0, 1).flatten(1)[:, :width].t() @ a.float()
+    def fold(self, slot: int, weight: torch.Tensor) -> torch.Tensor:
+        """The module's weight [out_features, in_features] with an adapter in it, float32."""
+        packed = self._weights[slot]
+        merged = weight.float()
+        if packed.in_scale is not None:
+            merged = merged * packed.in_scale
+        if packed.out_scale is not None:
+            merged = merged * packed.out_scale[: len(weight), None]
+        if packed.a is not None and packed.b is not None:
+            b = packed.b.float().transpose(0, 1).flatten(1)[:, : len(weight)]
+            merged = merged + b.t() @ packed.a.float()
+        return merged
+
+    def fold_bias(self, slot: int, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """The module's bias with an adapter in it, [out_features], for one that isn't added separately."""
+        packed = self._weights[slot]
+        if bias is not None and packed.out_scale is not None:
+            bias = bias.float() * packed.out_scale[: len(bias)]
+        if packed.bias is None:
+            return bias
+        return packed.bias if bias is None else bias.float() + packed.bias[: len(bias)]
 
     def remove(self, slot: int) -> None:
         """Empty a slot; no step that uses it may be running."""
         if self._weights.pop(slot, None) is not None:
             self._table[slot] = 0
 
-    def add_torch(self, x: torch.Tensor, out: torch.Tensor, segments: Segments) -> None:
-        """The operator in torch: out [rows, out_features] += the side paths of x [rows, in_features]."""
+    def scale_inputs(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """x [..., rows, in_features], with the rows of adapters that scale them scaled."""
+        scales = [
+            (first, last, packed.in_scale)
+            for first, last, slot in segments.host
+            if (packed := self._weights.get(slot)) is not None and packed.in_scale is not None
+        ]
+        if scales:
+            x = x.clone()
+            for first, last, scale in scales:
+                x[..., first:last, :] = (x[..., first:last, :].float() * scale).to(x.dtype)
+        return x
+
+    def scale_outputs(self, out: torch.Tensor, segments: Segments) -> None:
+        """Multiply rows of out [rows, out_features] by their adapters' scales."""
         for first, last, slot in segments.host:
-            weights = self._weights.get(slot)
-            if weights is None:
+            packed = self._weights.get(slot)
+            if packed is not None and packed.out_scale is not None:
+                scaled = out[first:last].float() * packed.out_scale[: out.shape[-1]]
+                out[first:last] = scaled.to(out.dtype)
+
+    def add_torch(self, x: torch.Tensor, out: torch.Tensor, segments: Segments) -> None:
+        """The operator in torch: scales out [rows, out_features], and adds the side paths of x [rows, in]."""
+        width = out.shape[-1]
+        for first, last, slot in segments.host:
+            packed = self._weights.get(slot)
+            if packed is None:
                 continue
-            a, b, bias = weights
-            width = out.shape[-1]
-            delta = (x[first:last].float() @ a.float().t()) @ b.float().transpose(0, 1).flatten(1)[:, :width]
-            if bias is not None:
-                delta += bias[:width]
-            out[first:last] = (out[first:last].float() + delta).to(out.dtype)
+            rows = out[first:last].float()
+            if packed.out_scale is not None:
+                rows = rows * packed.out_scale[:width]
+            if packed.a is not None and packed.b is not None:
+                b = packed.b.float().transpose(0, 1).flatten(1)[:, :width]
+                rows = rows + (x[first:last].float() @ packed.a.float().t()) @ b
+            if packed.bias is not None:
+                rows = rows + packed.bias[:width]
+            out[first:last] = rows.to(out.dtype)
 
 
 class AdaptedLinear(nn.Module):
@@ -175,15 +263,17 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., rows, in_features] to [..., rows, out_features]."""
         layer = self._instead[0] if self._instead else self.base_layer
-        out: torch.Tensor = layer(x)
         segments = self.step.head_segments if self.is_head else self.step.segments
-        if segments.touched >> self.slots.index & 1:
+        touched = segments.touched >> self.slots.index & 1
+        out: torch.Tensor = layer(self.slots.scale_inputs(x, segments) if touched else x)
+        if touched:
             out = self._add(x, out.contiguous(), segments)
         return out
 
     def _add(self, x: torch.Tensor, out: torch.Tensor, segments: Segments) -> torch.Tensor:
         if self._triton is not None and x.dtype in WEIGHT_DTYPES and out.dtype == x.dtype:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
+            self.slots.scale_outputs(out.view(-1, out.shape[-1]), segments)
             self._triton.add(
                 rows, out.view(-1, out.shape[-1]), self.slots.table, segments.table, segments.max_rank
             )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import LowRank
+from polygraft.adapters.primitives import LowRank, Scale
 from polygraft.layers.linear import PackedLinear
 from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots, together
 from polygraft.layers.merging import AnySite, PackedSite, PlainSite
@@ -60,9 +60,12 @@ class LowRankBank:
         self._sites: dict[str, AnySite] = {}
         self._tables = torch.zeros(len(modules), 0, ENTRY, dtype=torch.int64, device=device)
         for index, (name, is_head) in enumerate(modules.items()):
-            slots = LowRankSlots(index, kernels.panel if kernels else 0, device)
-            self._slots[name] = slots
             module = model.get_submodule(name)
+            packed = kernels is not None and isinstance(module, PackedLinear)
+            bias = getattr(module, "bias", None)
+            panel = kernels.panel if kernels else 0
+            slots = LowRankSlots(index, panel, device, bias, bias_inside=not packed)
+            self._slots[name] = slots
             if kernels and isinstance(module, PackedLinear):
                 module.group.attach(module.member, slots, step, is_head)
                 self._sites[name] = PackedSite(module.group, module.member, slots)
@@ -79,18 +82,24 @@ class LowRankBank:
         for slots in self._slots.values():
             slots.move(grown[slots.index])
 
-    def install(self, primitives: Mapping[str, LowRank]) -> int:
-        """Take an adapter in; returns its slot. Slots count from 1, since 0 stands for the base."""
+    def install(self, low_rank: Mapping[str, LowRank], scales: Mapping[str, Scale] | None = None) -> int:
+        """Take an adapter in; returns its slot. Slots count from 1, since 0 stands for the base.
+
+        Args:
+            low_rank, scales: by the name of the module, magnitudes resolved.
+        """
+        scales = scales or {}
         slot = self._free.pop() if self._free else len(self._touched) + 1
         if slot >= self._tables.shape[1]:
             self._grow(2 * slot)
         touched = 0
-        weights = together([self._slots[name].pack(primitive) for name, primitive in primitives.items()])
-        for name, packed in zip(primitives, weights, strict=True):
+        names = list(dict.fromkeys((*low_rank, *scales)))
+        weights = together([self._slots[name].pack(low_rank.get(name), scales.get(name)) for name in names])
+        for name, packed in zip(names, weights, strict=True):
             self._slots[name].install(slot, packed)
             touched |= 1 << self._slots[name].index
         self._touched[slot] = touched
-        self._ranks[slot] = max((primitive.rank for primitive in primitives.values()), default=0)
+        self._ranks[slot] = max((primitive.rank for primitive in low_rank.values()), default=0)
         return slot
 
     def remove(self, slot: int) -> None:
@@ -111,6 +120,10 @@ class LowRankBank:
         cut = runs if self._triton is None else self._triton.tiles(runs)
         table = torch.tensor(cut, dtype=torch.int32, device=self._tables.device).view(-1, 3)
         return Segments(table, runs, touched, rank)
+
+    def site(self, name: str) -> AnySite:
+        """Where one module's weights are."""
+        return self._sites[name]
 
     def merge_sites(self, slot: int) -> list[AnySite]:
         """Where an adapter's weights can be folded into the base's."""

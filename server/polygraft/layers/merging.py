@@ -29,6 +29,9 @@ class MergeSite(Protocol[Part]):
 
     slots: LowRankSlots
 
+    def weight(self) -> torch.Tensor:
+        """The module's own weight [out_features, in_features], not to be written to."""
+
     def merge(self, slot: int, *, requantize: bool) -> Generator[None, None, Part]:
         """Fold the adapter in `slot` into a copy; yields where it may be interrupted.
 
@@ -56,6 +59,10 @@ class PackedSite:
         self._group = group
         self._member = member
 
+    def weight(self) -> torch.Tensor:
+        """See `MergeSite`."""
+        return self._group.unpacked(self._member)
+
     def merge(self, slot: int, *, requantize: bool) -> Generator[None, None, PackedWeights]:
         """See `MergeSite`."""
         return (yield from self._group.merged(self._member, self.slots, slot, requantize=requantize))
@@ -80,20 +87,20 @@ class PlainSite:
         self.slots = adapted.slots
         self._adapted = adapted
 
+    def weight(self) -> torch.Tensor:
+        """See `MergeSite`."""
+        return dense_weight(self._adapted.base_layer)
+
     def merge(self, slot: int, *, requantize: bool) -> Generator[None, None, nn.Module]:
         """See `MergeSite`."""
         layer = self._adapted.base_layer
         weight = dense_weight(layer)
         dtype = weight.dtype
         yield
-        merged = (weight.float() + self.slots.delta(slot, len(weight)).to(weight.device)).to(dtype)
+        merged = self.slots.fold(slot, weight).to(dtype)
         yield
-        bias: torch.Tensor | None = getattr(layer, "bias", None)
-        extra = self.slots.bias(slot)
-        if extra is not None:
-            extra = extra[: len(weight)].to(weight.device)
-            bias = extra if bias is None else bias.float() + extra
-        bias = None if bias is None else bias.to(dtype)
+        bias = self.slots.fold_bias(slot, getattr(layer, "bias", None))
+        bias = None if bias is None else bias[: len(weight)].to(dtype)
         if isinstance(layer, OneDnnLinear):
             return OneDnnLinear(merged, bias)
         if isinstance(layer, Int8Linear) and requantize:

@@ -77,6 +77,30 @@ struct BlockOfRows {
   }
 };
 
+// Rows [row, row + count) in float32, times the input scales of their adapters; null if none has any. Only of
+// modules that read an input alone.
+template <typename T>
+const float* scale_inputs(const Group& group, const T* x, int64_t row, int64_t count, const Segment* segments,
+                          int64_t num_segments, std::vector<float>& buffer) {
+  if (group.modules > 1) return nullptr;
+  const int64_t in = group.in, inputs = Panel<T>::inputs(in);
+  bool any = false;
+  for (int64_t s = 0; s < num_segments; s++) {
+    const int64_t first = std::max<int64_t>(segments[s].first, row);
+    const int64_t last = std::min<int64_t>(segments[s].last, row + count);
+    const float* scale = reinterpret_cast<const float*>(group.module[0].table[segments[s].slot].in_scale);
+    if (first >= last || !scale) continue;
+    if (!any) {
+      const float* wide = widen(x + row * in, count, in, buffer);
+      if (wide != buffer.data()) buffer.assign(wide, wide + count * inputs);
+      any = true;
+    }
+    for (int64_t r = first - row; r < last - row; r++)
+      for (int64_t i = 0; i < in; i++) buffer[r * inputs + i] *= scale[i];
+  }
+  return any ? buffer.data() : nullptr;
+}
+
 // The calling thread's share of the group's products; every thread of the team calls it, and needs a barrier
 // before it reads another's outputs.
 template <typename T>
@@ -111,8 +135,15 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
   alignas(64) float acc[kBlockRows * kPanel];
   for (int64_t b = thread % across; b < blocks; b += across) {
     const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-    if (quantizes) quantize(x + row * in, count, in, quantized);
-    const BlockOfRows<T> from_rows{in, widens ? widen(x + row * in, count, in, widened) : nullptr, quantized, count};
+    const float* wide = widens || quantizes
+                            ? scale_inputs(group, x, row, count, segments, num_segments, widened)
+                            : nullptr;
+    if (quantizes && wide)
+      quantize(wide, count, in, quantized, Panel<T>::inputs(in));
+    else if (quantizes)
+      quantize(x + row * in, count, in, quantized, in);
+    if (widens && !wide) wide = widen(x + row * in, count, in, widened);
+    const BlockOfRows<T> from_rows{in, wide, quantized, count};
     int64_t first = 0;  // panel of the module among all
     for (int64_t m = 0; m < group.modules; m++) {
       const Module& module = group.module[m];

@@ -1,4 +1,4 @@
-// An adapter's low-rank weights folded into a module's: W + B A, rounded once, in panels of the base's type.
+// An adapter folded into a module's weights: W, scaled, + B A, rounded once, in panels of the base's type.
 // layers/merging.py keeps the copies.
 
 #pragma once
@@ -54,6 +54,16 @@ void transpose(const W* a, int64_t rank, int64_t in, float* out) {
     for (int64_t i = 0; i < in; i++) out[i * rank + r] = to_float(a[r * in + i]);
 }
 
+// wide [in, kPanel] times an adapter's scales of the inputs and of the panel's outputs.
+inline void scale_panel(const Entry& entry, int64_t panel, int64_t in, float* wide) {
+  const float* inputs = reinterpret_cast<const float*>(entry.in_scale);
+  const float* outputs = reinterpret_cast<const float*>(entry.out_scale);
+  if (!inputs && !outputs) return;
+  for (int64_t i = 0; i < in; i++)
+    for (int64_t c = 0; c < kPanel; c++)
+      wide[i * kPanel + c] *= (inputs ? inputs[i] : 1.0f) * (outputs ? outputs[panel * kPanel + c] : 1.0f);
+}
+
 // Panels [first, last) of a module's weights with the adapter in `slot`, to where they belong in `out`.
 template <typename T>
 void merge(const Group& group, int64_t member, int64_t slot, int64_t first, int64_t last, void* out, int threads) {
@@ -71,6 +81,7 @@ void merge(const Group& group, int64_t member, int64_t slot, int64_t first, int6
 #pragma omp for
     for (int64_t panel = first; panel < last; panel++) {
       widen_panel<T>(module.weights, panel, in, wide.data());
+      scale_panel(entry, panel, in, wide.data());
       const int64_t at = panel * rank * kPanel;
       if (entry.dtype == 0)
         expand(wide.data(), in, reinterpret_cast<const float*>(entry.b) + at, a.data(), rank, rank);

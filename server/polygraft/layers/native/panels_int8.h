@@ -60,13 +60,13 @@ struct Int8Rows {
 };
 
 template <typename T>
-void quantize(const T* x, int64_t rows, int64_t in, Int8Rows& out) {
+void quantize(const T* x, int64_t rows, int64_t in, Int8Rows& out, int64_t stride) {
   const int64_t inputs = (in + 1) / 2 * 2;
   out.values.resize(rows * inputs);
   out.scale.resize(rows);
   const vec shift = 12582912.0f + vec{};  // 1.5 * 2^23: adding it rounds to a whole number
   for (int64_t r = 0; r < rows; r++) {
-    const T* row = x + r * in;
+    const T* row = x + r * stride;
     vec tops = {};
     int64_t i = 0;
     for (; i + kLanes <= in; i += kLanes) {

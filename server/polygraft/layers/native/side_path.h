@@ -1,6 +1,6 @@
 // Low-rank side paths by segments: a segment is a run of rows that use one adapter, and adds
 // (x A^T) B^T to their outputs (Punica's segments, arXiv 2310.18547, with S-LoRA's unpadded ranks,
-// arXiv 2311.03285). layers/low_rank.py holds the same in torch.
+// arXiv 2311.03285), after it has scaled the base's part of them. layers/low_rank.py holds the same in torch.
 
 #pragma once
 
@@ -19,6 +19,8 @@ struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
   int64_t bias;   // address of the bias in float32, padded to whole panels, or 0
   int64_t rank;
   int64_t dtype;  // of A and B: 0 float32, 1 bfloat16
+  int64_t in_scale;   // address of a factor in float32 for each input of the base's product, or 0
+  int64_t out_scale;  // likewise for each of its outputs, padded to whole panels, or 0
 };
 
 enum Storage { kNothing = 0, kRowsType = 1, kInt8 = 2, k4Bit = 3 };
@@ -105,6 +107,12 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
     if (first >= last) continue;
     const Entry& entry = table[segments[s].slot];
     float* to = out + (first - row) * kPanel;
+    if (entry.out_scale) {
+      const float* scale = reinterpret_cast<const float*>(entry.out_scale) + panel * kPanel;
+      for (int64_t r = 0; r < last - first; r++)
+        for (int v = 0; v < kVecs; v++)
+          store(to + r * kPanel + v * kLanes, load(to + r * kPanel + v * kLanes) * load(scale + v * kLanes));
+    }
     if (entry.rank > 0) {
       const float* from = h + first * h_stride;
       const int64_t at = panel * entry.rank * kPanel;

@@ -1,0 +1,54 @@
+"""(IA)^3 (arXiv 2205.05638) as PEFT saves it, compiled to Scale.
+
+A vector multiplies a module's output, its bias included, or, of the modules that `feedforward_modules` names,
+its input (peft/tuners/ia3/layer.py, Linear.forward). Which of the two a module gets is decided by the end of
+its name, as in peft/tuners/ia3/model.py, `_check_target_module_feedforward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+from polygraft.adapters.primitives import CompiledAdapter, Scale
+from polygraft.adapters.reader import FolderReader
+from polygraft.adapters.targets import BAD_PATTERN, matches, target_modules
+from polygraft.base.spec import BaseSpec
+
+_PREFIX = "base_model.model."
+
+
+def compile_ia3(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
+    """Compile an (IA)^3 folder; yields between modules. Problems are noted in the reader."""
+    feedforward = reader.option("feedforward_modules", (str, list), [])
+    reader.ignore("init_ia3_weights", "fan_in_fan_out")
+    partners = {name: len(group) for group in base.same_input for name in group}
+    scales: dict[str, Scale] = {}
+    for module in target_modules(reader, base):
+        yield
+        shape = base.linears[module]
+        try:
+            of_input = _is_feedforward(module, feedforward)
+        except BAD_PATTERN as error:
+            reader.problems.append(
+                f"feedforward_modules is not a regular expression that can be matched: {error}"
+            )
+            break
+        if of_input and partners[module] > 1:
+            reader.problems.append(
+                f"feedforward module {module} shares its input with others of the base, and scaling it "
+                "for one of them alone isn't served"
+            )
+        size = (1, shape.in_features) if of_input else (shape.out_features, 1)
+        vector = reader.take(f"{_PREFIX}{module}.ia3_l", size)
+        if vector is None:
+            continue
+        vector = vector.float().flatten()
+        scales[module] = Scale(input=vector) if of_input else Scale(output=vector, after_bias=True)
+    return CompiledAdapter("ia3", reader.parameters, scales=scales)
+
+
+def _is_feedforward(module: str, feedforward: str | Sequence[str]) -> bool:
+    """Raises one of `BAD_PATTERN`."""
+    if isinstance(feedforward, str):
+        return matches(feedforward, module, whole=True) is not None
+    return any(module.endswith(name) for name in feedforward)
