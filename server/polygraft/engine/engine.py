@@ -15,13 +15,16 @@ from polygraft.base.layer_fusing import fuse_decoder_layers
 from polygraft.base.loader import Base, load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.adapter_manager import AdapterEvent, AdapterManager
+from polygraft.engine.answers import Answers
 from polygraft.engine.background import BackgroundWork
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.handle import Occupancy, StepStats
 from polygraft.engine.intake import Intake
 from polygraft.engine.kv_cache import KVCache
+from polygraft.engine.logprobs import likelihoods
 from polygraft.engine.model_info import model_info
 from polygraft.engine.model_runner import ModelRunner
+from polygraft.engine.penalties import adjust
 from polygraft.engine.prefix_cache import PrefixCache
 from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import (
@@ -123,6 +126,7 @@ class Engine:
             base, config, kv_cache_bytes=self.kv_cache.bytes, has_chat_template=self.prompts.has_chat_template
         )
         self._generations: dict[str, Generation] = {}
+        self._answers = Answers(base.backend)
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> Engine:
@@ -250,6 +254,8 @@ class Engine:
             first, end = end, end + len(item.logit_rows)
             if isinstance(sequence, CanarySequence):
                 sequence.take(logits[first:end])
+            elif isinstance(sequence, Generation):
+                sequence.take_prompt(logits[first:end])
             if not item.completes:
                 continue
             if isinstance(sequence, SoftPromptSequence):
@@ -265,6 +271,14 @@ class Engine:
         with torch.inference_mode():
             if len(rows) != len(logits):
                 logits = logits[rows]
+            asking = [at for at, g in enumerate(generations) if g.request.response.wants_logprobs]
+            raw = logits[asking] if asking else logits[:0]
+            logits = adjust(
+                logits,
+                [g.request.sampling for g in generations],
+                [g.token_ids for g in generations],
+                [g.prompt_tokens for g in generations],
+            )
             for at, generation in enumerate(generations):
                 if not generation.may_stop and generation.stop_token_ids:
                     logits[at, list(generation.stop_token_ids)] = -torch.inf
@@ -273,9 +287,13 @@ class Engine:
             )
             # The largest is NaN if any is, and -inf if none can be picked.
             finite = torch.isfinite(logits.amax(-1)).tolist()
+        picked = [tokens[at] for at in asking]
+        top = [generations[at].request.response.top_logprobs for at in asking]
+        for at, likelihood in zip(asking, likelihoods(raw, picked, top), strict=True):
+            generations[at].untold.append(likelihood)
         now = time.monotonic()
         return [
-            self._accept(generation, token, now) if ok else self._fail(generation)
+            self._accept(generation, token, now) if ok and generation.finite else self._fail(generation)
             for generation, token, ok in zip(generations, tokens, finite, strict=True)
         ]
 
@@ -283,7 +301,7 @@ class Engine:
         text, reason = generation.accept(token, now)
         if reason is not None:
             return self._finish(generation, reason, text, token)
-        return RequestOutput(generation.id, text, (token,))
+        return self._answers.complete(generation, RequestOutput(generation.id, text, (token,)))
 
     def _finish(
         self, generation: Generation, reason: FinishReason, text: str = "", token: int | None = None
@@ -313,7 +331,8 @@ class Engine:
             preemptions=generation.preemptions,
         )
         tokens = () if token is None else (token,)
-        return RequestOutput(generation.id, text, tokens, finished=finished)
+        output = RequestOutput(generation.id, text, tokens, finished=finished)
+        return self._answers.complete(generation, output)
 
     def _fail(self, generation: Generation) -> RequestOutput:
         self._remove(generation)
