@@ -16,11 +16,11 @@ class Answers:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._texts = TokenTexts(tokenizer)
+        self.texts = TokenTexts(tokenizer)
 
     def complete(self, generation: Generation, output: RequestOutput) -> RequestOutput:
         """Add what the request asked for and has not been told; the echo goes with its first output."""
-        logprobs = self._texts.describe(generation.untold)
+        logprobs = self.texts.describe(generation.untold)
         generation.untold.clear()
         if not generation.echo_due:
             return replace(output, logprobs=logprobs) if logprobs else output
@@ -33,5 +33,5 @@ class Answers:
             text = self._tokenizer.decode(prompt_ids, skip_special_tokens=True)
         if request.response.wants_logprobs:
             first = prompt_ids[0]
-            logprobs = (TokenLogprob(first, self._texts(first), None), *logprobs)
+            logprobs = (TokenLogprob(first, self.texts(first), None), *logprobs)
         return replace(output, text=text + output.text, prompt_ids=tuple(prompt_ids), logprobs=logprobs)

@@ -33,11 +33,13 @@ from polygraft.engine.request import (
     LoraPath,
     Request,
     RequestOutput,
+    ScoreRequest,
     Timings,
     Usage,
 )
 from polygraft.engine.sampler import sample
 from polygraft.engine.scheduler import Batch, Scheduler
+from polygraft.engine.scoring import ScoreJob, ScoreSequence, Scoring
 from polygraft.engine.sequence import CanarySequence, Generation, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefixes
 from polygraft.errors import InvalidRequest, PolygraftError
@@ -127,6 +129,7 @@ class Engine:
         )
         self._generations: dict[str, Generation] = {}
         self._answers = Answers(base.backend)
+        self._scoring = Scoring(self.scheduler, self._answers.texts, shares_prompts=config.prefix_caching)
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> Engine:
@@ -187,16 +190,30 @@ class Engine:
         self._generations[generation.id] = generation
         self.scheduler.add(generation)
 
-    def submit(self, request: Request) -> None:
-        """Prepare and queue a request. Raises as `prepare`."""
-        if request.id in self._generations:
+    def prepare_score(self, request: ScoreRequest) -> ScoreJob:
+        """As `prepare`, for continuations to score. Raises: as `Intake.prepare_score`."""
+        return self.intake.prepare_score(request)
+
+    def add_score(self, job: ScoreJob) -> None:
+        """Queue prepared continuations; they come out in one output."""
+        assert job.id not in self._scoring, "request ids must be unique"
+        self._scoring.add(job)
+
+    def submit(self, request: Request | ScoreRequest) -> None:
+        """Prepare and queue a request. Raises as `prepare` and `prepare_score`."""
+        if request.id in self._generations or request.id in self._scoring:
             raise InvalidRequest("request_id", f"{request.id!r} is running already")
-        self.add(self.prepare(request))
+        if isinstance(request, ScoreRequest):
+            self.add_score(self.prepare_score(request))
+        else:
+            self.add(self.prepare(request))
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free what it holds; its last output, or nothing if it has ended already."""
         generation = self._generations.get(request_id)
-        return [] if generation is None else [self._finish(generation, FinishReason.CANCELLED)]
+        if generation is None:
+            return self._scoring.abort(request_id)
+        return [self._finish(generation, FinishReason.CANCELLED)]
 
     def step(self) -> StepResult:
         """Advance every request that fits by one chunk or one token."""
@@ -217,7 +234,7 @@ class Engine:
         result.adapter_events = self.adapters.take_events()
         return result
 
-    def generate(self, requests: Iterable[Request]) -> list[list[RequestOutput]]:
+    def generate(self, requests: Iterable[Request | ScoreRequest]) -> list[list[RequestOutput]]:
         """Run requests to their ends, for notebooks and tests; the outputs of each, in its order."""
         outputs: dict[str, list[RequestOutput]] = {}
         for request in requests:
@@ -242,17 +259,20 @@ class Engine:
         for item in batch.items:
             if isinstance(item.sequence, Generation) and item.sequence.first_scheduled is None:
                 item.sequence.first_scheduled = now
+            elif isinstance(item.sequence, ScoreSequence):
+                item.sequence.note_scheduled(item.start, now)
 
     def _postprocess(self, batch: Batch, logits: torch.Tensor) -> list[RequestOutput]:
         """Take note of what has run, sample, and end what has come to its end."""
         rows: list[int] = []
         generations: list[Generation] = []
+        scored: list[ScoreSequence] = []
         end = 0
         for item in batch.items:
             sequence = item.sequence
             self.scheduler.advance(item)
             first, end = end, end + len(item.logit_rows)
-            if isinstance(sequence, CanarySequence):
+            if isinstance(sequence, CanarySequence | ScoreSequence):
                 sequence.take(logits[first:end])
             elif isinstance(sequence, Generation):
                 sequence.take_prompt(logits[first:end])
@@ -266,6 +286,16 @@ class Engine:
             elif isinstance(sequence, Generation):
                 rows.append(end - 1)
                 generations.append(sequence)
+            elif isinstance(sequence, ScoreSequence):
+                scored.append(sequence)
+        # All parts of the batch are taken note of: an end may now remove any sequence.
+        outputs = [output for sequence in scored for output in self._scoring.complete(sequence)]
+        return outputs + self._sample(generations, rows, logits)
+
+    def _sample(
+        self, generations: list[Generation], rows: list[int], logits: torch.Tensor
+    ) -> list[RequestOutput]:
+        """Give generations their next tokens, picked by these rows of the logits."""
         if not generations:
             return []
         with torch.inference_mode():

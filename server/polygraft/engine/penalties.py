@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Rows
 
 import torch
@@ -48,5 +49,6 @@ def _adjust_row(row: torch.Tensor, params: SamplingParams, tokens: list[int], pr
         row[seen] = changed.to(row.dtype)
     generated = tokens[prompt_tokens:]
     if generated and (params.presence_penalty or params.frequency_penalty):
-        used, counts = torch.tensor(generated, device=row.device).unique(return_counts=True)
-        row[used] -= params.presence_penalty + params.frequency_penalty * counts.to(row.dtype)
+        counts = Counter(generated)
+        often = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+        row[list(counts)] -= params.presence_penalty + params.frequency_penalty * often
