@@ -109,7 +109,16 @@ BAD_REQUESTS: dict[str, tuple[pb.GenerateRequest, grpc.StatusCode, str]] = {
     ),
     "time limit of 0": (stopping(time_limit=0), Code.INVALID_ARGUMENT, "stopping.time_limit"),
     "empty chat": (pb.GenerateRequest(chat=pb.Chat()), Code.INVALID_ARGUMENT, "chat.messages"),
-    "penalty": (sampling(repetition_penalty=1.2), Code.UNIMPLEMENTED, ""),
+    "penalty of 0": (
+        sampling(repetition_penalty=0),
+        Code.INVALID_ARGUMENT,
+        "sampling.repetition_penalty",
+    ),
+    "bias out of range": (
+        sampling(logit_bias={288: 1.0}),
+        Code.INVALID_ARGUMENT,
+        "sampling.logit_bias[288]",
+    ),
     "merged path": (
         pb.GenerateRequest(prompt="hi", lora_path=pb.LORA_PATH_MERGED),
         Code.UNIMPLEMENTED,

@@ -183,7 +183,7 @@ def test_without_logprobs_the_echo_uses_the_cache(engine: Engine) -> None:
     ("prompt", "text"),
     [
         ("grün, ", "grün, "),
-        (tuple(b"abc") + (256,), None),
+        ((*tuple(b"abc"), 256), None),
         (Chat((ChatMessage("user", "hi"),)), "[user]hi\n[assistant]"),
     ],
 )
