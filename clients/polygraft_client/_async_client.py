@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -10,8 +10,8 @@ import grpc
 
 from polygraft_client import _calls
 from polygraft_client._adapters import AsyncAdapters
-from polygraft_client._models import Generation, Health, Model
-from polygraft_client._requests import Chat, GenerateOptions, split_timeout
+from polygraft_client._models import Generation, Health, LoraPath, Model, Score
+from polygraft_client._requests import Chat, Continuations, GenerateOptions, split_timeout
 from polygraft_client._streams import AsyncStream
 from polygraft_client._transport import AsyncTransport, Endpoint
 
@@ -51,6 +51,30 @@ class AsyncClient:
         """
         timeout, fields = split_timeout(options)
         return AsyncStream(self._transport.open(_calls.stream(prompt, fields), timeout), self.address)
+
+    async def score(
+        self,
+        prompt: str | None,
+        continuations: Continuations,
+        *,
+        token_ids: Sequence[int] | None = None,
+        chat: Chat | None = None,
+        adapter: str | None = None,
+        lora_path: LoraPath | None = None,
+        top_logprobs: int = 0,
+        timeout: float | None = None,
+    ) -> Score:
+        """Log-likelihoods of continuations; arguments and errors as `Client.score`."""
+        call = _calls.score(
+            prompt,
+            continuations,
+            token_ids=token_ids,
+            chat=chat,
+            adapter=adapter,
+            lora_path=lora_path,
+            top_logprobs=top_logprobs,
+        )
+        return await self._transport.run(call, timeout)
 
     async def tokenize(
         self, prompt: str | None = None, *, chat: Chat | None = None, timeout: float | None = None

@@ -14,8 +14,8 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client import _requests, _responses
-from polygraft_client._models import Adapter, Chunk, Generation, Health, Model
-from polygraft_client._requests import Chat
+from polygraft_client._models import Adapter, Chunk, Generation, Health, Model, Score
+from polygraft_client._requests import Chat, Continuations
 
 _INFERENCE = "/polygraft.v1.InferenceService/"
 _ADAPTERS = "/polygraft.v1.AdapterService/"
@@ -55,6 +55,12 @@ def stream(prompt: str | None, options: dict[str, Any]) -> Call[Chunk]:
     return Call(
         f"{_INFERENCE}GenerateStream", request, inference_pb2.GenerateStreamResponse, _responses.chunk_from
     )
+
+
+def score(prompt: str | None, continuations: Continuations, **options: Any) -> Call[Score]:
+    """Log-likelihoods of continuations."""
+    request = _requests.score_request(prompt, continuations, **options)
+    return Call(f"{_INFERENCE}Score", request, inference_pb2.ScoreResponse, _responses.score_from)
 
 
 def tokenize(prompt: str | None, chat: Chat | None) -> Call[tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -10,8 +10,8 @@ import grpc
 
 from polygraft_client import _calls
 from polygraft_client._adapters import Adapters
-from polygraft_client._models import Generation, Health, Model
-from polygraft_client._requests import Chat, GenerateOptions, split_timeout
+from polygraft_client._models import Generation, Health, LoraPath, Model, Score
+from polygraft_client._requests import Chat, Continuations, GenerateOptions, split_timeout
 from polygraft_client._streams import Stream
 from polygraft_client._transport import Endpoint, Transport
 
@@ -72,6 +72,40 @@ class Client:
         """
         timeout, fields = split_timeout(options)
         return Stream(self._transport.open(_calls.stream(prompt, fields), timeout), self.address)
+
+    def score(
+        self,
+        prompt: str | None,
+        continuations: Continuations,
+        *,
+        token_ids: Sequence[int] | None = None,
+        chat: Chat | None = None,
+        adapter: str | None = None,
+        lora_path: LoraPath | None = None,
+        top_logprobs: int = 0,
+        timeout: float | None = None,
+    ) -> Score:
+        """Log-likelihoods of continuations of a prompt, as lm-evaluation-harness defines them.
+
+        Args:
+            prompt: text, which may be empty; None where `token_ids` or `chat` is given instead.
+            continuations: texts or token ids, at most 256; each is scored by itself.
+            top_logprobs: so many of the likeliest tokens at each position, in [0, 20].
+
+        Raises:
+            InvalidArgument: a value is out of range, or a continuation doesn't fit; see `violations`.
+            NotFound, FailedPrecondition, ResourceExhausted, Unavailable: as `generate`.
+        """
+        call = _calls.score(
+            prompt,
+            continuations,
+            token_ids=token_ids,
+            chat=chat,
+            adapter=adapter,
+            lora_path=lora_path,
+            top_logprobs=top_logprobs,
+        )
+        return self._transport.run(call, timeout)
 
     def tokenize(
         self, prompt: str | None = None, *, chat: Chat | None = None, timeout: float | None = None

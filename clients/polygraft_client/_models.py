@@ -105,18 +105,44 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the likeliest tokens at a position."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and how likely the model found it there, before penalties and temperature.
+
+    Args:
+        text: the token's own; a part of a character is U+FFFD.
+        logprob: natural logarithm; None for the first token of an echoed prompt.
+        top: the likeliest tokens at this position, if asked for.
+    """
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """A whole answer.
 
     Args:
-        text: without special tokens and stop sequences.
-        token_ids: empty unless asked for with `return_token_ids`.
+        text: without special tokens and stop sequences; begins with the prompt if `echo` was asked for.
+        token_ids: empty unless asked for with `return_token_ids`; begins with the prompt's for `echo`.
         seed: the request's own, or the one that the server drew.
         adapter_generation: what served it; 0 for the base model.
         stop_sequence: what ended it, for STOP_SEQUENCE; else "".
         stop_token_id: what ended it, for STOP; else None.
         preemptions: how often its place in the cache was taken away and recomputed.
         request_id: the id under which the server's log knows it.
+        logprobs: of the tokens, if asked for; begins with the prompt's for `echo`.
     """
 
     text: str
@@ -131,19 +157,52 @@ class Generation:
     stop_token_id: int | None
     preemptions: int
     request_id: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of an answer: whole characters only, so `text` may lag behind `token_ids`.
 
-    `token_ids` is empty unless asked for with `return_token_ids`; `generation` is set on the last
-    chunk only.
+    `token_ids` and `logprobs` are empty unless asked for; `generation` is set on the last chunk only.
     """
 
     text: str
     token_ids: tuple[int, ...] = ()
     generation: Generation | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ContinuationScore:
+    """How likely the model finds one continuation.
+
+    Args:
+        log_likelihood: the sum over its tokens, natural logarithm.
+        is_greedy: whether greedy decoding would have produced it.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
+    tokens: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely the model finds the continuations of a prompt.
+
+    Args:
+        continuations: in the order in which they were given.
+        usage: of all of them together; `completion_tokens` are theirs.
+        adapter_generation: what served it; 0 for the base model.
+    """
+
+    continuations: tuple[ContinuationScore, ...]
+    usage: Usage
+    timings: Timings
+    adapter_generation: int
+    lora_path: LoraPath
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +213,9 @@ class SamplingDefaults:
     top_p: float | None
     top_k: int | None
     min_p: float | None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

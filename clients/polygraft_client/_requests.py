@@ -13,6 +13,8 @@ from polygraft_client._models import ChatMessage, LoraPath
 
 Chat = Sequence[ChatMessage | Mapping[str, str]]
 """A conversation: `ChatMessage`s, or dicts with the keys "role" and "content"."""
+Continuations = Sequence[str] | Sequence[Sequence[int]]
+"""What to score: texts, or token ids."""
 
 _M = TypeVar("_M", bound=Message)
 
@@ -42,6 +44,14 @@ class GenerateOptions(TypedDict, total=False):
     """Drop tokens less likely than this share of the likeliest's probability. Range [0, 1]."""
     seed: int | None
     """All that the sampling noise depends on, beside the position. Range [0, 2^63)."""
+    repetition_penalty: float | None
+    """Makes tokens of the prompt and the answer so far less likely above 1. Range (0, 100]."""
+    presence_penalty: float | None
+    """Subtracted from the logits of tokens in the answer so far. Range [-2, 2]."""
+    frequency_penalty: float | None
+    """The same, times how often the token is there. Range [-2, 2]."""
+    logit_bias: Mapping[int, float]
+    """Token ids to additions to their logits, in [-100, 100]. At most 1024."""
     max_new_tokens: int | None
     """Most tokens to generate."""
     min_new_tokens: int | None
@@ -56,6 +66,12 @@ class GenerateOptions(TypedDict, total=False):
     """Seconds after arrival, queueing included; the answer is then what there is so far."""
     return_token_ids: bool
     """Fill `token_ids` of the answer."""
+    logprobs: bool
+    """Fill `logprobs` of the answer."""
+    top_logprobs: int
+    """So many of the likeliest tokens at each position in `logprobs`. Range [0, 20]."""
+    echo: bool
+    """Let the answer begin with the prompt: its text, and its tokens where these are asked for."""
     timeout: float | None
     """Seconds until the call fails with DeadlineExceeded; None is the client's own."""
 
@@ -78,6 +94,10 @@ def generate_request(
     top_k: int | None = None,
     min_p: float | None = None,
     seed: int | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
     max_new_tokens: int | None = None,
     min_new_tokens: int | None = None,
     stop: str | Sequence[str] = (),
@@ -85,6 +105,9 @@ def generate_request(
     ignore_eos: bool = False,
     time_limit: float | None = None,
     return_token_ids: bool = False,
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+    echo: bool = False,
 ) -> inference_pb2.GenerateRequest:
     """Build the request of Generate and GenerateStream; raises InvalidRequest."""
     return _fill(
@@ -99,6 +122,10 @@ def generate_request(
             top_k=top_k,
             min_p=min_p,
             seed=seed,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=None if logit_bias is None else dict(logit_bias),
         ),
         stopping=_fill(
             inference_pb2.StoppingOptions,
@@ -109,8 +136,44 @@ def generate_request(
             ignore_eos=ignore_eos,
             time_limit=time_limit,
         ),
-        response=inference_pb2.ResponseOptions(token_ids=return_token_ids),
+        response=_fill(
+            inference_pb2.ResponseOptions,
+            token_ids=return_token_ids,
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
+            echo=echo,
+        ),
     )
+
+
+def score_request(
+    prompt: str | None,
+    continuations: Continuations,
+    *,
+    token_ids: Sequence[int] | None = None,
+    chat: Chat | None = None,
+    adapter: str | None = None,
+    lora_path: LoraPath | None = None,
+    top_logprobs: int = 0,
+) -> inference_pb2.ScoreRequest:
+    """Build the request of Score; raises InvalidRequest."""
+    texts: list[Any] = [continuations] if isinstance(continuations, str) else list(continuations)
+    as_text = all(isinstance(text, str) for text in texts)
+    return _fill(
+        inference_pb2.ScoreRequest,
+        **_input(prompt=prompt, token_ids=token_ids, chat=chat),
+        continuations=texts if as_text else None,
+        continuation_token_ids=None if as_text else [_ids(at, ids) for at, ids in enumerate(texts)],
+        adapter=adapter,
+        lora_path=None if lora_path is None else f"LORA_PATH_{lora_path}",
+        top_logprobs=top_logprobs,
+    )
+
+
+def _ids(at: int, ids: Any) -> inference_pb2.TokenIds:
+    if isinstance(ids, str):
+        raise InvalidRequest(f"continuations[{at}]", "expected token ids, like the others")
+    return _fill(inference_pb2.TokenIds, ids=ids, path=f"continuations[{at}].")
 
 
 def tokenize_request(prompt: str | None = None, *, chat: Chat | None = None) -> inference_pb2.TokenizeRequest:

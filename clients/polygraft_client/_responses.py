@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ from polygraft_client._models import (
     Adapter,
     AdapterState,
     Chunk,
+    ContinuationScore,
     Deviation,
     FinishReason,
     Generation,
@@ -21,7 +22,10 @@ from polygraft_client._models import (
     Model,
     NearestToken,
     SamplingDefaults,
+    Score,
     Timings,
+    TokenLogprob,
+    TopLogprob,
     Usage,
 )
 
@@ -37,18 +41,8 @@ def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
         finish_reason=_named(
             FinishReason, "FINISH_REASON_", inference_pb2.FinishReason.Name, summary.finish_reason
         ),
-        usage=Usage(
-            prompt_tokens=summary.usage.prompt_tokens,
-            cached_tokens=summary.usage.cached_tokens,
-            virtual_tokens=summary.usage.virtual_tokens,
-            completion_tokens=summary.usage.completion_tokens,
-        ),
-        timings=Timings(
-            queue=summary.timings.queue,
-            prefill=summary.timings.prefill,
-            time_to_first_token=summary.timings.time_to_first_token,
-            total=summary.timings.total,
-        ),
+        usage=_usage(summary.usage),
+        timings=_timings(summary.timings),
         seed=summary.seed,
         adapter_generation=summary.adapter_generation,
         lora_path=_named(LoraPath, "LORA_PATH_", inference_pb2.LoraPath.Name, summary.lora_path),
@@ -56,6 +50,52 @@ def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
         stop_token_id=summary.stop_token_id if summary.HasField("stop_token_id") else None,
         preemptions=summary.preemptions,
         request_id=summary.request_id,
+        logprobs=_logprobs(response.logprobs),
+    )
+
+
+def _usage(usage: inference_pb2.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        virtual_tokens=usage.virtual_tokens,
+        completion_tokens=usage.completion_tokens,
+    )
+
+
+def _timings(timings: inference_pb2.Timings) -> Timings:
+    return Timings(
+        queue=timings.queue,
+        prefill=timings.prefill,
+        time_to_first_token=timings.time_to_first_token,
+        total=timings.total,
+    )
+
+
+def _logprobs(tokens: Iterable[inference_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(
+            token.token_id,
+            token.text,
+            token.logprob if token.HasField("logprob") else None,
+            tuple(TopLogprob(near.token_id, near.text, near.logprob) for near in token.top),
+        )
+        for token in tokens
+    )
+
+
+def score_from(response: inference_pb2.ScoreResponse) -> Score:
+    """Convert scores."""
+    return Score(
+        continuations=tuple(
+            ContinuationScore(score.log_likelihood, score.is_greedy, _logprobs(score.tokens))
+            for score in response.scores
+        ),
+        usage=_usage(response.usage),
+        timings=_timings(response.timings),
+        adapter_generation=response.adapter_generation,
+        lora_path=_named(LoraPath, "LORA_PATH_", inference_pb2.LoraPath.Name, response.lora_path),
+        request_id=response.request_id,
     )
 
 
@@ -65,6 +105,7 @@ def chunk_from(response: inference_pb2.GenerateStreamResponse) -> Chunk:
         text=response.text,
         token_ids=tuple(response.token_ids),
         generation=generation_from(response.final) if response.HasField("final") else None,
+        logprobs=_logprobs(response.logprobs),
     )
 
 
@@ -100,6 +141,11 @@ def model_from(response: inference_pb2.GetModelResponse) -> Model:
             top_p=sampling.top_p if sampling.HasField("top_p") else None,
             top_k=sampling.top_k if sampling.HasField("top_k") else None,
             min_p=sampling.min_p if sampling.HasField("min_p") else None,
+            repetition_penalty=(
+                sampling.repetition_penalty if sampling.HasField("repetition_penalty") else None
+            ),
+            presence_penalty=sampling.presence_penalty if sampling.HasField("presence_penalty") else None,
+            frequency_penalty=sampling.frequency_penalty if sampling.HasField("frequency_penalty") else None,
         ),
         has_chat_template=response.has_chat_template,
         server_version=response.server_version,

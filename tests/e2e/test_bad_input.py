@@ -109,7 +109,16 @@ BAD_REQUESTS: dict[str, tuple[pb.GenerateRequest, grpc.StatusCode, str]] = {
     ),
     "time limit of 0": (stopping(time_limit=0), Code.INVALID_ARGUMENT, "stopping.time_limit"),
     "empty chat": (pb.GenerateRequest(chat=pb.Chat()), Code.INVALID_ARGUMENT, "chat.messages"),
-    "penalty": (sampling(repetition_penalty=1.2), Code.UNIMPLEMENTED, ""),
+    "penalty of 0": (
+        sampling(repetition_penalty=0),
+        Code.INVALID_ARGUMENT,
+        "sampling.repetition_penalty",
+    ),
+    "bias out of range": (
+        sampling(logit_bias={288: 1.0}),
+        Code.INVALID_ARGUMENT,
+        "sampling.logit_bias[288]",
+    ),
     "merged base": (
         pb.GenerateRequest(prompt="hi", lora_path=pb.LORA_PATH_MERGED),
         Code.INVALID_ARGUMENT,
@@ -207,7 +216,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "target 'nowhere' matches no module",
     ),
     "unserved option": (lambda f: edit_config(f, use_dora=True), "use_dora=True isn't served"),
-    "unknown kind": (lambda f: edit_config(f, peft_type="IA3"), "peft_type 'IA3' isn't served"),
+    "unknown kind": (lambda f: edit_config(f, peft_type="BONE"), "peft_type 'BONE' isn't served"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "no such folder"),
 }

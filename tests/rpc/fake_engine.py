@@ -10,13 +10,17 @@ from polygraft.adapters.info import AdapterInfo, AdapterState, Deviation, Merged
 from polygraft.engine.handle import ModelInfo
 from polygraft.engine.request import (
     Chat,
+    ContinuationScore,
     Finished,
     FinishReason,
     LoraPath,
     Request,
     RequestOutput,
     SamplingParams,
+    ScoreRequest,
     Timings,
+    TokenLogprob,
+    TopLogprob,
     Usage,
 )
 from polygraft.errors import AdapterNotFound, Draining, EngineDead, InvalidRequest
@@ -39,6 +43,7 @@ MODEL = ModelInfo(
     has_chat_template=True,
     notes=("a note",),
 )
+LOGPROB = TokenLogprob(5, "five", -0.25, (TopLogprob(6, "six", -0.125),))
 
 
 def ready(name: str, generation: int = 1, **fields: object) -> AdapterInfo:
@@ -65,6 +70,7 @@ class FakeEngine:
         self.adapter_error: Exception | None = None
         self.adapters = {"json": ready("json", 7), "shout": ready("shout", 8)}
         self.requests: list[Request] = []
+        self.scores: list[ScoreRequest] = []
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.dropped = asyncio.Event()
@@ -110,8 +116,16 @@ class FakeEngine:
                     return
                 last = number == len(self.answer) - 1
                 done = last
+                asked = request.response
+                first = asked.echo and number == 0
+                logprobs = (TokenLogprob(1, "<", None),) if first and asked.wants_logprobs else ()
                 yield RequestOutput(
-                    request.id, text, (100 + number,), finished=self._finished(request) if last else None
+                    request.id,
+                    f"<{text}" if first else text,
+                    (100 + number,),
+                    finished=self._finished(request) if last else None,
+                    prompt_ids=(1,) if first else (),
+                    logprobs=(*logprobs, LOGPROB) if asked.wants_logprobs else (),
                 )
         finally:
             self.running.discard(request.id)
@@ -119,6 +133,35 @@ class FakeEngine:
             if not done:
                 self.aborted.append(request.id)
                 self.dropped.set()
+
+    async def score(self, request: ScoreRequest) -> RequestOutput:
+        if self.error is not None:
+            raise self.error
+        self.scores.append(request)
+        self.running.add(request.id)
+        done = False
+        try:
+            if self.pause_after == 0:
+                self.paused.set()
+                await self.resume.wait()
+            done = True
+        finally:
+            self.running.discard(request.id)
+            if not done:
+                self.aborted.append(request.id)
+                self.dropped.set()
+        finished = Finished(
+            reason=FinishReason.SCORED,
+            usage=Usage(prompt_tokens=6, completion_tokens=2, cached_tokens=1, virtual_tokens=2),
+            timings=Timings(total=0.4, queue=0.1, prefill=0.2, time_to_first_token=0.3),
+            seed=0,
+            path=LoraPath.UNMERGED,
+            adapter_generation=7 if request.adapter else None,
+        )
+        scores = tuple(
+            ContinuationScore(-0.5 - at, at == 0, (LOGPROB,)) for at in range(len(request.continuations))
+        )
+        return RequestOutput(request.id, finished=finished, scores=scores)
 
     def _finished(self, request: Request) -> Finished:
         return Finished(

@@ -6,9 +6,17 @@ from typing import Any
 import pytest
 
 from polygraft.adapters.names import check_name
-from polygraft.engine.request import AdapterRef, Chat, ChatMessage, LoraPath, Request
+from polygraft.engine.request import (
+    AdapterRef,
+    Chat,
+    ChatMessage,
+    LoraPath,
+    Request,
+    ResponseParams,
+    ScoreRequest,
+)
 from polygraft.errors import InvalidRequest, NotSupported
-from polygraft.rpc.convert import generate_request, tokenize_request
+from polygraft.rpc.convert import generate_request, score_request, tokenize_request
 from polygraft_api.v1 import inference_pb2 as pb
 from tests.rpc.fake_engine import MODEL, replace
 
@@ -37,7 +45,18 @@ def test_set_fields_arrive() -> None:
         token_ids={"ids": [0, 999]},
         adapters=[{"name": "json", "generation": 3, "weight": 1.0}],
         lora_path=pb.LORA_PATH_UNMERGED,
-        sampling={"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "seed": 0, "repetition_penalty": 1},
+        sampling={
+            "temperature": 0,
+            "top_p": 1,
+            "top_k": 0,
+            "min_p": 0,
+            "seed": 0,
+            "repetition_penalty": 1.5,
+            "presence_penalty": -2,
+            "frequency_penalty": 2,
+            "logit_bias": {999: -100, 3: 100},
+        },
+        response={"logprobs": True, "top_logprobs": 20, "echo": True},
         stopping={
             "max_new_tokens": 5,
             "min_new_tokens": 5,
@@ -53,6 +72,10 @@ def test_set_fields_arrive() -> None:
     assert request.sampling.greedy
     assert (request.sampling.top_p, request.sampling.top_k, request.sampling.min_p) == (1, 0, 0)
     assert request.sampling.seed == 0
+    assert request.sampling.repetition_penalty == 1.5
+    assert (request.sampling.presence_penalty, request.sampling.frequency_penalty) == (-2, 2)
+    assert request.sampling.logit_bias == ((3, 100), (999, -100))
+    assert request.response == ResponseParams(logprobs=True, top_logprobs=20, echo=True)
     assert request.stopping.max_new_tokens == request.stopping.min_new_tokens == 5
     assert request.stopping.stop == ("a", "b" * 512)
     assert request.stopping.stop_token_ids == (1,)
@@ -98,10 +121,18 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
     *[("sampling.min_p", {"sampling": {"min_p": bad}}) for bad in (-0.01, 1.01, NAN, INF)],
     *[("sampling.seed", {"sampling": {"seed": bad}}) for bad in (2**63, 2**64 - 1)],
     *[
-        (f"sampling.{p}_penalty", {"sampling": {f"{p}_penalty": NAN}})
-        for p in ("repetition", "presence", "frequency")
+        ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": bad}})
+        for bad in (0, -1, 100.1, NAN, INF)
     ],
-    ("sampling.logit_bias", {"sampling": {"logit_bias": {1: INF}}}),
+    *[
+        (f"sampling.{p}_penalty", {"sampling": {f"{p}_penalty": bad}})
+        for p in ("presence", "frequency")
+        for bad in (-2.1, 2.1, NAN, -INF)
+    ],
+    *[("sampling.logit_bias[1]", {"sampling": {"logit_bias": {1: bad}}}) for bad in (-101, 101, NAN, INF)],
+    ("sampling.logit_bias[1000]", {"sampling": {"logit_bias": {1000: 1}}}),
+    ("sampling.logit_bias", {"sampling": {"logit_bias": dict.fromkeys(range(1025), 1)}}),
+    ("response.top_logprobs", {"response": {"top_logprobs": 21}}),
     *[("stopping.max_new_tokens", {"stopping": {"max_new_tokens": bad}}) for bad in (0, 128, 2**32 - 1)],
     ("stopping.min_new_tokens", {"stopping": {"max_new_tokens": 3, "min_new_tokens": 4}}),
     ("stopping.min_new_tokens", {"stopping": {"min_new_tokens": 257}}),
@@ -136,13 +167,6 @@ UNSERVED: list[tuple[str, dict[str, Any]]] = [
     ("adapters", {"adapters": [{"name": "a"}, {"name": "b"}]}),
     ("adapters[0].weight", {"adapters": [{"name": "a", "weight": 0.5}]}),
     ("adapters[0].weight", {"adapters": [{"name": "a", "weight": 0.0}]}),
-    ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": 1.1}}),
-    ("sampling.presence_penalty", {"sampling": {"presence_penalty": 1}}),
-    ("sampling.frequency_penalty", {"sampling": {"frequency_penalty": -1}}),
-    ("sampling.logit_bias", {"sampling": {"logit_bias": {1: 0.0}}}),
-    ("response.logprobs", {"response": {"logprobs": True}}),
-    ("response.top_logprobs", {"response": {"top_logprobs": 1}}),
-    ("response.echo", {"response": {"echo": True}}),
 ]
 
 
@@ -153,13 +177,67 @@ def test_what_is_not_served_says_so(field: str, fields: dict[str, Any]) -> None:
     assert caught.value.field == field
 
 
-def test_neutral_penalties_are_accepted() -> None:
-    convert(sampling={"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": -0.0})
-
-
 def test_a_wrong_field_beats_an_unserved_one() -> None:
     with pytest.raises(InvalidRequest):
-        convert(sampling={"top_p": 2}, response={"echo": True})
+        convert(sampling={"top_p": 2}, lora_path=pb.LORA_PATH_MERGED)
+
+
+def test_the_models_own_repetition_penalty_is_the_default() -> None:
+    sampling = replace(MODEL.default_sampling, repetition_penalty=1.1)
+    model = replace(MODEL, default_sampling=sampling)
+    message = pb.GenerateRequest(prompt="hi")
+    assert generate_request(message, "id", model).sampling.repetition_penalty == 1.1
+    message.sampling.repetition_penalty = 1.0
+    assert generate_request(message, "id", model).sampling.repetition_penalty == 1.0
+
+
+def convert_score(**fields: Any) -> ScoreRequest:
+    given = {"prompt": "a", "continuations": ["b"]} | fields
+    return score_request(pb.ScoreRequest(**given), "id-1", MODEL)
+
+
+def test_score_request() -> None:
+    request = convert_score(adapters=[{"name": "json", "generation": 3}], top_logprobs=20)
+    assert request == ScoreRequest("id-1", "a", ("b",), AdapterRef("json", 3), LoraPath.UNMERGED, False, 20)
+    assert convert_score(prompt="", continuations=["b"] * 256).prompt == ""
+    ids = pb.ScoreRequest(token_ids={"ids": [1]}, continuation_token_ids=[{"ids": [2, 999]}, {"ids": [3]}])
+    request = score_request(ids, "id", MODEL)
+    assert (request.prompt, request.continuations) == ((1,), ((2, 999), (3,)))
+    assert request.lora_path is LoraPath.UNMERGED
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="x")])
+    chatty = score_request(pb.ScoreRequest(chat=chat, continuations=["b"]), "id", MODEL)
+    assert chatty.prompt == Chat((ChatMessage("user", "x"),))
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("continuations", {"continuations": []}),
+        ("continuations", {"continuations": ["b"] * 257}),
+        ("continuations[1]", {"continuations": ["b", ""]}),
+        ("continuation_token_ids", {"continuation_token_ids": [{"ids": [1]}]}),
+        ("continuation_token_ids", {"continuations": [], "continuation_token_ids": [{"ids": [1]}] * 257}),
+        ("continuation_token_ids[0].ids", {"continuations": [], "continuation_token_ids": [{}]}),
+        ("continuation_token_ids[0].ids[1]", {"continuations": [], "continuation_token_ids": [{"ids": [1, 1000]}]}),
+        ("adapters", {"adapter": "a", "adapters": [{"name": "a"}]}),
+        ("adapter", {"adapter": "../a"}),
+        ("lora_path", {"lora_path": 17}),
+        ("top_logprobs", {"top_logprobs": 21}),
+    ],
+)  # fmt: skip
+def test_bad_scores_are_refused_by_their_path(field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        convert_score(**fields)
+    assert caught.value.field == field
+
+
+def test_a_score_needs_an_input_and_takes_what_generate_takes() -> None:
+    with pytest.raises(InvalidRequest, match=r"^input: "):
+        score_request(pb.ScoreRequest(continuations=["b"]), "id", MODEL)
+    with pytest.raises(InvalidRequest, match=r"^token_ids.ids: "):
+        score_request(pb.ScoreRequest(token_ids={}, continuations=["b"]), "id", MODEL)
+    with pytest.raises(NotSupported):
+        convert_score(adapters=[{"name": "a"}, {"name": "b"}])
 
 
 def test_tokenize_request() -> None:

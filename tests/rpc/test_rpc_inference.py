@@ -8,7 +8,7 @@ import pytest
 import polygraft
 from polygraft.engine.request import AdapterRef
 from polygraft_api.v1 import inference_pb2 as pb
-from tests.rpc.conftest import Serve, Served
+from tests.rpc.conftest import Serve, Served, details_of
 from tests.rpc.fake_engine import MODEL, FakeEngine
 
 
@@ -104,16 +104,87 @@ async def test_get_model(served: Served) -> None:
     model = await served.inference.GetModel(pb.GetModelRequest())
     assert (model.model, model.context_length, model.vocabulary_size) == ("fake", 128, 1000)
     assert list(model.eos_token_ids) == [0]
-    assert model.default_sampling == pb.SamplingOptions(temperature=0.5, top_p=0.9, top_k=20, min_p=0.1)
+    assert model.default_sampling == pb.SamplingOptions(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=20,
+        min_p=0.1,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+    )
     assert model.has_chat_template
     assert model.server_version == polygraft.__version__
     assert list(model.notes) == list(MODEL.notes)
 
 
-async def test_score_is_not_served(served: Served) -> None:
+LOGPROB = pb.TokenLogprob(
+    token_id=5,
+    text="five",
+    logprob=-0.25,
+    top=[pb.TopLogprob(token_id=6, text="six", logprob=-0.125)],
+)
+
+
+async def test_logprobs_and_echo(served: Served) -> None:
+    request = ask(response={"token_ids": True, "top_logprobs": 1, "echo": True})
+    chunks = [chunk async for chunk in served.inference.GenerateStream(request)]
+    assert [chunk.text for chunk in chunks] == ["<Hel", "", "lo ", "world"]
+    assert list(chunks[0].token_ids) == [1, 100]
+    first = chunks[0].logprobs
+    assert (first[0].token_id, first[0].HasField("logprob")) == (1, False)
+    assert [list(chunk.logprobs) for chunk in chunks[1:]] == [[LOGPROB]] * 3
+    final = chunks[-1].final
+    assert final.text == "<Hello world"
+    assert list(final.token_ids) == [1, 100, 101, 102, 103]
+    assert list(final.logprobs) == [first[0], *[LOGPROB] * 4]
+    unary = await served.inference.Generate(request)
+    assert (unary.text, unary.logprobs) == (final.text, final.logprobs)
+
+
+async def test_what_is_not_asked_for_is_not_sent(served: Served) -> None:
+    chunks = [chunk async for chunk in served.inference.GenerateStream(ask(response={"echo": True}))]
+    assert chunks[-1].final.text == "<Hello world"
+    assert not chunks[-1].final.token_ids
+    assert not chunks[-1].final.logprobs
+
+
+async def test_score(served: Served) -> None:
+    request = pb.ScoreRequest(prompt="a", continuations=["b", "c"], adapter="json", top_logprobs=1)
+    answer = await served.inference.Score(request)
+    assert [score.log_likelihood for score in answer.scores] == [-0.5, -1.5]
+    assert [score.is_greedy for score in answer.scores] == [True, False]
+    assert list(answer.scores[0].tokens) == [LOGPROB]
+    assert answer.usage == pb.Usage(prompt_tokens=6, cached_tokens=1, virtual_tokens=2, completion_tokens=2)
+    assert answer.timings == pb.Timings(queue=0.1, prefill=0.2, time_to_first_token=0.3, total=0.4)
+    assert (answer.adapter_generation, answer.lora_path) == (7, pb.LORA_PATH_UNMERGED)
+    assert answer.request_id
+    (asked,) = served.engine.scores
+    assert (asked.prompt, asked.continuations, asked.top_logprobs) == ("a", ("b", "c"), 1)
+    assert asked.adapter == AdapterRef("json")
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline", "drop"])
+async def test_a_score_that_is_given_up_frees_the_engine(served: Served, how: str) -> None:
+    served.engine.pause_after = 0
+    deadline = 1.0 if how == "deadline" else None
+    call = served.inference.Score(pb.ScoreRequest(prompt="a", continuations=["b"]), timeout=deadline)
+    await served.engine.paused.wait()
+    if how == "cancel":
+        call.cancel()
+    elif how == "drop":
+        await served.channel.close()
+    await served.engine.dropped.wait()
+    assert not served.engine.running
+    assert await served.server.calls.wait_idle(5)
+
+
+async def test_a_score_that_is_refused_names_the_field(served: Served) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await served.inference.Score(pb.ScoreRequest(prompt="a", continuations=["b"]))
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        await served.inference.Score(pb.ScoreRequest(prompt="a"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details_of(caught.value)["BadRequest"].field_violations[0].field == "continuations"
+    assert not served.engine.scores
 
 
 async def test_an_answer_as_large_as_the_limit_arrives_and_a_larger_one_is_an_error(

@@ -278,7 +278,9 @@ Global___AdapterRef: _TypeAlias = AdapterRef  # noqa: Y015
 @_typing.final
 class SamplingOptions(_message.Message):
     """How tokens are picked. Unset fields take the model's generation_config, then the
-    default given here. Temperature, top_k, top_p and min_p apply in this order.
+    default given here. They apply in this order: logit_bias, repetition_penalty,
+    presence_penalty and frequency_penalty, temperature, top_k, top_p, min_p; those before
+    the temperature count for greedy decoding as well.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -325,14 +327,18 @@ class SamplingOptions(_message.Message):
     at random and returned.
     """
     repetition_penalty: _builtins.float
-    """Not served yet: UNIMPLEMENTED."""
+    """Logits of tokens in the prompt or the answer so far are divided by this where they are
+    positive and multiplied where they are negative. Range (0, 100]. Default 1.
+    """
     presence_penalty: _builtins.float
-    """Not served yet: UNIMPLEMENTED."""
+    """Subtracted from the logits of tokens in the answer so far. Range [-2, 2]. Default 0."""
     frequency_penalty: _builtins.float
-    """Not served yet: UNIMPLEMENTED."""
+    """The same, times how often the token is there. Range [-2, 2]. Default 0."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token id to an addition to its logit. Not served yet: UNIMPLEMENTED."""
+        """Token id to an addition to its logit. Ids in [0, vocabulary size), additions in
+        [-100, 100], at most 1024.
+        """
 
     def __init__(
         self,
@@ -462,11 +468,17 @@ class ResponseOptions(_message.Message):
     token_ids: _builtins.bool
     """Include the generated token ids. Default false."""
     logprobs: _builtins.bool
-    """Log-probability of each generated token. Not served yet: UNIMPLEMENTED."""
+    """Include the log-probability of each generated token. Default false."""
     top_logprobs: _builtins.int
-    """The likeliest tokens at each position. Not served yet: UNIMPLEMENTED."""
+    """Include so many of the likeliest tokens at each position; above 0 implies `logprobs`.
+    Range [0, 20]. Default 0.
+    """
     echo: _builtins.bool
-    """Repeat the prompt before the answer. Not served yet: UNIMPLEMENTED."""
+    """Put the prompt before the answer: its text before the text (special tokens of a chat's
+    template left out), its ids before the ids if these are asked for, and its
+    log-probabilities if these are. Virtual tokens have none. With log-probabilities the
+    whole prompt is computed, whatever the cache holds. Default false.
+    """
     def __init__(
         self,
         *,
@@ -482,6 +494,77 @@ class ResponseOptions(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResponseOptions: _TypeAlias = ResponseOptions  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """A token and how likely the model found it there. Log-probabilities are of the model's own
+    distribution (log_softmax in float32 of its logits), before bias, penalties, temperature and
+    min_new_tokens change anything.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    text: _builtins.str
+    """Its own text, special tokens spelled out. A part of a character is U+FFFD."""
+    logprob: _builtins.float
+    """Natural logarithm. Unset for the first token of an echoed prompt, which nothing predicts."""
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
+        """The likeliest tokens at this position, the likeliest first, if asked for."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        text: _builtins.str = ...,
+        logprob: _builtins.float | None = ...,
+        top: _abc.Iterable[Global___TopLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob", "text", b"text", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
+    _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
+
+@_typing.final
+class TopLogprob(_message.Message):
+    """One of the likeliest tokens at a position."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    text: _builtins.str
+    """Its text, as in TokenLogprob."""
+    logprob: _builtins.float
+    """Natural logarithm."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        text: _builtins.str = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "text", b"text", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopLogprob: _TypeAlias = TopLogprob  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
@@ -624,15 +707,22 @@ class GenerateResponse(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The generated text, without special tokens and stop sequences."""
+    """The generated text, without special tokens and stop sequences; the prompt before it, if
+    asked for.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The generated token ids, if asked for."""
+        """The generated token ids, if asked for; the prompt's before them, if asked for."""
 
     @_builtins.property
     def summary(self) -> Global___GenerateSummary:
         """How it ended."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """Of the prompt's tokens, if echoed, and of the generated ones, if asked for."""
 
     def __init__(
         self,
@@ -640,10 +730,11 @@ class GenerateResponse(_message.Message):
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         summary: Global___GenerateSummary | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "summary", b"summary", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -658,6 +749,7 @@ class GenerateStreamResponse(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINAL_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """New text: whole characters only, never part of a stop sequence."""
     @_builtins.property
@@ -670,16 +762,21 @@ class GenerateStreamResponse(_message.Message):
         the whole text included.
         """
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """Of the new tokens, if asked for; they may run ahead of the text."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         final: Global___GenerateResponse | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["final", b"final"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["final", b"final", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["final", b"final", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -687,59 +784,163 @@ Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y0
 
 @_typing.final
 class ScoreRequest(_message.Message):
-    """Not served yet."""
+    """Continuations to score. Each is a sequence of its own, and shares steps with everything else."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
     CONTINUATIONS_FIELD_NUMBER: _builtins.int
+    CONTINUATION_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    LORA_PATH_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """The text that is conditioned on."""
+    """Text, tokenized together with each continuation: the whole, with the model's own
+    leading special tokens, is split behind as many tokens as the prompt alone has.
+    Spaces at the prompt's end are moved to the continuations first.
+    """
     adapter: _builtins.str
-    """Name of one adapter; empty is the base model."""
+    """Name of one adapter, as in GenerateRequest."""
+    lora_path: Global___LoraPath.ValueType
+    """How low-rank weights are applied, as in GenerateRequest."""
+    top_logprobs: _builtins.int
+    """Include so many of the likeliest tokens at each position. Range [0, 20]. Default 0."""
+    @_builtins.property
+    def token_ids(self) -> Global___TokenIds:
+        """Token ids, each in [0, vocabulary size), at least one. Continuations are tokenized on
+        their own, without special tokens.
+        """
+
+    @_builtins.property
+    def chat(self) -> Global___Chat:
+        """Messages, rendered through the model's chat template with the start of the answer, and
+        then as `prompt`, but without further special tokens.
+        """
+
     @_builtins.property
     def continuations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts to score."""
+        """The texts to score, none of them empty. Together with `continuation_token_ids` at least
+        one and at most 256.
+        """
+
+    @_builtins.property
+    def continuation_token_ids(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIds]:
+        """Continuations as token ids; they are appended to the prompt as Generate tokenizes it.
+        Either these or `continuations`.
+        """
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRef]:
+        """Adapters to apply, as in GenerateRequest."""
 
     def __init__(
         self,
         *,
         prompt: _builtins.str = ...,
+        token_ids: Global___TokenIds | None = ...,
+        chat: Global___Chat | None = ...,
         continuations: _abc.Iterable[_builtins.str] | None = ...,
+        continuation_token_ids: _abc.Iterable[Global___TokenIds] | None = ...,
         adapter: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___AdapterRef] | None = ...,
+        lora_path: Global___LoraPath.ValueType = ...,
+        top_logprobs: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "continuations", b"continuations", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "chat", b"chat", "continuation_token_ids", b"continuation_token_ids", "continuations", b"continuations", "input", b"input", "lora_path", b"lora_path", "prompt", b"prompt", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "token_ids", "chat"]  # noqa: Y015
+    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
 
 @_typing.final
 class ScoreResponse(_message.Message):
-    """Not served yet."""
+    """How likely the model finds the continuations."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    LOG_LIKELIHOODS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    ADAPTER_GENERATION_FIELD_NUMBER: _builtins.int
+    LORA_PATH_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    adapter_generation: _builtins.int
+    """The adapter generation that served it; 0 for the base model."""
+    lora_path: Global___LoraPath.ValueType
+    """The path that low-rank weights took."""
+    request_id: _builtins.str
+    """The id under which the server's log knows it."""
     @_builtins.property
-    def log_likelihoods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Sum of log-probabilities (natural logarithm), one for each continuation."""
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContinuationScore]:
+        """One for each continuation, in their order."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Tokens of all sequences together: prompt_tokens counts the prompt once for each
+        continuation, cached_tokens those of them that were there already, completion_tokens
+        the continuations'. virtual_tokens is counted once.
+        """
+
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """Seconds spent; `prefill` and `time_to_first_token` end with the first continuation."""
 
     def __init__(
         self,
         *,
-        log_likelihoods: _abc.Iterable[_builtins.float] | None = ...,
+        scores: _abc.Iterable[Global___ContinuationScore] | None = ...,
+        usage: Global___Usage | None = ...,
+        timings: Global___Timings | None = ...,
+        adapter_generation: _builtins.int = ...,
+        lora_path: Global___LoraPath.ValueType = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_likelihoods", b"log_likelihoods"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_generation", b"adapter_generation", "lora_path", b"lora_path", "request_id", b"request_id", "scores", b"scores", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
+
+@_typing.final
+class ContinuationScore(_message.Message):
+    """How likely the model finds one continuation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOG_LIKELIHOOD_FIELD_NUMBER: _builtins.int
+    IS_GREEDY_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    log_likelihood: _builtins.float
+    """Sum of the tokens' log-probabilities, natural logarithm."""
+    is_greedy: _builtins.bool
+    """Whether greedy decoding would have produced it: each token is the likeliest at its position."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """Its tokens."""
+
+    def __init__(
+        self,
+        *,
+        log_likelihood: _builtins.float = ...,
+        is_greedy: _builtins.bool = ...,
+        tokens: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_greedy", b"is_greedy", "log_likelihood", b"log_likelihood", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContinuationScore: _TypeAlias = ContinuationScore  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):
@@ -888,7 +1089,7 @@ class GetModelResponse(_message.Message):
     architecture: _builtins.str
     """The architecture, such as "llama"."""
     dtype: _builtins.str
-    """The type that the base computes in: "float32" or "bfloat16"."""
+    """The type that the base computes in: "float32", "bfloat16" or "float16"."""
     quantization: _builtins.str
     """"none", "int8", "nf4" or "fp4"."""
     device: _builtins.str

@@ -107,7 +107,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Log-likelihood of given text. Not served yet: UNIMPLEMENTED.
+        """Log-likelihoods of given continuations of a prompt. Cancelling the call frees what it holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

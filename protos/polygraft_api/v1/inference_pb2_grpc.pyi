@@ -51,7 +51,7 @@ class InferenceServiceStub:
     last chunk has `final` set. Cancelling the call frees what the request holds.
     """
     Score: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]
-    """Log-likelihood of given text. Not served yet: UNIMPLEMENTED."""
+    """Log-likelihoods of given continuations of a prompt. Cancelling the call frees what it holds."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Text to token ids, as Generate does it."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -82,7 +82,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     last chunk has `final` set. Cancelling the call frees what the request holds.
     """
     Score: _aio.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Log-likelihood of given text. Not served yet: UNIMPLEMENTED."""
+    """Log-likelihoods of given continuations of a prompt. Cancelling the call frees what it holds."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Text to token ids, as Generate does it."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -128,7 +128,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ScoreResponse, _abc.Awaitable[_inference_pb2.ScoreResponse]]:
-        """Log-likelihood of given text. Not served yet: UNIMPLEMENTED."""
+        """Log-likelihoods of given continuations of a prompt. Cancelling the call frees what it holds."""
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 import polygraft_client
 from polygraft import __version__
-from polygraft.cli import adapters, bench, demo, generate, serve
+from polygraft.cli import adapters, bench, demo, generate, score, serve
 from polygraft.errors import ConfigError, PolygraftError
 
 FAILED = 1
@@ -68,6 +68,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )(serve.serve)
 app.command()(generate.generate)
+app.command()(score.score)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(bench.app, name="bench")
 app.command()(demo.demo)

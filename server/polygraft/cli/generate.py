@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, to_json
+from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, print_logprobs, to_json
 from polygraft_client import Client, GenerateOptions, Generation, LoraPath, Stream
 
 STANDARD_INPUT = "-"
@@ -46,6 +46,18 @@ def generate(
         float | None, typer.Option(help="Drop tokens below this share of the likeliest's probability.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling. [default: drawn]")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1, what is there already becomes less likely.")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Off the logits of tokens in the answer; -2 to 2.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="The same, times how often; -2 to 2.")
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=VALUE", help="Add to a token's logit; repeatable.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.")] = None,
     stop_token_id: Annotated[list[int] | None, typer.Option(help="Stop at this token; repeatable.")] = None,
     ignore_eos: Annotated[
@@ -54,6 +66,13 @@ def generate(
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds after which the answer ends where it is.")
     ] = None,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="Print each token's log-probability after the answer.")
+    ] = False,
+    top_logprobs: Annotated[
+        int, typer.Option(help="The same with so many of the likeliest tokens; at most 20.")
+    ] = 0,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before the answer.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which the call fails.")] = None,
     server: Server = DEFAULT_SERVER,
     as_json: AsJson = False,
@@ -69,11 +88,18 @@ def generate(
         "top_k": top_k,
         "min_p": min_p,
         "seed": seed,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": dict(map(_bias, logit_bias or ())),
         "stop": stop or (),
         "stop_token_ids": stop_token_id or (),
         "ignore_eos": ignore_eos,
         "time_limit": time_limit,
         "return_token_ids": as_json,
+        "logprobs": logprobs,
+        "top_logprobs": top_logprobs,
+        "echo": echo,
     }
     if lora_path is not None:
         options["lora_path"] = lora_path
@@ -89,7 +115,17 @@ def generate(
         else:
             answer = client.generate(bare, **options)
             print(to_json(answer) if as_json else answer.text)
+            if not as_json:
+                print_logprobs(answer.logprobs)
             _print_summary(answer)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise typer.BadParameter(f"expected ID=VALUE, got {text!r}", param_hint="--logit-bias") from None
 
 
 def _print_chunks(stream: Stream, as_json: bool) -> None:
@@ -99,9 +135,11 @@ def _print_chunks(stream: Stream, as_json: bool) -> None:
             print(to_json(chunk, indent=None), flush=True)
         else:
             print(chunk.text, end="", flush=True)
+    answer = stream.until_done()
     if not as_json:
         print()
-    _print_summary(stream.until_done())
+        print_logprobs(answer.logprobs)
+    _print_summary(answer)
 
 
 def _print_summary(answer: Generation) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from polygraft_client import TokenLogprob
 
 PIPED_WIDTH = 160  # columns of a table that isn't shown on a terminal
 
@@ -39,3 +42,11 @@ def to_json(value: Any, *, indent: int | None = 2) -> str:
         return dataclasses.asdict(value)
 
     return json.dumps(value, default=plain, ensure_ascii=False, indent=indent)
+
+
+def print_logprobs(tokens: Sequence[TokenLogprob]) -> None:
+    """A line for each token: its log-probability, itself, and the likeliest ones, if they are there."""
+    for token in tokens:
+        own = "" if token.logprob is None else f"{token.logprob:.4f}"
+        top = "".join(f"\t{near.text!r} {near.logprob:.4f}" for near in token.top)
+        print(f"{own:>10}  {token.text!r}{top}")

@@ -17,16 +17,20 @@ from polygraft.adapters.info import AdapterInfo, AdapterState, NearToken
 from polygraft.adapters.names import check_name
 from polygraft.adapters.nearest import nearest_tokens
 from polygraft.adapters.primitives import SoftPrompt
+from polygraft.adapters.registry import Adapter
 from polygraft.engine.adapter_manager import AdapterChange
 from polygraft.engine.background import Job
 from polygraft.engine.engine import Engine, StepResult
 from polygraft.engine.engine_thread import EngineThread
 from polygraft.engine.handle import ModelInfo, Observer
-from polygraft.engine.request import Chat, Request, RequestOutput
+from polygraft.engine.request import Chat, Request, RequestOutput, ScoreRequest
+from polygraft.engine.scoring import ScoreJob
+from polygraft.engine.sequence import Generation
 from polygraft.errors import Draining, EngineDead, InvalidRequest, PolygraftError, ResourceExhausted
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+P = TypeVar("P", Generation, ScoreJob)
 
 REST_SECONDS = 1.0
 """How long nothing may have happened before jobs run that nobody waits for."""
@@ -42,6 +46,14 @@ class _Stream:
     adapter: str
     kind: str
     last_tokens: float | None = None
+
+
+def _release(prepared: asyncio.Future[Generation] | asyncio.Future[ScoreJob]) -> None:
+    """Let go of what a request holds that nobody waits for any more."""
+    if not prepared.cancelled() and prepared.exception() is None:
+        adapter = prepared.result().adapter
+        if adapter is not None:
+            adapter.release()
 
 
 class AsyncEngine:
@@ -99,26 +111,55 @@ class AsyncEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """See `EngineHandle.generate`."""
+        self._check_room(request.id)
+        if isinstance(request.prompt, str) and len(request.prompt) > _LONG_PROMPT:
+            generation = await self._prepare_aside(lambda: self._engine.prepare(request))
+        else:
+            generation = self._engine.prepare(request)
+        outputs = self._follow(request.id, generation.adapter, lambda: self._engine.add(generation))
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    async def score(self, request: ScoreRequest) -> RequestOutput:
+        """See `EngineHandle.score`."""
+        self._check_room(request.id)
+        # The prompt is tokenized with each of the continuations.
+        job = await self._prepare_aside(lambda: self._engine.prepare_score(request))
+        outputs = self._follow(request.id, job.adapter, lambda: self._engine.add_score(job))
+        async with contextlib.aclosing(outputs):
+            return await anext(outputs)
+
+    def _check_room(self, request_id: str) -> None:
         self._check_open()
-        if request.id in self._streams:
-            raise InvalidRequest("request_id", f"{request.id!r} is running already")
+        if request_id in self._streams:
+            raise InvalidRequest("request_id", f"{request_id!r} is running already")
         waiting = len(self._streams) - len(self._engine.scheduler.running)
         if waiting >= self._max_waiting:
             raise ResourceExhausted(f"{waiting} requests are waiting, the limit is {self._max_waiting}")
-        if isinstance(request.prompt, str) and len(request.prompt) > _LONG_PROMPT:
-            # It would hold up everybody's stream on this thread for as long as it takes.
-            generation = await asyncio.to_thread(self._engine.prepare, request)
-        else:
-            generation = self._engine.prepare(request)
+
+    async def _prepare_aside(self, prepare: Callable[[], P]) -> P:
+        """Prepare on another thread what would hold up everybody's stream on this one meanwhile."""
+        prepared = asyncio.ensure_future(asyncio.to_thread(prepare))
+        try:
+            return await asyncio.shield(prepared)
+        except asyncio.CancelledError:
+            # The thread goes on, and nobody else would release the adapter that it pins.
+            prepared.add_done_callback(_release)
+            raise
+
+    async def _follow(
+        self, request_id: str, adapter: Adapter | None, add: Callable[[], None]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Queue what is prepared and hand on what comes of it; closing this aborts it."""
         queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        adapter = generation.adapter
         stream = _Stream(
             queue, adapter.name if adapter else "", adapter.compiled.kind if adapter else "",
         )  # fmt: skip
-        self._streams[request.id] = stream
+        self._streams[request_id] = stream
         self._idle.clear()
         self._observer.request_submitted(stream.adapter, stream.kind)
-        self._post(lambda: self._engine.add(generation))
+        self._post(add)
         terminal = False
         try:
             while not terminal:
@@ -130,7 +171,7 @@ class AsyncEngine:
         finally:
             stream.queue = None
             if not terminal:
-                self._abort(request.id)
+                self._abort(request_id)
 
     def _abort(self, request_id: str) -> None:
         def abort() -> None:

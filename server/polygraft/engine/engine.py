@@ -17,17 +17,20 @@ from polygraft.base.layer_fusing import fuse_decoder_layers
 from polygraft.base.loader import Base, load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.adapter_manager import AdapterChange, AdapterEvent, AdapterManager
+from polygraft.engine.answers import Answers
 from polygraft.engine.background import BackgroundWork
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.canaries import Canaries
 from polygraft.engine.handle import Occupancy, StepStats
 from polygraft.engine.intake import Intake
 from polygraft.engine.kv_cache import FREE_SHARE, KVCache, free_memory
+from polygraft.engine.logprobs import likelihoods
 from polygraft.engine.merge_commands import DEVIATION_TEXTS, MergeCommands
 from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.model_info import model_info
 from polygraft.engine.model_runner import ModelRunner
 from polygraft.engine.paths import Paths
+from polygraft.engine.penalties import adjust
 from polygraft.engine.prefix_cache import PrefixCache
 from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import (
@@ -36,11 +39,13 @@ from polygraft.engine.request import (
     LoraPath,
     Request,
     RequestOutput,
+    ScoreRequest,
     Timings,
     Usage,
 )
 from polygraft.engine.sampler import sample
 from polygraft.engine.scheduler import Batch, Scheduler
+from polygraft.engine.scoring import ScoreJob, ScoreSequence, Scoring
 from polygraft.engine.sequence import CanarySequence, Generation, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefixes
 from polygraft.errors import InvalidRequest, PolygraftError, ResourceExhausted
@@ -145,13 +150,14 @@ class Engine:
             requantize=requantized,
             dtype=base.quantization if requantized else str(base.dtype).removeprefix("torch."),
         )
+        most = min(base.context_length, pool.num_blocks * pool.block_size // 2)
         self.merging = MergeCommands(
             self.copies,
             self.adapters.registry,
             self.background,
             canaries,
-            lambda: not self._generations,
-            [list(self.prompts.token_ids(text))[: base.context_length] for text in DEVIATION_TEXTS],
+            lambda: all(isinstance(sequence, CanarySequence) for sequence in self.scheduler),
+            [list(self.prompts.token_ids(text))[:most] for text in DEVIATION_TEXTS],
         )
         # Copies in the compute type read more memory than the quantized weights that they stand in for.
         worthwhile = base.quantization == "none" or requantized
@@ -165,6 +171,10 @@ class Engine:
             has_chat_template=self.prompts.has_chat_template,
         )
         self._generations: dict[str, Generation] = {}
+        self._answers = Answers(base.backend)
+        self._scoring = Scoring(
+            self.scheduler, self.paths, self._answers.texts, shares_prompts=config.prefix_caching
+        )
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> Engine:
@@ -240,16 +250,30 @@ class Engine:
         self.paths.queue(generation)
         self.scheduler.add(generation)
 
-    def submit(self, request: Request) -> None:
-        """Prepare and queue a request. Raises as `prepare`."""
-        if request.id in self._generations:
+    def prepare_score(self, request: ScoreRequest) -> ScoreJob:
+        """As `prepare`, for continuations to score. Raises: as `Intake.prepare_score`."""
+        return self.intake.prepare_score(request)
+
+    def add_score(self, job: ScoreJob) -> None:
+        """Queue prepared continuations; they come out in one output."""
+        assert job.id not in self._scoring, "request ids must be unique"
+        self._scoring.add(job)
+
+    def submit(self, request: Request | ScoreRequest) -> None:
+        """Prepare and queue a request. Raises as `prepare` and `prepare_score`."""
+        if request.id in self._generations or request.id in self._scoring:
             raise InvalidRequest("request_id", f"{request.id!r} is running already")
-        self.add(self.prepare(request))
+        if isinstance(request, ScoreRequest):
+            self.add_score(self.prepare_score(request))
+        else:
+            self.add(self.prepare(request))
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free what it holds; its last output, or nothing if it has ended already."""
         generation = self._generations.get(request_id)
-        return [] if generation is None else [self._finish(generation, FinishReason.CANCELLED)]
+        if generation is None:
+            return self._scoring.abort(request_id)
+        return [self._finish(generation, FinishReason.CANCELLED)]
 
     def step(self) -> StepResult:
         """Advance every request that fits by one chunk or one token."""
@@ -288,7 +312,7 @@ class Engine:
         self._note_first_scheduled(batch)
         return batch
 
-    def generate(self, requests: Iterable[Request]) -> list[list[RequestOutput]]:
+    def generate(self, requests: Iterable[Request | ScoreRequest]) -> list[list[RequestOutput]]:
         """Run requests to their ends, for notebooks and tests; the outputs of each, in its order."""
         outputs: dict[str, list[RequestOutput]] = {}
         for request in requests:
@@ -314,7 +338,7 @@ class Engine:
             self._fail(generation, ResourceExhausted(f"not merged: {generation.copy.problem}"))
             for generation in lost
             if generation.copy is not None
-        ]
+        ] + self._scoring.fail_unmerged()
 
     @staticmethod
     def _note_first_scheduled(batch: Batch) -> None:
@@ -322,18 +346,23 @@ class Engine:
         for item in batch.items:
             if isinstance(item.sequence, Generation) and item.sequence.first_scheduled is None:
                 item.sequence.first_scheduled = now
+            elif isinstance(item.sequence, ScoreSequence):
+                item.sequence.note_scheduled(item.start, now)
 
     def _postprocess(self, batch: Batch, logits: torch.Tensor) -> list[RequestOutput]:
         """Take note of what has run, sample, and end what has come to its end."""
         rows: list[int] = []
         generations: list[Generation] = []
+        scored: list[ScoreSequence] = []
         end = 0
         for item in batch.items:
             sequence = item.sequence
             self.scheduler.advance(item)
             first, end = end, end + len(item.logit_rows)
-            if isinstance(sequence, CanarySequence):
+            if isinstance(sequence, CanarySequence | ScoreSequence):
                 sequence.take(logits[first:end])
+            elif isinstance(sequence, Generation):
+                sequence.take_prompt(logits[first:end])
             if not item.completes:
                 continue
             if isinstance(sequence, SoftPromptSequence):
@@ -344,11 +373,29 @@ class Engine:
             elif isinstance(sequence, Generation):
                 rows.append(end - 1)
                 generations.append(sequence)
+            elif isinstance(sequence, ScoreSequence):
+                scored.append(sequence)
+        # All parts of the batch are taken note of: an end may now remove any sequence.
+        outputs = [output for sequence in scored for output in self._scoring.complete(sequence)]
+        return outputs + self._sample(generations, rows, logits)
+
+    def _sample(
+        self, generations: list[Generation], rows: list[int], logits: torch.Tensor
+    ) -> list[RequestOutput]:
+        """Give generations their next tokens, picked by these rows of the logits."""
         if not generations:
             return []
         with torch.inference_mode():
             if len(rows) != len(logits):
                 logits = logits[rows]
+            asking = [at for at, g in enumerate(generations) if g.request.response.wants_logprobs]
+            raw = logits[asking] if asking else logits[:0]
+            logits = adjust(
+                logits,
+                [g.request.sampling for g in generations],
+                [g.token_ids for g in generations],
+                [g.prompt_tokens for g in generations],
+            )
             for at, generation in enumerate(generations):
                 if not generation.may_stop and generation.stop_token_ids:
                     logits[at, list(generation.stop_token_ids)] = -torch.inf
@@ -357,10 +404,14 @@ class Engine:
             )
             # The largest is NaN if any is, and -inf if none can be picked.
             finite = torch.isfinite(logits.amax(-1)).tolist()
+        picked = [tokens[at] for at in asking]
+        top = [generations[at].request.response.top_logprobs for at in asking]
+        for at, likelihood in zip(asking, likelihoods(raw, picked, top), strict=True):
+            generations[at].untold.append(likelihood)
         now = time.monotonic()
         return [
             self._accept(generation, token, now)
-            if ok
+            if ok and generation.finite
             else self._fail(generation, PolygraftError("the model's logits are not finite"))
             for generation, token, ok in zip(generations, tokens, finite, strict=True)
         ]
@@ -369,7 +420,8 @@ class Engine:
         text, reason = generation.accept(token, now)
         if reason is not None:
             return self._finish(generation, reason, text, token)
-        return RequestOutput(generation.id, text, (token,), path=generation.path)
+        output = RequestOutput(generation.id, text, (token,), path=generation.path)
+        return self._answers.complete(generation, output)
 
     def _finish(
         self, generation: Generation, reason: FinishReason, text: str = "", token: int | None = None
@@ -399,7 +451,8 @@ class Engine:
             preemptions=generation.preemptions,
         )
         tokens = () if token is None else (token,)
-        return RequestOutput(generation.id, text, tokens, finished=finished, path=generation.path)
+        output = RequestOutput(generation.id, text, tokens, finished=finished, path=generation.path)
+        return self._answers.complete(generation, output)
 
     def _fail(self, generation: Generation, error: PolygraftError) -> RequestOutput:
         self._remove(generation)

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from polygraft.adapters.info import AdapterInfo, MergeEvent, NearToken
-from polygraft.engine.request import Chat, Finished, LoraPath, Request, RequestOutput, SamplingParams
+from polygraft.engine.request import (
+    Chat,
+    Finished,
+    LoraPath,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    ScoreRequest,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,14 @@ class EngineHandle(Protocol):
         Raises (at the first `__anext__`, before anything is queued):
             InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable,
             NotSupported, ResourceExhausted, Draining, EngineDead; the last also in mid-stream.
+        """
+
+    async def score(self, request: ScoreRequest) -> RequestOutput:
+        """Score continuations; the output has `finished` and, unless it was cancelled, `scores` set.
+
+        Cancelling the caller aborts the request and frees what it holds before the next step.
+
+        Raises: as generate.
         """
 
     def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:

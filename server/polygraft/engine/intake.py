@@ -7,7 +7,8 @@ from polygraft.base.loader import Base
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.prompts import Prompts
-from polygraft.engine.request import DEFAULT_MAX_NEW_TOKENS, LoraPath, Request
+from polygraft.engine.request import DEFAULT_MAX_NEW_TOKENS, LoraPath, Request, ScoreRequest
+from polygraft.engine.scoring import ScoreJob
 from polygraft.engine.sequence import Generation
 from polygraft.engine.text_stream import TextStream
 from polygraft.errors import ContextLengthExceeded, InvalidRequest, PolygraftError
@@ -36,14 +37,11 @@ class Intake:
         Raises:
             InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
         """
-        required = request.lora_path is LoraPath.MERGED and request.path_required
-        if required and request.adapter is None:
-            raise InvalidRequest("lora_path", "MERGED needs an adapter to merge")
+        self._check_path(request)
         prompt_ids = list(self._prompts.token_ids(request.prompt))
         adapter = None if request.adapter is None else self._registry.resolve(request.adapter)
         try:
-            if required and adapter is not None:
-                self._copies.check(adapter)
+            self._check_path(request, adapter)
             max_new_tokens = self._check_length(request, len(prompt_ids), adapter)
             self._prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
         except PolygraftError:
@@ -55,6 +53,45 @@ class Intake:
             stops |= set(self._base.eos_token_ids)
         text = TextStream(self._base.backend, prompt_ids, request.stopping.stop)
         return Generation(request, prompt_ids, adapter, text, frozenset(stops), max_new_tokens)
+
+    def prepare_score(self, request: ScoreRequest) -> ScoreJob:
+        """As `prepare`, for continuations to score.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
+        """
+        self._check_path(request)
+        pairs = self._prompts.pairs(request.prompt, request.continuations)
+        adapter = None if request.adapter is None else self._registry.resolve(request.adapter)
+        try:
+            self._check_path(request, adapter)
+            for at, (context, continuation) in enumerate(pairs):
+                self._check_score_length(f"continuations[{at}]", len(context), len(continuation), adapter)
+        except PolygraftError:
+            if adapter is not None:
+                adapter.release()
+            raise
+        return ScoreJob(request, adapter, pairs)
+
+    def _check_path(self, request: Request | ScoreRequest, adapter: Adapter | None = None) -> None:
+        """Raise InvalidRequest or AdapterUnavailable where MERGED is demanded and can't be had."""
+        if request.lora_path is not LoraPath.MERGED or not request.path_required:
+            return
+        if request.adapter is None:
+            raise InvalidRequest("lora_path", "MERGED needs an adapter to merge")
+        if adapter is not None:
+            self._copies.check(adapter)
+
+    def _check_score_length(self, field: str, prompt: int, tokens: int, adapter: Adapter | None) -> None:
+        """Raises ContextLengthExceeded unless all but the last token, which isn't run, fit."""
+        virtual = adapter.compiled.virtual_tokens if adapter else 0
+        counts = f"{virtual} virtual + {prompt} prompt + {tokens} continuation tokens"
+        context, pool = self._base.context_length, self._pool
+        if virtual + prompt + tokens - 1 > context:
+            raise ContextLengthExceeded(field, f"{counts} are more than {context} and a last one")
+        if pool.blocks_for(virtual) + pool.blocks_for(prompt + tokens - 1) > pool.num_blocks:
+            held = pool.num_blocks * pool.block_size
+            raise ContextLengthExceeded(field, f"{counts}, the KV cache holds {held} (--kv-cache-bytes)")
 
     def _check_length(self, request: Request, prompt_tokens: int, adapter: Adapter | None) -> int:
         """Settle max_new_tokens; raises ContextLengthExceeded."""

@@ -42,16 +42,21 @@ def model_info(
 def default_sampling(base: Base) -> SamplingParams:
     """What unset sampling fields mean: the model's generation_config, then greedy."""
     given = base.model.generation_config
-    if given is None or not given.do_sample:
+    if given is None:
         return SamplingParams()
 
     def value(name: str, neutral: float) -> float:
         found = getattr(given, name, None)
         return neutral if found is None else found
 
+    # transformers applies this one with or without sampling.
+    repetition_penalty = float(value("repetition_penalty", 1.0))
+    if not given.do_sample:
+        return SamplingParams(repetition_penalty=repetition_penalty)
     return SamplingParams(
         temperature=float(value("temperature", 1.0)),
         top_p=float(value("top_p", 1.0)),
         top_k=int(value("top_k", 0)),
         min_p=float(value("min_p", 0.0)),
+        repetition_penalty=repetition_penalty,
     )

@@ -10,7 +10,7 @@ from polygraft.engine.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.path_policy import PathPolicy
 from polygraft.engine.request import LoraPath
 from polygraft.engine.scheduler import Scheduler
-from polygraft.engine.sequence import Generation
+from polygraft.engine.sequence import Generation, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +29,15 @@ class Paths:
         self._hot: MergedCopy | None = None
         self._decisions: list[LoraPath] = []
 
-    def queue(self, generation: Generation) -> None:
-        """Settle what can be settled for a request that enters the queue."""
-        adapter = generation.adapter
+    def queue(self, sequence: Sequence) -> None:
+        """Settle what can be settled for a sequence that enters the queue."""
+        adapter = sequence.adapter
         if adapter is None or not self._copies.fits(adapter):
-            generation.path = LoraPath.UNMERGED
-        elif generation.path is LoraPath.MERGED:
-            generation.assign(self._copies.acquire(adapter))
+            sequence.path = LoraPath.UNMERGED
+        elif sequence.path is LoraPath.MERGED:
+            sequence.assign(self._copies.acquire(adapter))
         elif self._policy is None:
-            generation.path = LoraPath.UNMERGED
+            sequence.path = LoraPath.UNMERGED
 
     def decide(self) -> None:
         """Before a step: let the policy see what there is, and assign those that wait for its decision."""

@@ -18,6 +18,7 @@ class Prompts:
         self._tokenizer = base.tokenizer
         self._backend = base.backend
         self._vocabulary = base.spec.vocabulary_size
+        self._context_length = base.context_length
         longest = max(map(len, base.backend.get_vocab()), default=1)
         self._most_characters = longest * base.context_length
 
@@ -41,17 +42,76 @@ class Prompts:
             # The template writes the special tokens itself.
             text = self._render(prompt)
             self._check_characters(text, "chat")
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            ids = self._encode(text, False)
             field = "chat"
         else:
             if not prompt:
                 raise InvalidRequest("prompt", "must not be empty")
             self._check_characters(prompt, "prompt")
-            ids = self._tokenizer(prompt)["input_ids"]
+            ids = self._encode(prompt, True)
             field = "prompt"
         if not ids:
             raise InvalidRequest(field, "must not be empty")
         return ids
+
+    def pairs(
+        self, prompt: str | tuple[int, ...] | Chat, continuations: Sequence[str | tuple[int, ...]]
+    ) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """Token ids of a prompt and of each of its continuations, none of them empty.
+
+        As lm-evaluation-harness does it, so that scores compare: text is tokenized together with the
+        continuation, and what is longer than the prompt's own tokens is the continuation's; white space at
+        the prompt's end goes to the continuations, since a token often begins with it; the beginning (or
+        end) of sequence stands for an empty prompt. A chat's template ends as it should, and keeps its end.
+
+        Raises:
+            InvalidRequest: as `token_ids`, or a continuation adds no token.
+            ContextLengthExceeded: the prompt alone is too long.
+        """
+        found: list[tuple[Sequence[int], Sequence[int]]] = []
+        text = moved = ""
+        special = not isinstance(prompt, Chat)
+        if isinstance(prompt, tuple) or not any(isinstance(c, str) for c in continuations):
+            context = self.token_ids(prompt) if prompt else self._beginning()
+        else:
+            whole = self._render(prompt) if isinstance(prompt, Chat) else prompt
+            self._check_characters(whole, "prompt")
+            text = whole.rstrip() if special else whole
+            moved = whole[len(text) :]
+            context = self._encode(text, special) if text else ()
+        if len(context) > self._context_length:
+            raise ContextLengthExceeded(
+                "prompt", f"{len(context)} tokens, the context holds {self._context_length}"
+            )
+        for at, continuation in enumerate(continuations):
+            field = f"continuations[{at}]"
+            ids: Sequence[int]
+            if isinstance(continuation, tuple):
+                self.check_ids(continuation, f"continuation_token_ids[{at}].ids")
+                ids = continuation
+            elif isinstance(prompt, tuple) or not context:
+                self._check_characters(continuation, field)
+                ids = self._encode(moved + continuation, False)
+            else:
+                self._check_characters(continuation, field)
+                ids = self._encode(text + moved + continuation, special)[len(context) :]
+            if not ids:
+                raise InvalidRequest(field, "adds no token to the prompt")
+            found.append((context or self._beginning(), ids))
+        return found
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        if special:
+            ids: list[int] = self._tokenizer(text)["input_ids"]
+            return ids
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _beginning(self) -> Sequence[int]:
+        """What stands for an empty prompt; raises InvalidRequest if the model has no such token."""
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return (int(token),)
+        raise InvalidRequest("prompt", "must not be empty: the model has no token for a beginning")
 
     def _check_characters(self, text: str, field: str) -> None:
         """Refuse what can't fit whatever its tokens are, before seconds go into tokenizing it."""

@@ -24,6 +24,8 @@ class FinishReason(StrEnum):
     """`time_limit` seconds have passed since the request arrived."""
     CANCELLED = "CANCELLED"
     """The caller aborted."""
+    SCORED = "SCORED"
+    """All continuations have their log-likelihoods; of scores alone, and in metrics alone."""
 
 
 class LoraPath(StrEnum):
@@ -67,6 +69,11 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all.
         min_p: drop tokens less likely than this share of the likeliest one's probability, [0, 1].
         seed: with the position, all that the noise depends on; [0, 2**63).
+        repetition_penalty: logits of tokens in the prompt or the answer so far are divided by it where they
+            are positive and multiplied where negative, (0, 100]; 1 changes nothing.
+        presence_penalty: subtracted from the logits of tokens that have been generated, [-2, 2].
+        frequency_penalty: the same, times how often, [-2, 2].
+        logit_bias: (token id, addition to its logit).
     """
 
     temperature: float = 0.0
@@ -74,11 +81,21 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before the temperature."""
+        neutral = self.repetition_penalty == 1.0 and self.presence_penalty == self.frequency_penalty == 0.0
+        return bool(self.logit_bias) or not neutral
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +121,26 @@ class StoppingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseParams:
+    """What comes back beside the answer's text and tokens.
+
+    Args:
+        logprobs: each token's log-probability.
+        top_logprobs: so many of the likeliest tokens at each position, [0, 20]; above 0 implies `logprobs`.
+        echo: the prompt comes before the answer, with its log-probabilities if these are asked for.
+    """
+
+    logprobs: bool = False
+    top_logprobs: int = 0
+    echo: bool = False
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether any are asked for."""
+        return self.logprobs or self.top_logprobs > 0
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One generation, with every value settled.
 
@@ -122,6 +159,70 @@ class Request:
     path_required: bool = False
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stopping: StoppingParams = field(default_factory=StoppingParams)
+    response: ResponseParams = field(default_factory=ResponseParams)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Continuations of one prompt whose log-likelihoods are wanted.
+
+    Args:
+        id: unique among the running requests.
+        prompt: as a generation's, but text may be empty.
+        continuations: text or token ids, at least one.
+        adapter: None is the base model.
+        lora_path: AUTO is UNMERGED, so that all continuations take the same.
+        path_required: as a generation's.
+        top_logprobs: so many of the likeliest tokens at each position, [0, 20].
+    """
+
+    id: str
+    prompt: str | tuple[int, ...] | Chat
+    continuations: tuple[str | tuple[int, ...], ...]
+    adapter: AdapterRef | None = None
+    lora_path: LoraPath = LoraPath.UNMERGED
+    path_required: bool = False
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the likeliest tokens at a position."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and how likely the model found it there.
+
+    Args:
+        text: the token's own, special tokens spelled out; a part of a character is U+FFFD.
+        logprob: natural logarithm; None for a prompt's first token, which nothing predicts.
+        top: the likeliest first, as many as were asked for.
+    """
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ContinuationScore:
+    """How likely the model finds one continuation.
+
+    Args:
+        log_likelihood: the sum over its tokens, natural logarithm.
+        is_greedy: whether greedy decoding would have produced it.
+        tokens: its tokens.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
+    tokens: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +280,12 @@ class RequestOutput:
     `text` is whole characters only and never part of a stop sequence, so it may lag behind `token_ids`;
     `path` is the one they took. Exactly one output of a request has `finished` or `error` set, and it is the
     last.
+
+    Args:
+        prompt_ids: the prompt's tokens, on the first output of a request that has it echoed; `text` then
+            begins with the prompt's.
+        logprobs: of `prompt_ids` and `token_ids`, if asked for.
+        scores: a score request's results, on its only output.
     """
 
     request_id: str
@@ -187,6 +294,9 @@ class RequestOutput:
     finished: Finished | None = None
     error: PolygraftError | None = None
     path: LoraPath = LoraPath.UNMERGED
+    prompt_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    scores: tuple[ContinuationScore, ...] = ()
 
     @property
     def terminal(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from polygraft.engine.logprobs import Likelihood, likelihoods
 from polygraft.engine.request import FinishReason, LoraPath, Request
 from polygraft.engine.text_stream import TextStream
 
@@ -147,6 +149,9 @@ class CanarySequence(Sequence):
 class Generation(Sequence):
     """A request on its way.
 
+    An echo with log-probabilities wants the logits behind all the prompt's tokens, once. `untold` holds the
+    likelihoods that no output has carried yet, and `echo_due` says whether the prompt has still to come.
+
     Args:
         text: turns its tokens into text and looks for stop sequences.
         stop_token_ids: what ends it, the model's end-of-sequence tokens included.
@@ -173,6 +178,8 @@ class Generation(Sequence):
         self.path = request.lora_path
         self.preemptions = 0
         self.cached_tokens = 0
+        self.untold: list[Likelihood] = []
+        self.echo_due = request.response.echo
         self.arrival = time.monotonic()
         limit = request.stopping.time_limit
         self.deadline = None if limit is None else self.arrival + limit
@@ -184,9 +191,31 @@ class Generation(Sequence):
         """Tokens generated so far."""
         return len(self.token_ids) - self.prompt_tokens
 
+    @property
+    def logits_from(self) -> int:
+        """Behind its last token, but for an echo that is still to come."""
+        response = self.request.response
+        if response.echo and response.wants_logprobs and self.first_token is None:
+            return 0
+        return len(self.token_ids) - 1
+
+    def take_prompt(self, logits: torch.Tensor) -> None:
+        """Note the logits [rows, vocabulary] behind the next of its tokens; the prompt's last isn't noted."""
+        first = len(self.untold) + 1
+        rows = min(len(logits), self.prompt_tokens - first)
+        if self.logits_from == 0 and rows > 0:
+            top = self.request.response.top_logprobs
+            self.untold += likelihoods(logits[:rows], self.token_ids[first : first + rows], [top] * rows)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the logits behind the prompt, as far as they were noted, are finite."""
+        return not any(math.isnan(one.logprob) for one in self.untold)
+
     def note_preempted(self) -> None:
-        """Counted, for its end."""
+        """Counted, for its end; what it knows of its prompt is computed anew."""
         self.preemptions += 1
+        self.untold.clear()
 
     @property
     def may_stop(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from typing import Literal
 
 from polygraft.adapters.names import check_name
 from polygraft.engine.handle import ModelInfo
@@ -14,17 +15,24 @@ from polygraft.engine.request import (
     ChatMessage,
     LoraPath,
     Request,
+    ResponseParams,
     SamplingParams,
+    ScoreRequest,
     StoppingParams,
 )
 from polygraft.errors import InvalidRequest, NotSupported
 from polygraft_api.v1 import inference_pb2 as pb
 
+_Penalty = Literal["repetition_penalty", "presence_penalty", "frequency_penalty"]
+
 _MAX_STOP_SEQUENCES = 16
 _MAX_STOP_CHARACTERS = 512
 _MAX_STOP_TOKEN_IDS = 64
 _MAX_TIME_LIMIT = 86400.0
-_NEUTRAL_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_MAX_BIASES = 1024
+_MAX_BIAS = 100.0
+_MAX_TOP_LOGPROBS = 20
+_MAX_CONTINUATIONS = 256
 
 
 def generate_request(message: pb.GenerateRequest, request_id: str, model: ModelInfo) -> Request:
@@ -40,11 +48,45 @@ def generate_request(message: pb.GenerateRequest, request_id: str, model: ModelI
         adapter=_adapter(message),
         lora_path=_lora_path(message.lora_path, model.default_lora_path),
         path_required=message.lora_path != pb.LORA_PATH_UNSPECIFIED,
-        sampling=_sampling(message.sampling, model.default_sampling),
+        sampling=_sampling(message.sampling, model),
         stopping=_stopping(message.stopping, model),
+        response=_response(message.response),
     )
     _refuse_unserved(message)
     return request
+
+
+def score_request(message: pb.ScoreRequest, request_id: str, model: ModelInfo) -> ScoreRequest:
+    """Continuations to score. Raises: as `generate_request`."""
+    prompt = "" if message.WhichOneof("input") == "prompt" and not message.prompt else _input(message, model)
+    request = ScoreRequest(
+        id=request_id,
+        prompt=prompt,
+        continuations=_continuations(message, model),
+        adapter=_adapter(message),
+        lora_path=_lora_path(message.lora_path, model.default_lora_path),
+        path_required=message.lora_path != pb.LORA_PATH_UNSPECIFIED,
+        top_logprobs=_top_logprobs("top_logprobs", message.top_logprobs),
+    )
+    _refuse_unserved(message)
+    return request
+
+
+def _continuations(message: pb.ScoreRequest, model: ModelInfo) -> tuple[str | tuple[int, ...], ...]:
+    texts, ids = message.continuations, message.continuation_token_ids
+    if texts and ids:
+        raise InvalidRequest("continuation_token_ids", "must be empty where continuations is set")
+    fits = 1 <= len(texts) + len(ids) <= _MAX_CONTINUATIONS
+    field = "continuation_token_ids" if ids else "continuations"
+    _check(field, fits, f"of 1 to {_MAX_CONTINUATIONS} elements", len(texts) + len(ids))
+    for index, text in enumerate(texts):
+        if not text:
+            raise InvalidRequest(f"continuations[{index}]", "must not be empty")
+    for index, tokens in enumerate(ids):
+        if not tokens.ids:
+            raise InvalidRequest(f"continuation_token_ids[{index}].ids", "must not be empty")
+        _check_token_ids(f"continuation_token_ids[{index}].ids", tuple(tokens.ids), model)
+    return tuple(texts) or tuple(tuple(tokens.ids) for tokens in ids)
 
 
 def tokenize_request(message: pb.TokenizeRequest, model: ModelInfo) -> str | Chat:
@@ -57,7 +99,7 @@ def tokenize_request(message: pb.TokenizeRequest, model: ModelInfo) -> str | Cha
     raise InvalidRequest("input", "one of prompt and chat must be set")
 
 
-def _input(message: pb.GenerateRequest, model: ModelInfo) -> str | tuple[int, ...] | Chat:
+def _input(message: pb.GenerateRequest | pb.ScoreRequest, model: ModelInfo) -> str | tuple[int, ...] | Chat:
     match message.WhichOneof("input"):
         case "prompt":
             if not message.prompt:
@@ -85,7 +127,7 @@ def _chat(chat: pb.Chat, model: ModelInfo) -> Chat:
     return Chat(tuple(ChatMessage(turn.role, turn.content) for turn in chat.messages))
 
 
-def _adapter(message: pb.GenerateRequest) -> AdapterRef | None:
+def _adapter(message: pb.GenerateRequest | pb.ScoreRequest) -> AdapterRef | None:
     if message.adapter and message.adapters:
         raise InvalidRequest("adapters", "must be empty where adapter is set: it is the short form")
     if message.adapter:
@@ -106,26 +148,59 @@ def _lora_path(value: int, default: LoraPath) -> LoraPath:
     return LoraPath[pb.LoraPath.Name(pb.LoraPath.ValueType(value)).removeprefix("LORA_PATH_")]
 
 
-def _sampling(options: pb.SamplingOptions, default: SamplingParams) -> SamplingParams:
-    for name in _NEUTRAL_PENALTIES:
-        _finite(f"sampling.{name}", getattr(options, name))
-    for bias in options.logit_bias.values():
-        _finite("sampling.logit_bias", bias)
-    temperature = options.temperature if options.HasField("temperature") else default.temperature
-    top_p = options.top_p if options.HasField("top_p") else default.top_p
-    min_p = options.min_p if options.HasField("min_p") else default.min_p
+def _sampling(options: pb.SamplingOptions, model: ModelInfo) -> SamplingParams:
+    default = model.default_sampling
+
+    def given(name: Literal["temperature", "top_p", "min_p"] | _Penalty) -> float:
+        value: float = getattr(options if options.HasField(name) else default, name)
+        return value
+
+    temperature, top_p, min_p = given("temperature"), given("top_p"), given("min_p")
+    repetition, presence = given("repetition_penalty"), given("presence_penalty")
+    frequency = given("frequency_penalty")
     seed = options.seed if options.HasField("seed") else secrets.randbits(63)
     _check("sampling.temperature", 0 <= temperature <= 100, "in [0, 100]", temperature)
     _check("sampling.top_p", 0 < top_p <= 1, "in (0, 1]", top_p)
     _check("sampling.min_p", 0 <= min_p <= 1, "in [0, 1]", min_p)
     _check("sampling.seed", seed < 2**63, "in [0, 2^63)", seed)
+    _check("sampling.repetition_penalty", 0 < repetition <= 100, "in (0, 100]", repetition)
+    _check("sampling.presence_penalty", -2 <= presence <= 2, "in [-2, 2]", presence)
+    _check("sampling.frequency_penalty", -2 <= frequency <= 2, "in [-2, 2]", frequency)
     return SamplingParams(
         temperature=temperature,
         top_p=top_p,
         top_k=options.top_k if options.HasField("top_k") else default.top_k,
         min_p=min_p,
         seed=seed,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=_logit_bias(options, model),
     )
+
+
+def _logit_bias(options: pb.SamplingOptions, model: ModelInfo) -> tuple[tuple[int, float], ...]:
+    biases = tuple(sorted(options.logit_bias.items()))
+    _check("sampling.logit_bias", len(biases) <= _MAX_BIASES, f"at most {_MAX_BIASES} elements", len(biases))
+    for token, bias in biases:
+        field = f"sampling.logit_bias[{token}]"
+        if token >= model.vocabulary_size:
+            raise InvalidRequest(field, f"the token id must be in [0, {model.vocabulary_size})")
+        _check(field, -_MAX_BIAS <= bias <= _MAX_BIAS, "in [-100, 100]", bias)
+    return biases
+
+
+def _response(options: pb.ResponseOptions) -> ResponseParams:
+    return ResponseParams(
+        logprobs=options.logprobs,
+        top_logprobs=_top_logprobs("response.top_logprobs", options.top_logprobs),
+        echo=options.echo,
+    )
+
+
+def _top_logprobs(field: str, count: int) -> int:
+    _check(field, count <= _MAX_TOP_LOGPROBS, f"in [0, {_MAX_TOP_LOGPROBS}]", count)
+    return count
 
 
 def _stopping(options: pb.StoppingOptions, model: ModelInfo) -> StoppingParams:
@@ -158,24 +233,11 @@ def _stopping(options: pb.StoppingOptions, model: ModelInfo) -> StoppingParams:
     )
 
 
-def _refuse_unserved(message: pb.GenerateRequest) -> None:
+def _refuse_unserved(message: pb.GenerateRequest | pb.ScoreRequest) -> None:
     if len(message.adapters) > 1:
         raise NotSupported("adapters", "more than one adapter in a request is not served yet")
     if message.adapters and message.adapters[0].HasField("weight") and message.adapters[0].weight != 1:
         raise NotSupported("adapters[0].weight", "a weight other than 1 is not served yet")
-    sampling, response = message.sampling, message.response
-    for name, neutral in _NEUTRAL_PENALTIES.items():
-        if sampling.HasField(name) and getattr(sampling, name) != neutral:  # type: ignore[arg-type]
-            raise NotSupported(f"sampling.{name}", f"a value other than {neutral:g} is not served yet")
-    if sampling.logit_bias:
-        raise NotSupported("sampling.logit_bias", "not served yet")
-    for field, asked in (
-        ("logprobs", response.logprobs),
-        ("top_logprobs", response.top_logprobs > 0),
-        ("echo", response.echo),
-    ):
-        if asked:
-            raise NotSupported(f"response.{field}", "not served yet")
 
 
 def _check_token_ids(field: str, ids: tuple[int, ...], model: ModelInfo) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from polygraft.engine.handle import EngineHandle
-from polygraft.errors import NotSupported
+from polygraft.errors import Draining
 from polygraft.rpc import convert, messages
 from polygraft.telemetry.logging import request_id
 from polygraft_api.v1 import inference_pb2 as pb
@@ -42,35 +42,47 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """Generate chunk by chunk; closing this generator aborts the request."""
-        call = request_id.get()
-        # The caller may choose a call's id and choose it again while the engine still drops the first.
-        unique = f"{call}/{next(self._numbers)}"
+        call, unique = self._ids()
         domain = convert.generate_request(request, unique, self._handle.model)
         want_ids = request.response.token_ids
+        whole = pb.GenerateResponse()
         texts: list[str] = []
-        token_ids: list[int] = []
         async with aclosing(self._handle.generate(domain)) as outputs:
             async for output in outputs:
                 if output.error is not None:
                     raise output.error
                 texts.append(output.text)
-                chunk = pb.GenerateStreamResponse(text=output.text)
+                chunk = pb.GenerateStreamResponse(
+                    text=output.text, logprobs=messages.logprobs(output.logprobs)
+                )
                 if want_ids:
-                    token_ids.extend(output.token_ids)
-                    chunk.token_ids.extend(output.token_ids)
+                    chunk.token_ids.extend((*output.prompt_ids, *output.token_ids))
+                whole.token_ids.extend(chunk.token_ids)
+                whole.logprobs.extend(chunk.logprobs)
                 if output.finished is not None:
-                    summary = messages.summary(output.finished, call)
-                    final = pb.GenerateResponse(text="".join(texts), token_ids=token_ids, summary=summary)
-                    chunk.final.CopyFrom(final)
+                    whole.text = "".join(texts)
+                    whole.summary.CopyFrom(messages.summary(output.finished, call))
+                    chunk.final.CopyFrom(whole)
                     yield chunk
                     return
-                if chunk.text or chunk.token_ids:
+                if chunk.text or chunk.token_ids or chunk.logprobs:
                     yield chunk
         raise RuntimeError("the engine ended a request without saying how")
 
+    def _ids(self) -> tuple[str, str]:
+        """The call's id, and the engine's for it: the caller may choose a call's id and choose it again while
+        the engine still drops the first."""
+        call = request_id.get()
+        return call, f"{call}/{next(self._numbers)}"
+
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:  # noqa: N802
-        """Not served yet."""
-        raise NotSupported("Score", "not served yet")
+        """Log-likelihoods of continuations; cancelling this aborts the request."""
+        call, unique = self._ids()
+        domain = convert.score_request(request, unique, self._handle.model)
+        output = await self._handle.score(domain)
+        if output.finished is None or not output.scores:
+            raise Draining("the server is shutting down")
+        return messages.scores(output, output.finished, call)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to token ids."""

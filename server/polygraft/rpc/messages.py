@@ -2,39 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import polygraft
 from polygraft.adapters.info import AdapterInfo, MergedInfo, NearToken
 from polygraft.engine.handle import ModelInfo
-from polygraft.engine.request import Finished
+from polygraft.engine.request import Finished, RequestOutput, TokenLogprob
 from polygraft_api.v1 import adapters_pb2 as apb
 from polygraft_api.v1 import inference_pb2 as pb
 
 
+def _usage(finished: Finished) -> pb.Usage:
+    usage = finished.usage
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        virtual_tokens=usage.virtual_tokens,
+        completion_tokens=usage.completion_tokens,
+    )
+
+
+def _timings(finished: Finished) -> pb.Timings:
+    timings = finished.timings
+    return pb.Timings(
+        queue=timings.queue or 0.0,
+        prefill=timings.prefill or 0.0,
+        time_to_first_token=timings.time_to_first_token or 0.0,
+        total=timings.total,
+    )
+
+
 def summary(finished: Finished, request_id: str) -> pb.GenerateSummary:
     """How a request ended."""
-    usage, timings = finished.usage, finished.timings
     return pb.GenerateSummary(
         finish_reason=pb.FinishReason.Value(f"FINISH_REASON_{finished.reason.value}"),
-        usage=pb.Usage(
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-            virtual_tokens=usage.virtual_tokens,
-            completion_tokens=usage.completion_tokens,
-        ),
-        timings=pb.Timings(
-            queue=timings.queue or 0.0,
-            prefill=timings.prefill or 0.0,
-            time_to_first_token=timings.time_to_first_token or 0.0,
-            total=timings.total,
-        ),
+        usage=_usage(finished),
+        timings=_timings(finished),
         adapter_generation=finished.adapter_generation or 0,
         lora_path=pb.LoraPath.Value(f"LORA_PATH_{finished.path.value}"),
         seed=finished.seed,
         stop_sequence=finished.stop_sequence or "",
         stop_token_id=finished.stop_token_id,
         preemptions=finished.preemptions,
+        request_id=request_id,
+    )
+
+
+def logprobs(tokens: Iterable[TokenLogprob]) -> list[pb.TokenLogprob]:
+    """Tokens with their log-probabilities."""
+    return [
+        pb.TokenLogprob(
+            token_id=token.token_id,
+            text=token.text,
+            logprob=token.logprob,
+            top=[
+                pb.TopLogprob(token_id=near.token_id, text=near.text, logprob=near.logprob)
+                for near in token.top
+            ],
+        )
+        for token in tokens
+    ]
+
+
+def scores(output: RequestOutput, finished: Finished, request_id: str) -> pb.ScoreResponse:
+    """How likely continuations are."""
+    return pb.ScoreResponse(
+        scores=[
+            pb.ContinuationScore(
+                log_likelihood=score.log_likelihood,
+                is_greedy=score.is_greedy,
+                tokens=logprobs(score.tokens),
+            )
+            for score in output.scores
+        ],
+        usage=_usage(finished),
+        timings=_timings(finished),
+        adapter_generation=finished.adapter_generation or 0,
+        lora_path=pb.LoraPath.Value(f"LORA_PATH_{finished.path.value}"),
         request_id=request_id,
     )
 
@@ -57,7 +101,13 @@ def model(info: ModelInfo) -> pb.GetModelResponse:
         max_num_batched_tokens=info.max_num_batched_tokens,
         eos_token_ids=info.eos_token_ids,
         default_sampling=pb.SamplingOptions(
-            temperature=default.temperature, top_p=default.top_p, top_k=default.top_k, min_p=default.min_p
+            temperature=default.temperature,
+            top_p=default.top_p,
+            top_k=default.top_k,
+            min_p=default.min_p,
+            repetition_penalty=default.repetition_penalty,
+            presence_penalty=default.presence_penalty,
+            frequency_penalty=default.frequency_penalty,
         ),
         has_chat_template=info.has_chat_template,
         server_version=polygraft.__version__,

@@ -1,0 +1,210 @@
+"""Log-likelihoods of given continuations: each is a sequence in the same steps as everything else."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence as Rows
+from typing import TYPE_CHECKING
+
+import torch
+
+from polygraft.adapters.info import MergeState
+from polygraft.engine.logprobs import Likelihood, TokenTexts, likelihoods
+from polygraft.engine.paths import Paths
+from polygraft.engine.request import (
+    ContinuationScore,
+    Finished,
+    FinishReason,
+    LoraPath,
+    RequestOutput,
+    ScoreRequest,
+    Timings,
+    Usage,
+)
+from polygraft.engine.scheduler import Scheduler
+from polygraft.engine.sequence import Sequence
+from polygraft.errors import PolygraftError, ResourceExhausted
+
+if TYPE_CHECKING:
+    from polygraft.adapters.registry import Adapter
+
+
+class ScoreSequence(Sequence):
+    """A prompt with one continuation, whose last token predicts nothing and isn't run.
+
+    Its blocks before the first logits that are wanted may come from the prefix cache.
+
+    Args:
+        context: the prompt's tokens, at least one.
+        continuation: the tokens to score, at least one.
+    """
+
+    cacheable = True
+
+    def __init__(self, job: ScoreJob, index: int, context: Rows[int], continuation: Rows[int]) -> None:
+        super().__init__(f"{job.id}/{index}", [*context, *continuation[:-1]], job.adapter)
+        if job.request.lora_path is LoraPath.MERGED:
+            self.path = LoraPath.MERGED
+        self.job = job
+        self.context_tokens = len(context)
+        self.continuation = continuation
+        self.cached_tokens: int | None = None
+        self.found: list[Likelihood] = []
+
+    @property
+    def logits_from(self) -> int:
+        """Behind the prompt's last token."""
+        return self.context_tokens - 1
+
+    def take(self, logits: torch.Tensor) -> None:
+        """Note the logits [rows, vocabulary] behind its next tokens."""
+        first = len(self.found)
+        tokens = self.continuation[first : first + len(logits)]
+        self.found += likelihoods(logits, tokens, [self.job.request.top_logprobs] * len(tokens))
+
+    def note_preempted(self) -> None:
+        """It will run anew."""
+        self.found.clear()
+
+    def note_scheduled(self, start: int, now: float) -> None:
+        """It runs, from its token `start` on."""
+        if self.cached_tokens is None:
+            self.cached_tokens = start
+        if self.job.first_scheduled is None:
+            self.job.first_scheduled = now
+
+
+class ScoreJob:
+    """A score request on its way. It holds one pin of its adapter; a sequence that runs holds another.
+
+    Args:
+        pairs: the tokens of prompt and continuation, for each continuation.
+    """
+
+    def __init__(
+        self, request: ScoreRequest, adapter: Adapter | None, pairs: Rows[tuple[Rows[int], Rows[int]]]
+    ) -> None:
+        self.id = request.id
+        self.request = request
+        self.adapter = adapter
+        self.sequences = [ScoreSequence(self, at, *pair) for at, pair in enumerate(pairs)]
+        self.waiting = list(self.sequences)
+        self.running: list[ScoreSequence] = []
+        self.arrival = time.monotonic()
+        self.first_scheduled: float | None = None
+        self.first_scored: float | None = None
+
+
+class Scoring:
+    """The score requests of one engine; like it, not thread-safe.
+
+    Args:
+        shares_prompts: the prefix cache is on: a prompt that fills a block is computed for the first
+            continuation alone, and found there by the others, which start one step later.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, paths: Paths, texts: TokenTexts, *, shares_prompts: bool
+    ) -> None:
+        self._scheduler = scheduler
+        self._paths = paths
+        self._texts = texts
+        self._shares_prompts = shares_prompts
+        self._jobs: dict[str, ScoreJob] = {}
+
+    def __contains__(self, request_id: object) -> bool:
+        """Whether a request of this id runs."""
+        return request_id in self._jobs
+
+    def add(self, job: ScoreJob) -> None:
+        """Queue a prepared request."""
+        self._jobs[job.id] = job
+        fills = job.sequences[0].logits_from >= self._scheduler.pool.block_size
+        self._start(job, 1 if self._shares_prompts and fills else len(job.sequences))
+
+    def _start(self, job: ScoreJob, count: int) -> None:
+        started, job.waiting = job.waiting[:count], job.waiting[count:]
+        for sequence in started:
+            if job.adapter is not None:
+                job.adapter.pin()
+            job.running.append(sequence)
+            self._paths.queue(sequence)
+            self._scheduler.add(sequence)
+
+    def complete(self, sequence: ScoreSequence) -> list[RequestOutput]:
+        """A sequence has run; returns its request's only output if that is its end."""
+        job = sequence.job
+        if job.id not in self._jobs:
+            return []  # a continuation in the same step has ended it
+        job.running.remove(sequence)
+        self._scheduler.remove(sequence)
+        if any(math.isnan(one.logprob) for one in sequence.found):
+            self._end(job)
+            return [RequestOutput(job.id, error=PolygraftError("the model's logits are not finite"))]
+        if job.first_scored is None:
+            job.first_scored = time.monotonic()
+        self._start(job, len(job.waiting))
+        if job.running:
+            return []
+        self._end(job)
+        scores = tuple(self._score(sequence.found) for sequence in job.sequences)
+        return [RequestOutput(job.id, finished=_finished(job, FinishReason.SCORED), scores=scores)]
+
+    def abort(self, request_id: str) -> list[RequestOutput]:
+        """End a request and free what it holds; its only output, or nothing if it has ended already."""
+        job = self._jobs.get(request_id)
+        if job is None:
+            return []
+        self._end(job)
+        return [RequestOutput(job.id, finished=_finished(job, FinishReason.CANCELLED))]
+
+    def fail_unmerged(self) -> list[RequestOutput]:
+        """End the requests whose merged copy can't be had."""
+        lost = [
+            (job, sequence.copy.problem)
+            for job in self._jobs.values()
+            for sequence in job.running[:1]
+            if sequence.copy is not None and sequence.copy.state is MergeState.FAILED
+        ]
+        for job, _ in lost:
+            self._end(job)
+        return [
+            RequestOutput(job.id, error=ResourceExhausted(f"not merged: {problem}")) for job, problem in lost
+        ]
+
+    def _end(self, job: ScoreJob) -> None:
+        del self._jobs[job.id]
+        for sequence in job.running:
+            self._scheduler.remove(sequence)
+        if job.adapter is not None:
+            job.adapter.release()
+
+    def _score(self, found: list[Likelihood]) -> ContinuationScore:
+        return ContinuationScore(
+            log_likelihood=math.fsum(one.logprob for one in found),
+            is_greedy=all(one.is_greedy for one in found),
+            tokens=self._texts.describe(found),
+        )
+
+
+def _finished(job: ScoreJob, reason: FinishReason) -> Finished:
+    first, scored = job.first_scheduled, job.first_scored
+    return Finished(
+        reason=reason,
+        usage=Usage(
+            prompt_tokens=sum(sequence.context_tokens for sequence in job.sequences),
+            completion_tokens=sum(len(sequence.continuation) for sequence in job.sequences),
+            cached_tokens=sum(sequence.cached_tokens or 0 for sequence in job.sequences),
+            virtual_tokens=job.adapter.compiled.virtual_tokens if job.adapter else 0,
+        ),
+        timings=Timings(
+            total=time.monotonic() - job.arrival,
+            queue=None if first is None else first - job.arrival,
+            prefill=None if first is None or scored is None else scored - first,
+            time_to_first_token=None if scored is None else scored - job.arrival,
+        ),
+        seed=0,
+        path=job.sequences[0].path,
+        adapter_generation=job.adapter.generation if job.adapter else None,
+    )
