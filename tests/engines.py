@@ -26,7 +26,7 @@ def make_engine(
     config = ServerConfig(**{"adapters": store, "kv_cache_bytes": 4 * 2**20, **settings})
     base = load_base(
         str(model),
-        dtype="float32" if precision == "float32" else "bfloat16",
+        dtype=precision if precision in ("float32", "float16") else "bfloat16",
         quantization=precision if precision in ("int8", "nf4", "fp4") else "none",
     )
     engine = Engine(base, config, native=native)

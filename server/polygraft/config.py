@@ -93,7 +93,7 @@ class ServerConfig(BaseSettings):
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 picks one")
     metrics: str = Field("127.0.0.1:9090", description="HOST:PORT of the Prometheus endpoint; empty is off")
     device: str = Field("cpu", description="torch device of the base model")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type the base computes in; auto takes the checkpoint's"
     )
     quantization: Literal["none", "int8", "nf4", "fp4"] = Field(

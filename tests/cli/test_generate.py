@@ -41,10 +41,15 @@ def test_chat_or_raw(call: Invoke, script: Script, flags: list[str], template: b
 
 def test_flags_reach_the_server(call: Invoke, script: Script) -> None:
     flags = "--temperature 0.5 --top-p 0.9 --top-k 40 --min-p 0.1 --seed 3 --max-new-tokens 9"
+    flags += " --repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 2"
+    flags += " --logit-bias 5=1.5 --logit-bias 7=-100 --logprobs --top-logprobs 3 --echo"
     flags += " --min-new-tokens 2 --stop END --stop \n --stop-token-id 5 --time-limit 2.5 --ignore-eos"
     call("generate", "Hello", *flags.split(" "))
     request = script.requests[-1]
-    sampling = inference_pb2.SamplingOptions(temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=3)
+    sampling = inference_pb2.SamplingOptions(
+        temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=3,
+        repetition_penalty=1.5, presence_penalty=-1, frequency_penalty=2, logit_bias={5: 1.5, 7: -100},
+    )  # fmt: skip
     assert request.sampling == sampling
     assert request.stopping == inference_pb2.StoppingOptions(
         max_new_tokens=9,
@@ -54,6 +59,21 @@ def test_flags_reach_the_server(call: Invoke, script: Script) -> None:
         time_limit=2.5,
         ignore_eos=True,
     )
+    assert request.response == inference_pb2.ResponseOptions(logprobs=True, top_logprobs=3, echo=True)
+
+
+@pytest.mark.parametrize("bias", ["5", "x=1", "5=much", "=", ""])
+def test_a_bias_that_is_none(call: Invoke, script: Script, bias: str) -> None:
+    result = call("generate", "Hello", "--logit-bias", bias)
+    assert result.exit_code == 2
+    assert "--logit-bias" in result.stderr
+    assert script.requests == []
+
+
+@pytest.mark.parametrize("how", ["--stream", "--no-stream"])
+def test_logprobs_are_printed_after_the_answer(call: Invoke, how: str) -> None:
+    shown = call("generate", "Hello", "--logprobs", how).stdout.splitlines()
+    assert shown == ["one two three", "            'H'", "   -0.2500  'one'\t'two' -0.1250"]
 
 
 def test_flags_left_out_stay_unset(call: Invoke, script: Script) -> None:
@@ -61,6 +81,7 @@ def test_flags_left_out_stay_unset(call: Invoke, script: Script) -> None:
     request = script.requests[-1]
     assert not request.sampling.ListFields()
     assert not request.stopping.ListFields()
+    assert not request.response.ListFields()
 
 
 def test_prompt_from_standard_input(call: Invoke, script: Script) -> None:

@@ -12,7 +12,7 @@ from .conftest import Invoke
 @pytest.mark.parametrize(
     ("command", "shows"),
     [
-        ([], ["serve", "generate", "adapters", "demo"]),
+        ([], ["serve", "generate", "score", "adapters", "demo"]),
         (["generate"], ["--adapter", "--temperature", "--json", "--chat", "POLYGRAFT_SERVER"]),
         (["adapters"], ["list", "show", "load", "unload", "reload", "check"]),
         (["adapters", "show"], ["--nearest", "POLYGRAFT_ADMIN_TOKEN"]),

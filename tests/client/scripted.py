@@ -69,6 +69,15 @@ def adapter(name: str, **fields: Any) -> adapters_pb2.Adapter:
     return adapters_pb2.Adapter(name=name, **(known | fields))
 
 
+LOGPROB = inference_pb2.TokenLogprob(
+    token_id=10,
+    text="one",
+    logprob=-0.25,
+    top=[inference_pb2.TopLogprob(token_id=11, text="two", logprob=-0.125)],
+)
+FIRST = inference_pb2.TokenLogprob(token_id=9, text="H")
+
+
 class Script:
     """What the server answers, and what it was asked."""
 
@@ -108,6 +117,7 @@ class Script:
         return inference_pb2.GenerateResponse(
             text=f"{request.adapter.upper()} {text}" if request.adapter else text,
             token_ids=[10, 11, 12] if request.response.token_ids else [],
+            logprobs=[FIRST, LOGPROB] if request.response.logprobs else [],
             summary=inference_pb2.GenerateSummary(
                 finish_reason=inference_pb2.FINISH_REASON_STOP,
                 usage=inference_pb2.Usage(prompt_tokens=5, virtual_tokens=2, completion_tokens=3),
@@ -138,9 +148,25 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
         for index, word in enumerate(self._script.words):
             text = prefix + word if index == 0 else word
             ids = [10 + index] if request.response.token_ids else []
-            yield inference_pb2.GenerateStreamResponse(text=text, token_ids=ids)
+            logprobs = [LOGPROB] if request.response.logprobs else []
+            yield inference_pb2.GenerateStreamResponse(text=text, token_ids=ids, logprobs=logprobs)
             self._script.wait(context)
         yield inference_pb2.GenerateStreamResponse(final=answer)
+
+    def Score(self, request: Any, context: Any) -> Any:
+        self._script.receive(request, context)
+        count = len(request.continuations) + len(request.continuation_token_ids)
+        return inference_pb2.ScoreResponse(
+            scores=[
+                inference_pb2.ContinuationScore(log_likelihood=-1.5 - at, is_greedy=at == 0, tokens=[LOGPROB])
+                for at in range(count)
+            ],
+            usage=inference_pb2.Usage(prompt_tokens=5, cached_tokens=1, completion_tokens=3),
+            timings=inference_pb2.Timings(queue=0.25, total=1.5),
+            adapter_generation=3 if request.adapter else 0,
+            lora_path=inference_pb2.LORA_PATH_UNMERGED,
+            request_id="r-2",
+        )
 
     def Tokenize(self, request: Any, context: Any) -> Any:
         self._script.receive(request, context)
@@ -164,7 +190,9 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
             parameters=134_515_008,
             weight_bytes=269_030_016,
             eos_token_ids=[2],
-            default_sampling=inference_pb2.SamplingOptions(temperature=0.0, top_p=1.0),
+            default_sampling=inference_pb2.SamplingOptions(
+                temperature=0.0, top_p=1.0, repetition_penalty=1.1
+            ),
             has_chat_template=self._script.has_chat_template,
             server_version="0.1.0",
             notes=["a note"],

@@ -12,12 +12,15 @@ from polygraft_client import (
     AsyncClient,
     ChatMessage,
     Client,
+    ContinuationScore,
     FinishReason,
     Health,
     InvalidRequest,
     LoraPath,
     NearestToken,
     NotFound,
+    TokenLogprob,
+    TopLogprob,
 )
 
 from .scripted import INFERENCE, Script, ScriptedServer, adapter
@@ -39,6 +42,10 @@ def test_every_option_reaches_the_server(client: Client, script: Script) -> None
         top_k=0,
         min_p=0.1,
         seed=2**63 - 1,
+        repetition_penalty=1.1,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={5: 1.5, 7: -100},
         max_new_tokens=9,
         min_new_tokens=2,
         stop="END",
@@ -46,6 +53,9 @@ def test_every_option_reaches_the_server(client: Client, script: Script) -> None
         ignore_eos=True,
         time_limit=3.5,
         return_token_ids=True,
+        logprobs=True,
+        top_logprobs=3,
+        echo=True,
         timeout=10,
     )
     assert script.requests == [
@@ -54,7 +64,15 @@ def test_every_option_reaches_the_server(client: Client, script: Script) -> None
             adapter="headline",
             lora_path=inference_pb2.LORA_PATH_UNMERGED,
             sampling=inference_pb2.SamplingOptions(
-                temperature=0.5, top_p=0.9, top_k=0, min_p=0.1, seed=2**63 - 1
+                temperature=0.5,
+                top_p=0.9,
+                top_k=0,
+                min_p=0.1,
+                seed=2**63 - 1,
+                repetition_penalty=1.1,
+                presence_penalty=0.5,
+                frequency_penalty=-0.5,
+                logit_bias={5: 1.5, 7: -100},
             ),
             stopping=inference_pb2.StoppingOptions(
                 max_new_tokens=9,
@@ -64,7 +82,7 @@ def test_every_option_reaches_the_server(client: Client, script: Script) -> None
                 ignore_eos=True,
                 time_limit=3.5,
             ),
-            response=inference_pb2.ResponseOptions(token_ids=True),
+            response=inference_pb2.ResponseOptions(token_ids=True, logprobs=True, top_logprobs=3, echo=True),
         )
     ]
 
@@ -74,6 +92,7 @@ def test_what_is_left_out_stays_unset(client: Client, script: Script) -> None:
     (request,) = script.requests
     assert not request.sampling.ListFields()
     assert not request.stopping.ListFields()
+    assert not request.response.ListFields()
     assert request.lora_path == inference_pb2.LORA_PATH_UNSPECIFIED
 
 
@@ -90,6 +109,62 @@ def test_answer(client: Client) -> None:
     assert (answer.timings.queue, answer.timings.prefill, answer.timings.total) == (0.25, 0.5, 1.5)
     assert (answer.seed, answer.adapter_generation, answer.lora_path) == (7, 3, LoraPath.UNMERGED)
     assert (answer.stop_token_id, answer.stop_sequence, answer.request_id) == (2, "", "r-1")
+
+
+TOKEN = TokenLogprob(10, "one", -0.25, (TopLogprob(11, "two", -0.125),))
+
+
+def test_logprobs(client: Client) -> None:
+    assert client.generate("Hello", logprobs=True).logprobs == (TokenLogprob(9, "H", None), TOKEN)
+    with client.stream("Hello", logprobs=True) as chunks:
+        assert [chunk.logprobs for chunk in chunks] == [(TOKEN,)] * 3 + [()]
+
+
+def test_score(client: Client, script: Script) -> None:
+    score = client.score("Hello", [" a", " b"], adapter="mood", lora_path=LoraPath.UNMERGED, top_logprobs=2)
+    assert score.continuations == (
+        ContinuationScore(-1.5, True, (TOKEN,)),
+        ContinuationScore(-2.5, False, (TOKEN,)),
+    )
+    assert (score.usage.completion_tokens, score.timings.total) == (3, 1.5)
+    assert (score.adapter_generation, score.lora_path, score.request_id) == (3, LoraPath.UNMERGED, "r-2")
+    assert script.requests == [
+        inference_pb2.ScoreRequest(
+            prompt="Hello",
+            continuations=[" a", " b"],
+            adapter="mood",
+            lora_path=inference_pb2.LORA_PATH_UNMERGED,
+            top_logprobs=2,
+        )
+    ]
+
+
+def test_score_of_token_ids_and_of_a_single_text(client: Client, script: Script) -> None:
+    client.score(None, [[1, 2], (3,)], token_ids=[4])
+    client.score("", "a")
+    client.score(None, ["a"], chat=[{"role": "user", "content": "Hi"}])
+    ids, single, chat = script.requests
+    assert list(ids.token_ids.ids) == [4]
+    assert [list(tokens.ids) for tokens in ids.continuation_token_ids] == [[1, 2], [3]]
+    assert (single.WhichOneof("input"), list(single.continuations)) == ("prompt", ["a"])
+    assert chat.chat.messages[0].content == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuations", "names"),
+    [
+        (None, ["a"], "prompt"),
+        ("p", [[1], "a"], r"continuations\[1\]"),
+        ("p", [[-1]], r"continuations\[0\].ids"),
+        ("p", ["bad \ud800"], "continuations"),
+    ],
+)
+def test_scores_that_cannot_be_sent(
+    client: Client, script: Script, prompt: str | None, continuations: list, names: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{names}: "):
+        client.score(prompt, continuations)
+    assert script.requests == []
 
 
 def test_chat_as_dicts_or_messages(client: Client, script: Script) -> None:
@@ -116,6 +191,9 @@ def test_chat_as_dicts_or_messages(client: Client, script: Script) -> None:
         ({"prompt": "a", "lora_path": LoraPath.UNKNOWN}, "lora_path"),
         ({"prompt": "a", "lora_path": "sideways"}, "lora_path"),
         ({"prompt": "a", "adapter": 3}, "adapter"),
+        ({"prompt": "a", "logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({"prompt": "a", "top_logprobs": -1}, "top_logprobs"),
+        ({"prompt": "a", "presence_penalty": "much"}, "presence_penalty"),
     ],
 )
 def test_what_cannot_be_sent_is_named(client: Client, script: Script, arguments: dict, names: str) -> None:
@@ -138,6 +216,7 @@ def test_model(client: Client) -> None:
     model = client.model()
     assert (model.architecture, model.weight_bytes, model.eos_token_ids) == ("llama", 269_030_016, (2,))
     assert (model.default_sampling.temperature, model.default_sampling.top_k) == (0.0, None)
+    assert (model.default_sampling.repetition_penalty, model.default_sampling.presence_penalty) == (1.1, None)
     assert model.notes == ("a note",)
 
 
@@ -192,6 +271,7 @@ async def test_async_client_is_the_same(server: ScriptedServer, client: Client) 
     async with AsyncClient(server.address) as other:
         asked = {"adapter": "mood", "return_token_ids": True}
         assert await other.generate("Hello", **asked) == client.generate("Hello", **asked)
+        assert await other.score("Hello", ["a", "b"]) == client.score("Hello", ["a", "b"])
         assert await other.model() == client.model()
         assert await other.health() is Health.SERVING
         assert await other.detokenize(await other.tokenize("abc")) == "abc"

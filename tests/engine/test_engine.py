@@ -430,6 +430,13 @@ def test_default_sampling_is_the_models_own(given: dict[str, Any], expected: Sam
     assert got == expected
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_models_own_repetition_penalty_is_the_default(do_sample: bool) -> None:
+    given = GenerationConfig(do_sample=do_sample, repetition_penalty=1.2)
+    base = cast("Base", SimpleNamespace(model=SimpleNamespace(generation_config=given)))
+    assert default_sampling(base).repetition_penalty == 1.2
+
+
 def test_what_the_model_is(engine: Engine, llama: Path) -> None:
     model = engine.model
     assert (model.model, model.architecture, model.dtype) == (str(llama), "llama", "float32")

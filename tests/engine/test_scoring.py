@@ -24,6 +24,7 @@ from polygraft.engine.request import (
 from polygraft.errors import (
     AdapterNotFound,
     ContextLengthExceeded,
+    Draining,
     InvalidRequest,
     ResourceExhausted,
 )
@@ -298,6 +299,19 @@ async def test_who_gives_up_while_it_is_tokenized_pins_no_adapter(llama: Path, l
     await asyncio.get_running_loop().shutdown_default_executor()
     await asyncio.sleep(0)
     assert await handle.drain(10.0) == 0
+    check_clean(engine)
+
+
+async def test_who_is_tokenized_while_it_drains_is_refused(llama: Path, llama_store: Path) -> None:
+    engine = make_engine(llama, llama_store)
+    handle = AsyncEngine(engine, Metrics(), max_waiting=2)
+    handle.start()
+    task = asyncio.create_task(handle.score(ask("a", "lora", prompt="ab " * 60, continuations=["c"] * 200)))
+    await asyncio.sleep(0)
+    assert await handle.drain(10.0) == 0
+    with pytest.raises(Draining):
+        await asyncio.wait_for(task, 20)
+    await asyncio.sleep(0)
     check_clean(engine)
 
 

@@ -21,7 +21,8 @@ class Reference:
 
 def load_reference(model_folder: Path, adapter_folder: Path | None, precision: str) -> torch.nn.Module:
     """A model with its adapter, as PEFT loads it."""
-    options: dict[str, object] = {"dtype": torch.float32 if precision == "float32" else torch.bfloat16}
+    dtypes = {"float32": torch.float32, "float16": torch.float16}
+    options: dict[str, object] = {"dtype": dtypes.get(precision, torch.bfloat16)}
     if precision in ("nf4", "fp4"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

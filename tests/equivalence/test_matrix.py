@@ -8,6 +8,7 @@ reference's two likeliest are closer than twice that error.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,10 @@ def rms(x: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("precision", ["bfloat16", "int8", "nf4", "fp4"])
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [*itertools.product(CONFIGS, ["bfloat16", "int8", "nf4", "fp4"]), ("llama", "float16")],
+)
 def test_other_precisions_are_as_near_as_peft(
     case: Callable[[str, str], Case], architecture: str, precision: str, row: str
 ) -> None:

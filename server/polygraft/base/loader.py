@@ -21,7 +21,7 @@ from polygraft.base.packing import count_quantized, own_parameters, pack_linears
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
-from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.native.kernels import DTYPES, load_kernels
 from polygraft.layers.panels import BLOCK, Quantization
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,8 @@ def load_base(
 
     Args:
         model: "default", a local folder, or a hub id.
-        dtype: "auto" (the checkpoint's; float16 becomes float32 on a CPU), "float32" or "bfloat16".
+        dtype: "auto" (the checkpoint's; float16 becomes float32 on a CPU), "float32", "bfloat16" or
+            "float16", for which a CPU has no operators of ours.
         quantization: of the linear modules but the head.
 
     Raises:
@@ -112,7 +113,7 @@ def load_base(
         return loaded.eval().requires_grad_(False)
 
     # Our own operator takes int8 and, if compiled, 4 bits on a CPU; anything else is bitsandbytes' matter.
-    ours = device == "cpu" and (quantization == "int8" or load_kernels() is not None)
+    ours = device == "cpu" and compute in DTYPES and (quantization == "int8" or load_kernels() is not None)
     loaded = load(by_bitsandbytes=quantization != "none" and not ours)
     tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -220,7 +221,7 @@ def _bitsandbytes(quantization: str, compute: torch.dtype, double: bool) -> dict
 
 def _compute_dtype(dtype: str, config: Any, device: str) -> torch.dtype:
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     stored = config.get_text_config().dtype or torch.float32
     # Without hardware for float16, a CPU computes it slower than float32 and with less range.
     return torch.float32 if stored == torch.float16 and device == "cpu" else stored

@@ -45,7 +45,7 @@ def to_json(value: Any, *, indent: int | None = 2) -> str:
 
 
 def print_logprobs(tokens: Sequence[TokenLogprob]) -> None:
-    """A line for each token: its log-probability, itself, and the likeliest ones, if they are there."""
+    """A line for each token: its log-probability, itself, and the likeliest at its position, if any."""
     for token in tokens:
         own = "" if token.logprob is None else f"{token.logprob:.4f}"
         top = "".join(f"\t{near.text!r} {near.logprob:.4f}" for near in token.top)

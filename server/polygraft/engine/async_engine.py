@@ -142,11 +142,14 @@ class AsyncEngine:
         """Prepare on another thread what would hold up everybody's stream on this one meanwhile."""
         prepared = asyncio.ensure_future(asyncio.to_thread(prepare))
         try:
-            return await asyncio.shield(prepared)
-        except asyncio.CancelledError:
-            # The thread goes on, and nobody else would release the adapter that it pins.
+            result = await asyncio.shield(prepared)
+            # Draining may have begun meanwhile, and the engine's thread have ended.
+            self._check_open()
+        except (asyncio.CancelledError, Draining, EngineDead):
+            # The thread may go on, and nobody else would release the adapter that it pins.
             prepared.add_done_callback(_release)
             raise
+        return result
 
     async def _follow(
         self, request_id: str, adapter: Adapter | None, add: Callable[[], None]
