@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.loha import LoHaLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
@@ -34,8 +35,30 @@ def load_reference(model_folder: Path, adapter_folder: Path | None, precision: s
         options["device_map"] = "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_folder, **options)
     if adapter_folder is not None:
-        model = PeftModel.from_pretrained(model, str(adapter_folder))
+        loha = PeftConfig.from_pretrained(str(adapter_folder)).peft_type == PeftType.LOHA
+        if loha and precision in ("nf4", "fp4"):
+            _add_loha(model, load_reference(model_folder, adapter_folder, "float32"))
+        else:
+            model = PeftModel.from_pretrained(model, str(adapter_folder))
     return model.eval()
+
+
+def _add_loha(model: torch.nn.Module, exact: torch.nn.Module) -> None:
+    """What PEFT's LoHa adds, on weights of four bits: it takes the packed weight's shape for the module's and
+    can't be loaded there."""
+    for name, layer in exact.base_model.model.named_modules():
+        if isinstance(layer, LoHaLayer):
+            delta = layer.get_delta_weight("default").detach()
+
+            def add(
+                module: torch.nn.Module,
+                args: tuple[torch.Tensor],
+                out: torch.Tensor,
+                delta: torch.Tensor = delta,
+            ) -> torch.Tensor:
+                return (out + torch.nn.functional.linear(args[0].float(), delta)).to(out.dtype)
+
+            model.get_submodule(name).register_forward_hook(add)
 
 
 def generate(model: torch.nn.Module, prompt: list[int], steps: int) -> Reference:
@@ -49,11 +72,19 @@ def generate(model: torch.nn.Module, prompt: list[int], steps: int) -> Reference
             min_new_tokens=steps,
             do_sample=False,
             eos_token_id=None,
+            **_task(model),
             output_logits=True,
             return_dict_in_generate=True,
         )
     tokens = out.sequences[0].tolist()[-steps:]
     return Reference(tokens, torch.stack([step[0].float() for step in out.logits]))
+
+
+def _task(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The first task, for a kind that asks each request for one."""
+    config = getattr(model, "active_peft_config", None)
+    several = config is not None and config.peft_type == PeftType.MULTITASK_PROMPT_TUNING
+    return {"task_ids": torch.tensor([0])} if several else {}
 
 
 def forced(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> torch.Tensor:
