@@ -7,8 +7,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.loha import LoHaLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+# What PEFT can't do: LoHa takes a packed weight's shape for the module's, and AdaLoRA over eight bits returns
+# float32 from its modules, which attention refuses beside the others' bfloat16.
+CANT = {PeftType.LOHA: ("nf4", "fp4"), PeftType.ADALORA: ("int8",)}
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,20 @@ def load_reference(model_folder: Path, adapter_folder: Path | None, precision: s
         options["device_map"] = "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_folder, **options)
     if adapter_folder is not None:
-        loha = PeftConfig.from_pretrained(str(adapter_folder)).peft_type == PeftType.LOHA
-        if loha and precision in ("nf4", "fp4"):
-            _add_loha(model, load_reference(model_folder, adapter_folder, "float32"))
+        if precision in CANT.get(PeftConfig.from_pretrained(str(adapter_folder)).peft_type, ()):
+            _add_by_hand(model, load_reference(model_folder, adapter_folder, "float32"))
         else:
             model = PeftModel.from_pretrained(model, str(adapter_folder))
     return model.eval()
 
 
-def _add_loha(model: torch.nn.Module, exact: torch.nn.Module) -> None:
-    """What PEFT's LoHa adds, on weights of four bits: it takes the packed weight's shape for the module's and
-    can't be loaded there."""
+def _add_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
+    """Add what a kind adds in float32 behind the modules of a quantized model, as PEFT's layers would."""
     for name, layer in exact.base_model.model.named_modules():
-        if isinstance(layer, LoHaLayer):
+        if isinstance(layer, LoHaLayer | AdaLoraLayer):
             delta = layer.get_delta_weight("default").detach()
+            if getattr(layer, "fan_in_fan_out", False):
+                delta = delta.T
 
             def add(
                 module: torch.nn.Module,
