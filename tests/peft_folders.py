@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import (
     AdaLoraConfig,
+    CartridgeConfig,
     CPTConfig,
     LoHaConfig,
     LoraConfig,
@@ -77,6 +78,7 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
         opt_projection_format_epsilon=2.0,
         **CAUSAL,
     ),
+    "cartridge": lambda a: CartridgeConfig(num_virtual_tokens=9, num_frozen_tokens=2, **CAUSAL),
 }
 # Parameters that are multiplied by each other are larger, so that the product is as large as the others.
 SCALES = {"lora_E": 1.0, "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "prefix_task_": 1.0}

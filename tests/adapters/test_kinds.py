@@ -133,7 +133,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("prefix", {"invented": 0.5}, "invented=0.5 isn't served"),
     ("prompt", {"modules_to_save": ["norm"]}, "modules_to_save=['norm'] isn't served"),
     # Kinds.
-    ("lora", {"peft_type": "ADALORA"}, "peft_type 'ADALORA' isn't served; served are LORA"),
+    ("lora", {"peft_type": "IA3"}, "peft_type 'IA3' isn't served: it multiplies activations by vectors"),
     ("lora", {"peft_type": "lora"}, "peft_type 'lora' isn't served"),
     ("lora", {"peft_type": None}, "peft_type None isn't served"),
     ("lora", {"peft_type": ["LORA"]}, "peft_type ['LORA'] isn't served"),

@@ -171,7 +171,7 @@ class AdapterManager:
             info = ready_info(
                 adapter,
                 source,
-                modules=len(compiled.low_rank) or len(self._base.attention),
+                modules=len(compiled.low_rank) or (len(self._base.attention) if compiled.prefix else 0),
                 disk_bytes=folder.disk_bytes,
                 content_hash=folder.content_hash,
                 load_seconds=time.monotonic() - started,
