@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 _OPTIONS: Mapping[str, str] = {
     "use_dora": "DoRA scales each output by a norm of the base's weights, which no primitive does",
-    "modules_to_save": "it replaces whole modules of the base, for every request in the step",
-    "trainable_token_indices": "it replaces rows of the base's embeddings, for every request in the step",
+    "modules_to_save": "it replaces whole modules of the base, which no primitive does",
+    "trainable_token_indices": "it replaces rows of the base's embeddings, which no primitive does",
     "target_parameters": "it adapts parameters without a linear module around them, such as experts' weights",
     "layer_replication": "it makes the base deeper, and there is one base for all adapters",
     "alora_invocation_tokens": "an activated LoRA begins inside a prompt, adapters here cover all of it",
     "use_qalora": "QA-LoRA pools its input in groups before lora_A, which no primitive does",
-    "use_bdlora": "block-diagonal factors have shapes of their own; merge them into plain lora_A and lora_B",
+    "use_bdlora": "block-diagonal factors have shapes of their own; save them as plain lora_A and lora_B",
     "arrow_config": "Arrow chooses among several LoRAs for each token; load the one that is wanted by itself",
     "kasa_config": "KaSA removes part of the base's weights, and there is one base for all adapters",
     "velora_config": "VeLoRA also saves how it compressed activations, which has no use after training; "
@@ -29,7 +29,7 @@ _OPTIONS: Mapping[str, str] = {
 }
 
 _BASE_WEIGHTS = "what it adds depends on the base's weights, which a load doesn't read"
-_REPLACES = "it replaces part of the base, and there is one base for all adapters"
+_REPLACES = "it replaces part of the base, which no primitive does"
 _SCALES = "it multiplies activations by vectors, which no primitive does"
 _ROTATES = "it multiplies the base's weights by a matrix, which no primitive does"
 _DENSE = "what it adds to the weights isn't of low rank"
@@ -67,7 +67,7 @@ _KINDS: Mapping[str, str] = {
     "SHIRA": _DENSE,
     "SUPERTUNING": _DENSE,
     "TINYLORA": _BASE_WEIGHTS,
-    "TRAINABLE_TOKENS": "it replaces rows of the base's embeddings, for every request in the step",
+    "TRAINABLE_TOKENS": "it replaces rows of the base's embeddings, which no primitive does",
     "UNILORA": _NOT_WRITTEN,
     "VBLORA": _NOT_WRITTEN,
     "WAVEFT": _DENSE,
