@@ -7,12 +7,19 @@ from pathlib import Path
 
 import torch
 from peft import (
+    AdaLoraConfig,
+    CartridgeConfig,
+    CPTConfig,
     IA3Config,
+    LoHaConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PeftConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    VeraConfig,
     get_peft_model,
 )
 from transformers import AutoModelForCausalLM
@@ -37,6 +44,8 @@ IA3 = {
     "gemma3_text": (["q_proj", "v_proj", "down_proj"], ["down_proj"]),
     "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
 }
+# LoHa knows no Conv1D, of which all of GPT-2's layers are made.
+LOHA_TARGETS = {**TARGETS, "gpt2": ["lm_head"]}
 CAUSAL = {"task_type": "CAUSAL_LM"}
 
 KINDS: dict[str, Callable[[str], PeftConfig]] = {
@@ -55,6 +64,7 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "lora-regex": lambda a: LoraConfig(r=5, target_modules=REGEX[a], **CAUSAL),
     "lora-layers": lambda a: LoraConfig(r=4, target_modules=TARGETS[a], layers_to_transform=[0, 2], **CAUSAL),
     "lora-head": lambda a: LoraConfig(r=4, target_modules=[*TARGETS[a], "lm_head"], **CAUSAL),
+    "dora": lambda a: LoraConfig(r=4, target_modules=TARGETS[a], use_dora=True, **CAUSAL),
     "ia3": lambda a: IA3Config(target_modules=IA3[a][0], feedforward_modules=IA3[a][1], **CAUSAL),
     "prefix": lambda a: PrefixTuningConfig(num_virtual_tokens=5, **CAUSAL),
     "prefix-projection": lambda a: PrefixTuningConfig(
@@ -62,7 +72,37 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     ),
     "prompt": lambda a: PromptTuningConfig(num_virtual_tokens=6, **CAUSAL),
     "p-tuning": lambda a: PromptEncoderConfig(num_virtual_tokens=17, encoder_hidden_size=32, **CAUSAL),
+    "adalora": lambda a: AdaLoraConfig(init_r=6, total_step=10, target_modules=TARGETS[a], **CAUSAL),
+    "loha": lambda a: LoHaConfig(
+        r=3, alpha=5, target_modules=LOHA_TARGETS[a], rank_pattern={LOHA_TARGETS[a][0]: 2}, **CAUSAL
+    ),
+    "vera": lambda a: VeraConfig(
+        r=16, target_modules=TARGETS[a], save_projection=False, projection_prng_key=7, **CAUSAL
+    ),
+    "multitask-prompt": lambda a: MultitaskPromptTuningConfig(num_virtual_tokens=6, num_ranks=2, **CAUSAL),
+    "cpt": lambda a: CPTConfig(
+        cpt_token_ids=[1, 70, 9, 200, 31],
+        cpt_mask=[1] * 5,
+        cpt_tokens_type_mask=[1, 2, 3, 4, 2],
+        opt_projection_epsilon=50.0,
+        opt_projection_format_epsilon=2.0,
+        **CAUSAL,
+    ),
+    "cartridge": lambda a: CartridgeConfig(num_virtual_tokens=9, num_frozen_tokens=2, **CAUSAL),
 }
+# Parameters that are multiplied by each other are larger, so that the product is as large as the others.
+SCALES = {"lora_E": 1.0, "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "prefix_task_": 1.0}
+
+
+def prune(model: PeftModel) -> None:
+    """Leave an AdaLoRA with ranks that differ by module, the first module's 0, as training does."""
+    config = model.peft_config["default"]
+    if isinstance(config, AdaLoraConfig):
+        names = [name for name, _ in model.base_model.model.named_parameters() if "lora_E" in name]
+        config.rank_pattern = {
+            name: [(at * component) % 7 > 2 for component in range(config.init_r)]
+            for at, name in enumerate(names)
+        }
 
 
 def save_adapter(folder: Path, model_folder: Path, architecture: str, kind: str, seed: int = 0) -> Path:
@@ -73,11 +113,15 @@ def save_adapter(folder: Path, model_folder: Path, architecture: str, kind: str,
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.15)
+            scale = next((SCALES[part] for part in SCALES if part in name), None)
+            if scale is not None:
+                parameter.normal_(std=scale)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
             elif "ia3_" in name:
                 parameter.normal_(mean=1.0, std=0.4)
             elif parameter.requires_grad and "prompt_encoder" in name:
                 parameter.normal_(std=0.4)
+    prune(model)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder

@@ -64,9 +64,11 @@ def test_what_doesnt_fit_says_why(
     specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path
 ) -> None:
     broken = specimen("lora")
-    broken.config["use_dora"] = True
+    broken.config["use_qalora"] = True
     report = check_against(broken.save(tmp_path / "a"), spec, AdapterLimits())
-    assert (report.fits, report.problems) == (False, ("use_dora=True isn't served",))
+    assert not report.fits
+    assert len(report.problems) == 1
+    assert report.problems[0].startswith("use_qalora=True isn't served: QA-LoRA pools")
     assert report.base_parameters == spec.parameters
 
 

@@ -117,7 +117,7 @@ def test_damaged_tensors(
 
 OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     # What would change the result and isn't served.
-    ("lora", {"use_dora": True}, "use_dora=True isn't served"),
+    ("lora", {"use_dora": True}, "lora_magnitude_vector is missing"),
     ("lora", {"use_qalora": True}, "use_qalora=True isn't served"),
     ("lora", {"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] isn't served"),
     ("lora", {"bias": "all"}, "bias other than 'none'"),
@@ -133,7 +133,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("prefix", {"invented": 0.5}, "invented=0.5 isn't served"),
     ("prompt", {"modules_to_save": ["norm"]}, "modules_to_save=['norm'] isn't served"),
     # Kinds.
-    ("lora", {"peft_type": "ADALORA"}, "peft_type 'ADALORA' isn't served; served are LORA"),
+    ("lora", {"peft_type": "OFT"}, "peft_type 'OFT' isn't served: it multiplies the base's weights by a matrix"),
     ("lora", {"peft_type": "lora"}, "peft_type 'lora' isn't served"),
     ("lora", {"peft_type": None}, "peft_type None isn't served"),
     ("lora", {"peft_type": ["LORA"]}, "peft_type ['LORA'] isn't served"),
@@ -232,11 +232,11 @@ def test_everything_that_is_wrong_is_told_at_once(
     specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path
 ) -> None:
     damaged = specimen("lora")
-    damaged.config.update(use_dora=True, r="8", invented=3)
+    damaged.config.update(use_qalora=True, r="8", invented=3)
     damaged.tensors["surplus"] = torch.zeros(1)
     del damaged.tensors[A]
     text = "; ".join(refusals(damaged, spec, tmp_path))
-    for culprit in ("use_dora=True", "r has the wrong type", "invented=3", "surplus", A):
+    for culprit in ("use_qalora=True", "r has the wrong type", "invented=3", "surplus", A):
         assert culprit in text
 
 

@@ -67,7 +67,7 @@ def test_the_same_modules_as_peft(
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
-    reader = FolderReader(AdapterFolder("a", options, EMPTY, ""), None)
+    reader = FolderReader(AdapterFolder("a", options, EMPTY, ""), None, max_rank=8, max_bytes=0)
     found = target_modules(reader, specs(architecture))
     assert sorted(found) == sorted(wrapped)
     assert reader.problems == []

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from polygraft.adapters.folder import AdapterFolder, AdapterStore
+from polygraft.adapters.folder import CONFIG, WEIGHTS, AdapterFolder, AdapterStore
 from polygraft.adapters.info import AdapterState
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
@@ -118,6 +119,23 @@ def test_what_loading_tells(engine: Engine, store: Path) -> None:
     assert info.warnings == info.problems == ()
     generations = [i.generation for i in engine.adapters.registry.list()]
     assert len(set(generations)) == 3
+
+
+def test_an_adapter_whose_ranks_are_all_zero_changes_nothing(
+    engine: Engine, store: Path, llama_store: Path
+) -> None:
+    folder = Path(shutil.copytree(llama_store / "adalora", store / "pruned"))
+    config = json.loads((folder / CONFIG).read_text())
+    config["rank_pattern"] = {name: [False] * config["init_r"] for name in config["rank_pattern"]}
+    (folder / CONFIG).write_text(json.dumps(config))
+    tensors = load_file(folder / WEIGHTS)
+    empty = {name: t[:, :0] if "lora_B" in name else t[:0] for name, t in tensors.items()}
+    save_file({name: t.contiguous() for name, t in empty.items()}, folder / WEIGHTS)
+    info = load(engine, "pruned")
+    assert (info.primitives, info.modules, info.rank) == ((), 0, 0)
+    assert info.warnings == ("it changes nothing: its logits are the base's",)
+    answers = run_greedy(engine, [greedy(f"{name}", PROMPT, name, 4) for name in ("pruned", None)])
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])

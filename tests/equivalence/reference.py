@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.ia3 import IA3Layer
+from peft.tuners.loha import LoHaLayer
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from polygraft.layers.merging import dense_weight
+
+# What PEFT can't do: LoHa takes a packed weight's shape for the module's, and AdaLoRA over eight bits returns
+# float32 from its modules, which attention refuses beside the others' bfloat16.
+CANT = {PeftType.LOHA: ("nf4", "fp4"), PeftType.ADALORA: ("int8",)}
 
 
 @dataclass(frozen=True)
@@ -36,17 +45,70 @@ def load_reference(model_folder: Path, adapter_folder: Path | None, precision: s
         options["device_map"] = "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_folder, **options)
     if adapter_folder is not None:
-        model = PeftModel.from_pretrained(model, str(adapter_folder))
-        if precision != "float32":
-            _round_scaled(model)
+        config = PeftConfig.from_pretrained(str(adapter_folder))
+        if getattr(config, "use_dora", False) and "quantization_config" in options:
+            _dora_by_hand(model, load_reference(model_folder, adapter_folder, "float32"))
+        elif precision in CANT.get(config.peft_type, ()):
+            _add_by_hand(model, load_reference(model_folder, adapter_folder, "float32"))
+        else:
+            model = PeftModel.from_pretrained(model, str(adapter_folder))
+            if precision != "float32":
+                _round_scaled(model, dtypes.get(precision, torch.bfloat16))
     return model.eval()
 
 
-def _round_scaled(model: torch.nn.Module) -> None:
-    """Over quantized modules PEFT's (IA)^3 returns float32, which attention refuses beside the others' bfloat16."""
+def _add_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
+    """Add what a kind adds in float32 behind the modules of a quantized model, as PEFT's layers would."""
+    for name, layer in exact.base_model.model.named_modules():
+        if isinstance(layer, LoHaLayer | AdaLoraLayer):
+            delta = layer.get_delta_weight("default").detach()
+            if getattr(layer, "fan_in_fan_out", False):
+                delta = delta.T
+
+            def add(
+                module: torch.nn.Module,
+                args: tuple[torch.Tensor],
+                out: torch.Tensor,
+                delta: torch.Tensor = delta,
+            ) -> torch.Tensor:
+                return (out + torch.nn.functional.linear(args[0].float(), delta)).to(out.dtype)
+
+            model.get_submodule(name).register_forward_hook(add)
+
+
+def _dora_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
+    """DoRA over a quantized model by what its weights stand for: once the CPU kernel has packed a 4-bit weight,
+    the norm that PEFT takes of it is garbage."""
+    for name, layer in exact.base_model.model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        module = model.get_submodule(name)
+        added = (
+            layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+        ).detach()
+        magnitude = layer.lora_magnitude_vector["default"].weight.detach()
+        with torch.inference_mode():
+            factor = magnitude / (dense_weight(module).float() + added).norm(dim=1)
+
+        def scale(
+            module: torch.nn.Module,
+            args: tuple[torch.Tensor],
+            out: torch.Tensor,
+            added: torch.Tensor = added,
+            factor: torch.Tensor = factor,
+        ) -> torch.Tensor:
+            bias = 0.0 if module.bias is None else module.bias.float()
+            both = out.float() - bias + torch.nn.functional.linear(args[0].float(), added)
+            return (both * factor + bias).to(out.dtype)
+
+        module.register_forward_hook(scale)
+
+
+def _round_scaled(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Over quantized modules PEFT's (IA)^3 returns float32, which attention refuses beside the others' type."""
     for module in model.modules():
         if isinstance(module, IA3Layer):
-            module.register_forward_hook(lambda module, args, out: out.bfloat16())
+            module.register_forward_hook(lambda module, args, out: out.to(dtype))
 
 
 def generate(model: torch.nn.Module, prompt: list[int], steps: int) -> Reference:
@@ -60,11 +122,19 @@ def generate(model: torch.nn.Module, prompt: list[int], steps: int) -> Reference
             min_new_tokens=steps,
             do_sample=False,
             eos_token_id=None,
+            **_task(model),
             output_logits=True,
             return_dict_in_generate=True,
         )
     tokens = out.sequences[0].tolist()[-steps:]
     return Reference(tokens, torch.stack([step[0].float() for step in out.logits]))
+
+
+def _task(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The first task, for a kind that asks each request for one."""
+    config = getattr(model, "active_peft_config", None)
+    several = config is not None and config.peft_type == PeftType.MULTITASK_PROMPT_TUNING
+    return {"task_ids": torch.tensor([0])} if several else {}
 
 
 def forced(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> torch.Tensor:

@@ -141,7 +141,7 @@ class Adapter(_message.Message):
     state: Global___AdapterState.ValueType
     """Where it stands."""
     kind: _builtins.str
-    """PEFT's name for its method in lower case: "lora", "prefix_tuning", "prompt_tuning", "p_tuning"."""
+    """PEFT's name for its method in lower case, such as "lora" or "prefix_tuning"."""
     modules: _builtins.int
     """Modules of the base that it touches."""
     rank: _builtins.int

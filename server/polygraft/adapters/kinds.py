@@ -11,13 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
+from polygraft.adapters.adalora import compile_adalora
+from polygraft.adapters.cpt import compile_cpt
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.ia3 import compile_ia3
+from polygraft.adapters.loha import compile_loha
 from polygraft.adapters.lora import compile_lora
-from polygraft.adapters.prefix_tuning import compile_prefix_tuning
+from polygraft.adapters.multitask_prompt_tuning import compile_multitask_prompt_tuning
+from polygraft.adapters.prefix_tuning import compile_cartridge, compile_prefix_tuning
 from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.adapters.reader import FolderReader, shown
+from polygraft.adapters.refusals import why_not_kind
 from polygraft.adapters.soft_prompt import compile_p_tuning, compile_prompt_tuning
+from polygraft.adapters.vera import compile_vera
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 
@@ -26,9 +32,15 @@ Compiler = Callable[[FolderReader, BaseSpec], Generator[None, None, CompiledAdap
 KINDS: Mapping[str, Compiler] = {
     "LORA": compile_lora,
     "IA3": compile_ia3,
+    "ADALORA": compile_adalora,
+    "LOHA": compile_loha,
+    "VERA": compile_vera,
     "PREFIX_TUNING": compile_prefix_tuning,
+    "CARTRIDGE": compile_cartridge,
     "PROMPT_TUNING": compile_prompt_tuning,
     "P_TUNING": compile_p_tuning,
+    "MULTITASK_PROMPT_TUNING": compile_multitask_prompt_tuning,
+    "CPT": compile_cpt,
 }
 
 
@@ -57,12 +69,13 @@ def compile_adapter(
     Raises:
         AdapterInvalid: with everything that is wrong.
     """
-    reader = FolderReader(folder, limits.dtype)
+    reader = FolderReader(folder, limits.dtype, limits.rank, limits.compiled_bytes)
     peft_type = folder.config.get("peft_type")
     compiler = KINDS.get(peft_type) if isinstance(peft_type, str) else None
     if compiler is None:
-        known = ", ".join(sorted(KINDS))
-        raise AdapterInvalid(folder.name, [f"peft_type {shown(peft_type)} isn't served; served are {known}"])
+        why = why_not_kind(peft_type)
+        problem = f"peft_type {shown(peft_type)} isn't served{f': {why}' if why else ''}"
+        raise AdapterInvalid(folder.name, [f"{problem}; served are {', '.join(sorted(KINDS))}"])
     reader.check_base_name(base.name)
     compiled = yield from compiler(reader, base)
     if compiled.rank > limits.rank:

@@ -2,78 +2,70 @@
 
 PEFT computes `result + lora_B(lora_A(x)) * scaling` (peft/tuners/lora/layer.py, Linear.forward) with
 scaling = alpha / r, or alpha / sqrt(r) with `use_rslora`; `lora_bias` is lora_B's own bias, so it is scaled
-as well.
+as well. QLoRA (2305.14314) is the same on a base with its weights in nf4.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Generator
 
 import torch
 
+from polygraft.adapters.per_module import (
+    PREFIX,
+    ModuleSettings,
+    refuse_base_weights,
+    refuse_trained_biases,
+)
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
-from polygraft.adapters.reader import FolderReader, shown
-from polygraft.adapters.targets import BAD_PATTERN, matching_key, target_modules
+from polygraft.adapters.reader import FolderReader
+from polygraft.adapters.targets import BAD_PATTERN, target_modules
 from polygraft.base.spec import BaseSpec
 
-_PREFIX = "base_model.model."
-# Initialisations that leave the base alone. The others (pissa, olora, corda, loftq, lora_ga, ...) move part
-# of the base's weights into the adapter, which is then wrong on the base as it was.
-_PLAIN_INITS = {None, True, False, "gaussian", "orthogonal", "eva"}
-_TRAINING_ONLY = (
+# Initialisations that leave the base alone (peft/tuners/lora/layer.py, update_layer). The others (pissa,
+# pissa_niter_N, olora, corda, lora_ga, loftq) move part of the base's weights into the adapter, which is then
+# wrong on the base as it was.
+_PLAIN_INITS = {None, True, False, "gaussian", "orthogonal", "eva", "mica"}
+TRAINING_ONLY = (
     "lora_dropout", "fan_in_fan_out", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
     "megatron_config", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying",
 )  # fmt: skip
+"""Options of LoRA, and of the kinds whose configuration extends it, that only training reads."""
 
 
 def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile a LoRA folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 8)
-    alpha = reader.option("lora_alpha", (int, float), 8)
-    rank_pattern = reader.option("rank_pattern", dict, {})
-    alpha_pattern = reader.option("alpha_pattern", dict, {})
+    settings = ModuleSettings(reader, "lora_alpha")
     rslora = reader.option("use_rslora", bool, False)
     has_bias = reader.option("lora_bias", bool, False)
-    init = reader.option("init_lora_weights", (bool, str), True)
-    if init not in _PLAIN_INITS:
-        reader.problems.append(
-            f"init_lora_weights={init!r} changes the base's weights; save it with "
-            "path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
-        )
-    if reader.option("bias", str, "none") != "none":
-        reader.problems.append("bias other than 'none' replaces the base's biases, which isn't served")
-    reader.ignore(*_TRAINING_ONLY)
+    dora = reader.option("use_dora", bool, False)
+    if dora and has_bias:
+        reader.problems.append("lora_bias with use_dora has no meaning in PEFT")
+    _check_init(reader)
+    refuse_trained_biases(reader)
+    reader.ignore(*TRAINING_ONLY)
     primitives: dict[str, LowRank] = {}
     for module in target_modules(reader, base):
         yield
         shape = base.linears[module]
         try:
-            module_rank = rank_pattern.get(matching_key(rank_pattern, module), rank)
-            module_alpha = alpha_pattern.get(matching_key(alpha_pattern, module), alpha)
+            rank_and_alpha = settings.of(module)
         except BAD_PATTERN as error:
-            reader.problems.append(
-                f"rank_pattern or alpha_pattern is not a regular expression that can be matched: {error}"
-            )
+            settings.note_bad_pattern(error)
             break
-        if not _is_rank(module_rank) or not _is_alpha(module_alpha):
-            reader.problems.append(
-                f"rank {shown(module_rank)} with alpha {shown(module_alpha)} for {module} makes no sense"
-            )
+        if rank_and_alpha is None:
             continue
-        copied = f"{_PREFIX}{module}.base_layer.weight"
-        if copied in reader.names():
-            reader.take(copied, (None, None))
-            reader.problems.append(
-                f"it carries a copy of the base's {module}, which isn't served; save it with "
-                "save_embedding_layers=False"
-            )
-        scaling = module_alpha / (math.sqrt(module_rank) if rslora else module_rank)
-        a = reader.take(f"{_PREFIX}{module}.lora_A.weight", (module_rank, shape.in_features))
-        b = reader.take(f"{_PREFIX}{module}.lora_B.weight", (shape.out_features, module_rank))
-        bias = reader.take(f"{_PREFIX}{module}.lora_B.bias", (shape.out_features,)) if has_bias else None
-        if a is None or b is None or (has_bias and bias is None):
+        rank, alpha = rank_and_alpha
+        refuse_base_weights(reader, module)
+        scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        a = reader.take(f"{PREFIX}{module}.lora_A.weight", (rank, shape.in_features))
+        b = reader.take(f"{PREFIX}{module}.lora_B.weight", (shape.out_features, rank))
+        bias = reader.take(f"{PREFIX}{module}.lora_B.bias", (shape.out_features,)) if has_bias else None
+        magnitude = (
+            reader.take(f"{PREFIX}{module}.lora_magnitude_vector", (shape.out_features,)) if dora else None
+        )
+        if a is None or b is None or (has_bias and bias is None) or (dora and magnitude is None):
             continue
         # A module's two matrices have one type, whatever the file's have. Scaled in float32, so that a
         # scaling that is no power of two costs one rounding and not two.
@@ -83,14 +75,18 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if not scaled.isfinite().all() or (bias is not None and not bias.isfinite().all()):
             reader.problems.append(f"scaling {scaling} makes weights of {module} infinite")
             continue
-        primitives[module] = LowRank(a.to(dtype).contiguous(), scaled, bias)
+        primitives[module] = LowRank(a.to(dtype).contiguous(), scaled, bias, magnitude)
     return CompiledAdapter("lora", reader.parameters, low_rank=primitives)
 
 
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
-
-
-def _is_alpha(value: object) -> bool:
-    # NaN fails the comparison.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def _check_init(reader: FolderReader) -> None:
+    """Refuse what was trained on other base weights than those that are served."""
+    init = reader.option("init_lora_weights", (bool, str), True)
+    if init in _PLAIN_INITS:
+        return
+    if init == "loftq":
+        # PEFT's conversion doesn't know it.
+        remedy = "train it after replace_lora_weights_loftq instead, which leaves them alone"
+    else:
+        remedy = "save it with path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
+    reader.problems.append(f"init_lora_weights={init!r} changes the base's weights; {remedy}")

@@ -1,8 +1,9 @@
-"""Prefix tuning (arXiv 2101.00190) as PEFT saves it, compiled to Prefix.
+"""Prefix tuning (arXiv 2101.00190) and Cartridges (2506.06266) as PEFT saves them, compiled to Prefix.
 
 With or without a projection PEFT saves its result, `[tokens, layers * 2 * kv_heads * head_dim]`; row 2l of
 the reshaped tensor is layer l's keys, 2l + 1 its values (peft/peft_model.py, get_prompt). Keys go into the
-cache as they are, without rotation, and real tokens start at position `num_virtual_tokens`.
+cache as they are, without rotation, and real tokens start at position `num_virtual_tokens`. A Cartridge is
+keys and values that were trained as such, saved and applied in the same way (peft/tuners/cartridge/model.py).
 """
 
 from __future__ import annotations
@@ -17,8 +18,18 @@ from polygraft.base.spec import BaseSpec
 
 def compile_prefix_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile a prefix-tuning folder; yields between layers. Problems are noted in the reader."""
-    tokens = take_virtual_tokens(reader)
     reader.ignore("prefix_projection", "encoder_hidden_size", "init_weights")
+    return (yield from _compile("prefix_tuning", reader, base))
+
+
+def compile_cartridge(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
+    """Compile a Cartridge's folder; yields between layers. Problems are noted in the reader."""
+    reader.ignore("num_frozen_tokens")
+    return (yield from _compile("cartridge", reader, base))
+
+
+def _compile(kind: str, reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
+    tokens = take_virtual_tokens(reader)
     sites = list(base.attention.values())
     shapes = {(site.kv_heads, site.head_dim, site.value_dim) for site in sites}
     if len(shapes) > 1 or any(head_dim != value_dim for _, head_dim, value_dim in shapes):
@@ -42,4 +53,4 @@ def compile_prefix_tuning(reader: FolderReader, base: BaseSpec) -> Generator[Non
             keys.append(table[:, 2 * layer].contiguous())
             values.append(table[:, 2 * layer + 1].contiguous())
         prefix = Prefix(tuple(keys), tuple(values), start=tokens)
-    return CompiledAdapter("prefix_tuning", reader.parameters, prefix=prefix)
+    return CompiledAdapter(kind, reader.parameters, prefix=prefix)

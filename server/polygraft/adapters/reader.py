@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from polygraft.adapters.folder import AdapterFolder
+from polygraft.adapters.refusals import why_not_option
 from polygraft.errors import AdapterInvalid
 
 # Keys that say where an adapter comes from or how it was trained, never what it computes.
@@ -33,15 +34,22 @@ class FolderReader:
 
     Args:
         adapter_dtype: what tensors are kept in: float32, bfloat16, or None for the file's own.
+        max_rank: largest rank of a module.
+        max_bytes: most that computed weights may take.
     """
 
-    def __init__(self, folder: AdapterFolder, adapter_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, folder: AdapterFolder, adapter_dtype: torch.dtype | None, max_rank: int, max_bytes: int
+    ) -> None:
         self.name = folder.name
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self._config = dict(folder.config)
         self._tensors = folder.tensors()
         self._dtype = adapter_dtype
+        self._max_rank = max_rank
+        self._max_bytes = max_bytes
+        self._computed_bytes = 0
         self.parameters = sum(tensor.numel() for tensor in self._tensors.values())
         if self._config.get("task_type") not in _CAUSAL_TASKS:
             task = shown(self._config["task_type"])
@@ -79,11 +87,12 @@ class FolderReader:
         """Names of the tensors that haven't been taken."""
         return list(self._tensors)
 
-    def take(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
+    def take(self, name: str, shape: tuple[int | None, ...], *, wide: bool = False) -> torch.Tensor | None:
         """Take a tensor, in the type that adapters are kept in; None after noting what is wrong.
 
         Args:
             shape: None fits any size.
+            wide: in float32 whatever adapters are kept in, to compute others from it (`keep`).
         """
         tensor = self._tensors.pop(name, None)
         if tensor is None:
@@ -103,17 +112,45 @@ class FolderReader:
             return None
         # float16 holds no value that float32 can't, and neither the base nor the operators compute in it.
         dtype = self._dtype or (torch.float32 if tensor.dtype == torch.float16 else tensor.dtype)
-        tensor = tensor.to(dtype)
+        tensor = tensor.to(torch.float32 if wide else dtype)
         if not torch.isfinite(tensor).all():
             self.problems.append(f"tensor {name} holds NaN or infinity")
             return None
         return tensor
 
+    def keep(self, tensor: torch.Tensor, what: str) -> torch.Tensor | None:
+        """A tensor that was computed in float32 from others, in the type that adapters are kept in.
+
+        That is never the file's own, which may be too narrow for it. None after noting that it isn't finite.
+        """
+        kept = tensor.to(self._dtype or torch.float32).contiguous()
+        if not torch.isfinite(kept).all():
+            self.problems.append(f"the arithmetic makes weights of {what} infinite")
+            return None
+        return kept
+
+    def has_room(self, rank: int, elements: int) -> bool:
+        """Whether so many more elements may be computed, for a module of this rank; notes the first excess.
+
+        Kinds whose weights become larger than their file ask before they compute: a small file must not fill
+        the memory until the limits are checked.
+        """
+        self._computed_bytes += elements * (self._dtype or torch.float32).itemsize
+        problem = None
+        if rank > self._max_rank:
+            problem = f"rank {rank} is over the limit of {self._max_rank} (--max-adapter-rank)"
+        elif self._computed_bytes > self._max_bytes:
+            problem = f"compiled it is over the limit of {self._max_bytes} bytes (--max-adapter-bytes)"
+        if problem is not None and problem not in self.problems:
+            self.problems.append(problem)
+        return problem is None
+
     def finish(self) -> None:
         """Raise AdapterInvalid if anything was wrong or is left over."""
         for key, value in sorted(self._config.items()):
             if value not in (None, False, [], {}, ""):
-                self.problems.append(f"{key[:200]}={shown(value)} isn't served")
+                why = why_not_option(key)
+                self.problems.append(f"{key[:200]}={shown(value)} isn't served" + (f": {why}" if why else ""))
         self.problems += [f"tensor {name} isn't expected" for name in sorted(self._tensors)]
         if self.problems:
             raise AdapterInvalid(self.name, self.problems)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+import torch
+
 from polygraft.adapters.primitives import CompiledAdapter, SoftPrompt
 from polygraft.adapters.reader import FolderReader
 from polygraft.base.spec import BaseSpec
@@ -24,11 +26,32 @@ def take_virtual_tokens(reader: FolderReader) -> int:
     return tokens
 
 
-def compile_prompt_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
-    """Compile a prompt-tuning folder. Problems are noted in the reader."""
+def take_embeddings(
+    reader: FolderReader, base: BaseSpec, *, wide: bool = False
+) -> tuple[int, torch.Tensor | None]:
+    """Take the number of virtual tokens and their embeddings.
+
+    Returns: the number, and [tokens, hidden] or None after noting what is wrong.
+
+    Args:
+        wide: as in `FolderReader.take`.
+    """
+    tokens = take_virtual_tokens(reader)
+    # The tensor's shape says what they say.
+    reader.ignore("num_layers", "num_attention_heads", "token_dim")
+    return tokens, reader.take("prompt_embeddings", (tokens, base.hidden_size), wide=wide)
+
+
+def ignore_initialization(reader: FolderReader) -> None:
+    """Pass over how a prompt was initialised."""
     reader.ignore(
         "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"
     )
+
+
+def compile_prompt_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
+    """Compile a prompt-tuning folder. Problems are noted in the reader."""
+    ignore_initialization(reader)
     return (yield from _compile("prompt_tuning", reader, base))
 
 
@@ -42,8 +65,6 @@ def compile_p_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, No
 
 def _compile(kind: str, reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     yield
-    tokens = take_virtual_tokens(reader)
-    reader.ignore("num_layers", "num_attention_heads", "token_dim")
-    embeddings = reader.take("prompt_embeddings", (tokens, base.hidden_size))
+    _, embeddings = take_embeddings(reader, base)
     prompt = None if embeddings is None else SoftPrompt(embeddings.contiguous())
     return CompiledAdapter(kind, reader.parameters, prefix=prompt)

@@ -173,7 +173,7 @@ class AdapterManager:
             info = ready_info(
                 adapter,
                 source,
-                modules=compiled.modules or len(self._base.attention),
+                modules=compiled.modules or (len(self._base.attention) if compiled.prefix else 0),
                 disk_bytes=folder.disk_bytes,
                 content_hash=folder.content_hash,
                 load_seconds=time.monotonic() - started,

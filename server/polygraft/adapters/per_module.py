@@ -1,0 +1,78 @@
+"""What the kinds that add low-rank weights to modules share."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeGuard
+
+from polygraft.adapters.reader import FolderReader, shown
+from polygraft.adapters.targets import matching_key
+
+PREFIX = "base_model.model."
+"""PEFT's, before the name of the base's module."""
+
+
+class ModuleSettings:
+    """Rank and alpha by module: a default, and patterns for the exceptions.
+
+    Args:
+        alpha_key: the option's name, which differs by kind.
+    """
+
+    def __init__(self, reader: FolderReader, alpha_key: str) -> None:
+        self._reader = reader
+        self._rank: Any = reader.option("r", int, 8)
+        self._alpha: Any = reader.option(alpha_key, (int, float), 8)
+        self._ranks: dict[str, Any] = reader.option("rank_pattern", dict, {})
+        self._alphas: dict[str, Any] = reader.option("alpha_pattern", dict, {})
+
+    def of(self, module: str) -> tuple[int, float] | None:
+        """Rank and alpha of a module; None after noting that they make no sense.
+
+        Raises: one of `BAD_PATTERN`.
+        """
+        rank_key = matching_key(self._ranks, module)
+        alpha_key = matching_key(self._alphas, module)
+        rank = self._rank if rank_key is None else self._ranks[rank_key]
+        alpha = self._alpha if alpha_key is None else self._alphas[alpha_key]
+        if is_rank(rank) and is_alpha(alpha):
+            return rank, alpha
+        self._reader.problems.append(
+            f"rank {shown(rank)} with alpha {shown(alpha)} for {module} makes no sense"
+        )
+        return None
+
+    def note_bad_pattern(self, error: Exception) -> None:
+        """Note what `of` raised."""
+        self._reader.problems.append(
+            f"rank_pattern or alpha_pattern is not a regular expression that can be matched: {error}"
+        )
+
+
+def refuse_base_weights(reader: FolderReader, module: str) -> None:
+    """Take a copy of the base's module, which PEFT saves beside an adapter on embeddings or the head, and
+    refuse it: it may not be what the base has."""
+    copied = f"{PREFIX}{module}.base_layer.weight"
+    if copied in reader.names():
+        reader.take(copied, (None, None))
+        reader.problems.append(
+            f"it carries a copy of the base's {module}, which isn't served; save it with "
+            "save_embedding_layers=False"
+        )
+
+
+def refuse_trained_biases(reader: FolderReader) -> None:
+    """Take the option for training the base's biases, and refuse it unless it is off."""
+    if reader.option("bias", str, "none") != "none":
+        reader.problems.append("bias other than 'none' replaces the base's biases, which isn't served")
+
+
+def is_rank(value: object) -> TypeGuard[int]:
+    """Whether a configuration value can be a rank."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def is_alpha(value: object) -> TypeGuard[float]:
+    """Whether a configuration value can be an alpha."""
+    # NaN fails the comparison.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

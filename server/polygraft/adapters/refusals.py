@@ -1,0 +1,82 @@
+"""Why an option or a kind that PEFT knows isn't served: what an error tells beside "isn't served".
+
+Nothing is served or refused by these tables: an option is refused because no compiler took it, a kind because
+none is registered. The kinds are those of PEFT 0.21 (peft/utils/peft_types.py); a test keeps them complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_OPTIONS: Mapping[str, str] = {
+    "modules_to_save": "it replaces whole modules of the base, which no primitive does",
+    "trainable_token_indices": "it replaces rows of the base's embeddings, which no primitive does",
+    "target_parameters": "it adapts parameters without a linear module around them, such as experts' weights",
+    "layer_replication": "it makes the base deeper, and there is one base for all adapters",
+    "alora_invocation_tokens": "an activated LoRA begins inside a prompt, adapters here cover all of it",
+    "use_qalora": "QA-LoRA pools its input in groups before lora_A, which no primitive does",
+    "use_bdlora": "block-diagonal factors have shapes of their own; save them as plain lora_A and lora_B",
+    "arrow_config": "Arrow chooses among several LoRAs for each token; load the one that is wanted by itself",
+    "kasa_config": "KaSA removes part of the base's weights, and there is one base for all adapters",
+    "velora_config": "VeLoRA also saves how it compressed activations, which has no use after training; "
+    "remove the option and the lora_velora_embed tensors",
+    "monteclora_config": "MonteCLoRA also saves its sampler, which has no use after training; "
+    "remove the option and the lora_monteclora_sampler tensors",
+    "use_rslora": "this kind has no rank-stabilized scaling, in PEFT it has no effect; remove it",
+    "alpha_pattern": "this kind has one alpha for all modules, in PEFT it has no effect; remove it",
+    "lora_bias": "this kind has no bias of its own, in PEFT it has no effect; remove it",
+}
+
+_BASE_WEIGHTS = "what it adds depends on the base's weights, which a load doesn't read"
+_REPLACES = "it replaces part of the base, which no primitive does"
+_ROTATES = "it multiplies the base's weights by a matrix, which no primitive does"
+_DENSE = "what it adds to the weights isn't of low rank"
+_ROUTES = "it weighs several adapters for each token or request, which no primitive does"
+_NOT_WRITTEN = "its usual form could be compiled to low rank, but nobody has written that yet"
+
+_KINDS: Mapping[str, str] = {
+    "ADAMSS": _BASE_WEIGHTS,
+    "ADAPTION_PROMPT": "it gates attention to a prompt inside some layers, which no primitive does",
+    "BEFT": "it adds trained biases to modules without low-rank weights, which no primitive does",
+    "BOFT": _ROTATES,
+    "C3A": _DENSE,
+    "DEFT": _ROTATES,
+    "DELORA": _NOT_WRITTEN,
+    "FOURIERFT": _DENSE,
+    "FROD": _BASE_WEIGHTS,
+    "GLORA": _BASE_WEIGHTS,
+    "GRALORA": _NOT_WRITTEN,
+    "HIRA": _BASE_WEIGHTS,
+    "HRA": _ROTATES,
+    "LILY": "it weighs experts by an average over all tokens of a batch, so answers depend on the neighbours",
+    "LN_TUNING": _REPLACES,
+    "LOKR": "it adds Kronecker products, which aren't of low rank",
+    "MISS": _NOT_WRITTEN,
+    "OFT": _ROTATES,
+    "OSF": _REPLACES,
+    "PEANUT": _BASE_WEIGHTS,
+    "POLY": _ROUTES,
+    "PSOFT": "it turns a subspace that is computed from the base's weights, which a load doesn't read",
+    "PVERA": _NOT_WRITTEN,
+    "RANDLORA": _DENSE,
+    "ROAD": "it rotates and scales what modules compute, which no primitive does",
+    "SHADOW": "it runs a second network beside the base",
+    "SHIRA": _DENSE,
+    "SUPERTUNING": _DENSE,
+    "TINYLORA": _BASE_WEIGHTS,
+    "TRAINABLE_TOKENS": "it replaces rows of the base's embeddings, which no primitive does",
+    "UNILORA": _NOT_WRITTEN,
+    "VBLORA": _NOT_WRITTEN,
+    "WAVEFT": _DENSE,
+    "XLORA": f"{_ROUTES}; its LoRAs can be served one by one",
+}
+
+
+def why_not_option(key: str) -> str:
+    """The reason why a configuration key that no compiler took isn't served; empty for an unknown one."""
+    return _OPTIONS.get(key, "")
+
+
+def why_not_kind(peft_type: object) -> str:
+    """The reason why a peft_type without a compiler isn't served; empty for an unknown one."""
+    return _KINDS.get(peft_type, "") if isinstance(peft_type, str) else ""

@@ -1,0 +1,125 @@
+"""What holds of every kind, in one table: a damaged folder of any of them is refused, and the text says why."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from polygraft.adapters.kinds import KINDS as SERVED
+from polygraft.base.spec import BaseSpec
+from polygraft.errors import AdapterInvalid
+from tests.adapters.specimen import Specimen, compile_folder
+from tests.peft_folders import KINDS
+
+ON_MODULES = [kind for kind in KINDS if "lora" in kind or kind in ("dora", "ia3", "loha", "vera")]
+# The same tensor with the same meaning, whatever it is called.
+ALIKE = {"PREFIX_TUNING": "CARTRIDGE", "CARTRIDGE": "PREFIX_TUNING"}
+NO_TYPES = ["", "LORA ", "BONE", "lora", 7, None, ["LORA"], {"LORA": 1}]
+
+
+@pytest.fixture
+def refused(spec: BaseSpec, tmp_path: Path) -> Callable[[Specimen], tuple[str, ...]]:
+    """Why a specimen isn't loaded."""
+    number = itertools.count()
+
+    def get(specimen: Specimen) -> tuple[str, ...]:
+        with pytest.raises(AdapterInvalid) as caught:
+            compile_folder(specimen.save(tmp_path / str(next(number))), spec)
+        assert len(str(caught.value)) < 20_000
+        return caught.value.problems
+
+    return get
+
+
+def one_of_each(specimen: Specimen) -> Iterator[str]:
+    """A tensor of every sort that a folder holds: the last with each ending."""
+    yield from {name.split(".")[-2:][0] + name[-3:]: name for name in specimen.tensors}.values()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors(
+    specimen: Callable[[str], Specimen], refused: Callable[[Specimen], tuple[str, ...]], kind: str
+) -> None:
+    for name in one_of_each(specimen(kind)):
+        damaged = specimen(kind)
+        whole = damaged.tensors.pop(name)
+        assert refused(damaged) == (f"tensor {name} is missing",)
+        damaged.tensors[f"{name}.more"] = whole
+        assert refused(damaged) == (f"tensor {name} is missing", f"tensor {name}.more isn't expected")
+        damaged = specimen(kind)
+        damaged.tensors[name] = whole[None]
+        (problem,) = refused(damaged)
+        assert problem.startswith(f"tensor {name} has shape [1, ")
+        for wrong in (whole.double(), whole.int(), whole.to(torch.complex64)):
+            damaged.tensors[name] = wrong
+            assert refused(damaged)[0].startswith(f"tensor {name} has type torch.")
+        if not whole.numel():
+            continue
+        damaged.tensors[name] = whole[..., 1:].contiguous()
+        (problem,) = refused(damaged)
+        assert problem.startswith(f"tensor {name} has shape [")
+        for bad in (math.nan, math.inf):
+            damaged.tensors[name] = whole.clone()
+            damaged.tensors[name].view(-1)[-1] = bad
+            assert refused(damaged) == (f"tensor {name} holds NaN or infinity",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options(
+    specimen: Callable[[str], Specimen], refused: Callable[[Specimen], tuple[str, ...]], kind: str
+) -> None:
+    for key, value in (("invented", 1), ("invented", {"a": None}), ("modules_to_save", ["lm_head"])):
+        damaged = specimen(kind)
+        damaged.config[key] = value
+        (problem,) = refused(damaged)
+        assert problem.startswith(f"{key}={value!r} isn't served")
+    damaged = specimen(kind)
+    damaged.config["task_type"] = "SEQ_CLS"
+    assert refused(damaged) == ("task_type 'SEQ_CLS' isn't causal language modelling",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_kinds_name(
+    specimen: Callable[[str], Specimen], refused: Callable[[Specimen], tuple[str, ...]], kind: str
+) -> None:
+    own = specimen(kind).config["peft_type"]
+    for other in [*SERVED, *NO_TYPES]:
+        damaged = specimen(kind)
+        damaged.config["peft_type"] = other
+        if other not in (own, ALIKE.get(own, own)):
+            assert refused(damaged)
+
+
+@pytest.mark.parametrize("kind", ON_MODULES)
+def test_targets(
+    specimen: Callable[[str], Specimen], refused: Callable[[Specimen], tuple[str, ...]], kind: str
+) -> None:
+    damaged = specimen(kind)
+    damaged.config["target_modules"] = ["w_proj"]
+    assert "target 'w_proj' matches no module of the base" in refused(damaged)
+    damaged.config["target_modules"] = ["o_proj"]
+    assert any(problem.endswith("isn't expected") for problem in refused(damaged))
+    damaged.config.update(target_modules=["embed_tokens"], layers_to_transform=None)
+    damaged.tensors = {}
+    assert any("target model.embed_tokens is a Embedding" in problem for problem in refused(damaged))
+    for nothing in (None, [], "", 3):
+        damaged.config["target_modules"] = nothing
+        assert any(problem.startswith("target_modules ") for problem in refused(damaged))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ON_MODULES])
+def test_virtual_tokens(
+    specimen: Callable[[str], Specimen], refused: Callable[[Specimen], tuple[str, ...]], kind: str
+) -> None:
+    for bad in (0, -1, None, "5", True, 1.0, 10**30):
+        damaged = specimen(kind)
+        damaged.config["num_virtual_tokens"] = bad
+        assert refused(damaged)
+    damaged = specimen(kind)
+    damaged.config["num_transformer_submodules"] = 2
+    assert refused(damaged) == ("num_transformer_submodules other than 1 is for encoder-decoder models",)
