@@ -77,14 +77,21 @@ class AsyncClient:
         return await self._transport.run(call, timeout)
 
     async def tokenize(
-        self, prompt: str | None = None, *, chat: Chat | None = None, timeout: float | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        chat: Chat | None = None,
+        adapter: str | None = None,
+        timeout: float | None = None,
     ) -> tuple[int, ...]:
-        """Token ids of a text or of a conversation, as `generate` would use them."""
-        return await self._transport.run(_calls.tokenize(prompt, chat), timeout)
+        """Token ids of a text or of a conversation, as `generate` would use them for the adapter."""
+        return await self._transport.run(_calls.tokenize(prompt, chat, adapter), timeout)
 
-    async def detokenize(self, token_ids: Iterable[int], *, timeout: float | None = None) -> str:
+    async def detokenize(
+        self, token_ids: Iterable[int], *, adapter: str | None = None, timeout: float | None = None
+    ) -> str:
         """Text of token ids, without special tokens."""
-        return await self._transport.run(_calls.detokenize(token_ids), timeout)
+        return await self._transport.run(_calls.detokenize(token_ids, adapter), timeout)
 
     async def model(self, *, timeout: float | None = None) -> Model:
         """What is being served: the base model, its limits and its defaults."""

@@ -63,15 +63,15 @@ def score(prompt: str | None, continuations: Continuations, **options: Any) -> C
     return Call(f"{_INFERENCE}Score", request, inference_pb2.ScoreResponse, _responses.score_from)
 
 
-def tokenize(prompt: str | None, chat: Chat | None) -> Call[tuple[int, ...]]:
+def tokenize(prompt: str | None, chat: Chat | None, adapter: str | None) -> Call[tuple[int, ...]]:
     """Text or a conversation to token ids."""
-    request = _requests.tokenize_request(prompt, chat=chat)
+    request = _requests.tokenize_request(prompt, chat=chat, adapter=adapter)
     return Call(f"{_INFERENCE}Tokenize", request, inference_pb2.TokenizeResponse, _responses.token_ids_from)
 
 
-def detokenize(token_ids: Iterable[int]) -> Call[str]:
+def detokenize(token_ids: Iterable[int], adapter: str | None) -> Call[str]:
     """Token ids to text."""
-    request = _requests.detokenize_request(token_ids)
+    request = _requests.detokenize_request(token_ids, adapter=adapter)
     return Call(f"{_INFERENCE}Detokenize", request, inference_pb2.DetokenizeResponse, _responses.text_from)
 
 

@@ -108,14 +108,21 @@ class Client:
         return self._transport.run(call, timeout)
 
     def tokenize(
-        self, prompt: str | None = None, *, chat: Chat | None = None, timeout: float | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        chat: Chat | None = None,
+        adapter: str | None = None,
+        timeout: float | None = None,
     ) -> tuple[int, ...]:
-        """Token ids of a text or of a conversation, as `generate` would use them."""
-        return self._transport.run(_calls.tokenize(prompt, chat), timeout)
+        """Token ids of a text or of a conversation, as `generate` would use them for the adapter."""
+        return self._transport.run(_calls.tokenize(prompt, chat, adapter), timeout)
 
-    def detokenize(self, token_ids: Iterable[int], *, timeout: float | None = None) -> str:
+    def detokenize(
+        self, token_ids: Iterable[int], *, adapter: str | None = None, timeout: float | None = None
+    ) -> str:
         """Text of token ids, without special tokens."""
-        return self._transport.run(_calls.detokenize(token_ids), timeout)
+        return self._transport.run(_calls.detokenize(token_ids, adapter), timeout)
 
     def model(self, *, timeout: float | None = None) -> Model:
         """What is being served: the base model, its limits and its defaults."""

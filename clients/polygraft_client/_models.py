@@ -314,6 +314,7 @@ class Adapter:
         problems: why it failed.
         warnings: it works, but.
         mergeable: whether requests may ask for the merged path.
+        own_prompts: whether its requests use a tokenizer or chat template of its own.
         merged: its merged copy, or None if this generation never had one.
         nearest_tokens: for each virtual token of a soft prompt, if asked for, the vocabulary's nearest
             tokens, the nearest first.
@@ -339,4 +340,5 @@ class Adapter:
     warnings: tuple[str, ...]
     mergeable: bool = False
     merged: MergedCopy | None = None
+    own_prompts: bool = False
     nearest_tokens: tuple[tuple[NearestToken, ...], ...] = ()

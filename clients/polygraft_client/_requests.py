@@ -176,14 +176,18 @@ def _ids(at: int, ids: Any) -> inference_pb2.TokenIds:
     return _fill(inference_pb2.TokenIds, ids=ids, path=f"continuations[{at}].")
 
 
-def tokenize_request(prompt: str | None = None, *, chat: Chat | None = None) -> inference_pb2.TokenizeRequest:
+def tokenize_request(
+    prompt: str | None = None, *, chat: Chat | None = None, adapter: str | None = None
+) -> inference_pb2.TokenizeRequest:
     """Build the request of Tokenize; raises InvalidRequest."""
-    return _fill(inference_pb2.TokenizeRequest, **_input(prompt=prompt, chat=chat))
+    return _fill(inference_pb2.TokenizeRequest, **_input(prompt=prompt, chat=chat), adapter=adapter)
 
 
-def detokenize_request(token_ids: Iterable[int]) -> inference_pb2.DetokenizeRequest:
+def detokenize_request(
+    token_ids: Iterable[int], *, adapter: str | None = None
+) -> inference_pb2.DetokenizeRequest:
     """Build the request of Detokenize; raises InvalidRequest."""
-    return _fill(inference_pb2.DetokenizeRequest, token_ids=list(token_ids))
+    return _fill(inference_pb2.DetokenizeRequest, token_ids=list(token_ids), adapter=adapter)
 
 
 def unload_request(name: str, *, wait: bool) -> adapters_pb2.UnloadAdapterRequest:

@@ -215,7 +215,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_config(f, target_modules=["q_proj", "v_proj", "down_proj", "nowhere"]),
         "target 'nowhere' matches no module",
     ),
-    "unserved option": (lambda f: edit_config(f, use_dora=True), "use_dora=True isn't served"),
+    "unserved option": (lambda f: edit_config(f, use_qalora=True), "use_qalora=True isn't served"),
     "unknown kind": (lambda f: edit_config(f, peft_type="BONE"), "peft_type 'BONE' isn't served"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "no such folder"),

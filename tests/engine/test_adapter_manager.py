@@ -186,11 +186,11 @@ def test_loads_of_the_same_at_once_are_one(engine: Engine, store: Path) -> None:
 
 def test_loads_of_the_same_at_once_fail_together(engine: Engine, store: Path) -> None:
     shutil.copytree(store / "lora", store / "new")
-    change(store / "new", use_dora=True)
+    change(store / "new", use_qalora=True)
     outcomes = [start_load(engine, "new") for _ in range(2)]
     engine.finish_background()
     for done in outcomes:
-        with pytest.raises(AdapterInvalid, match="use_dora=True"):
+        with pytest.raises(AdapterInvalid, match="use_qalora=True"):
             done.result(0)
 
 
@@ -266,8 +266,8 @@ def test_a_reload_while_requests_run_on_the_old_generation(engine: Engine, store
 def test_a_reload_that_fails_leaves_the_old_one_serving(engine: Engine, store: Path) -> None:
     before = engine.adapters.registry.get("lora")
     expected = run_greedy(engine, [greedy("r", PROMPT, "lora", 5)])
-    change(store / "lora", use_dora=True)
-    with pytest.raises(AdapterInvalid, match="use_dora"):
+    change(store / "lora", use_qalora=True)
+    with pytest.raises(AdapterInvalid, match="use_qalora"):
         load(engine, "lora", reload=True)
     assert engine.adapters.registry.get("lora") == before
     assert run_greedy(engine, [greedy("r", PROMPT, "lora", 5)]) == expected

@@ -16,7 +16,7 @@ import pytest
 
 from polygraft.adapters.info import AdapterInfo, AdapterState, MergeEvent
 from polygraft.engine.async_engine import AsyncEngine
-from polygraft.engine.engine import Engine, StepResult
+from polygraft.engine.engine import Engine
 from polygraft.engine.handle import Occupancy, StepStats
 from polygraft.engine.request import (
     Chat,
@@ -27,6 +27,7 @@ from polygraft.engine.request import (
     Request,
     RequestOutput,
 )
+from polygraft.engine.step_result import StepResult
 from polygraft.errors import (
     AdapterExists,
     AdapterInvalid,
@@ -351,13 +352,13 @@ async def test_a_broken_folder_while_requests_run(
     start: Start, store: Path, expected: dict[str | None, list[int]]
 ) -> None:
     shutil.copytree(store / "lora", store / "bad")
-    change(store / "bad", use_dora=True)
+    change(store / "bad", use_qalora=True)
     async with start() as running:
         stream = running.handle.generate(greedy("r", PROMPT, "lora", 10))
         tokens = list((await anext(stream)).token_ids)
-        with pytest.raises(AdapterUnavailable, match="use_dora=True isn't served"):
+        with pytest.raises(AdapterUnavailable, match="use_qalora=True isn't served"):
             await anext(running.handle.generate(greedy("x", PROMPT, "bad", 10)))
-        with pytest.raises(AdapterInvalid, match="use_dora=True isn't served"):
+        with pytest.raises(AdapterInvalid, match="use_qalora=True isn't served"):
             await running.handle.load_adapter("bad")
         async for output in stream:
             tokens += output.token_ids

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from polygraft.base.loader import Base
 from polygraft.engine import engine as engine_module
+from polygraft.engine import generations as generations_module
 from polygraft.engine import sequence as sequence_module
 from polygraft.engine.engine import Engine
 from polygraft.engine.model_info import default_sampling
@@ -46,7 +47,7 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int], int], None]:
         def scripted(logits: torch.Tensor, params: Any, positions: Sequence[int]) -> list[int]:
             return [tokens[position - prompt_tokens] for position in positions]
 
-        monkeypatch.setattr(engine_module, "sample", scripted)
+        monkeypatch.setattr(generations_module, "sample", scripted)
 
     return script
 
@@ -65,6 +66,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     fake = SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter)
+    monkeypatch.setattr(generations_module, "time", fake)
     monkeypatch.setattr(engine_module, "time", fake)
     monkeypatch.setattr(sequence_module, "time", fake)
     return clock

@@ -197,7 +197,7 @@ def test_the_text_starts_with_the_prompts(
             Request("e", prompt, stopping=stopping, response=ResponseParams(echo=True)),
         ]
     )
-    expected = engine.prompts.decode(prompt) if text is None and isinstance(prompt, tuple) else text
+    expected = engine.prompts.base.decode(prompt) if text is None and isinstance(prompt, tuple) else text
     assert text_of(echoed) == str(expected) + text_of(plain)
     assert tokens_of(echoed) == tokens_of(plain)
 

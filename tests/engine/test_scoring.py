@@ -32,7 +32,7 @@ from polygraft.telemetry.metrics import Metrics
 from tests.engine.asking import PROMPT, check_clean, tokens_of
 from tests.engine.stores import copy_of, poison
 from tests.engines import greedy, make_engine, run_greedy
-from tests.equivalence.reference import load_reference
+from tests.equivalence.reference import load_reference, task_of
 from tests.peft_folders import KINDS
 from tests.tiny import EOS, byte_tokenizer
 
@@ -77,7 +77,7 @@ def by_peft(
     for prompt, continuation in pairs:
         whole = torch.tensor([[*prompt, *continuation]])
         with torch.inference_mode():
-            logits = reference(input_ids=whole).logits[0, -len(continuation) - 1 : -1]
+            logits = reference(input_ids=whole, **task_of(reference)).logits[0, -len(continuation) - 1 : -1]
         tokens = torch.tensor(continuation)
         values = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
         found.append((values, bool((logits.argmax(-1) == tokens).all())))
@@ -178,27 +178,27 @@ def test_the_likeliest_and_the_texts(engine: Engine) -> None:
 
 
 def test_spaces_at_the_prompts_end_go_to_the_continuations(engine: Engine) -> None:
-    pairs = engine.prompts.pairs("ab  ", ["c", (9,)])
+    pairs = engine.prompts.base.pairs("ab  ", ["c", (9,)])
     assert [(list(c), list(t)) for c, t in pairs] == [(ids("ab"), ids("  c")), (ids("ab"), [9])]
 
 
 def test_token_ids_follow_the_prompt_as_it_is(engine: Engine) -> None:
-    [(context, tokens)] = engine.prompts.pairs("ab  ", [(9, 10)])
+    [(context, tokens)] = engine.prompts.base.pairs("ab  ", [(9, 10)])
     assert (list(context), list(tokens)) == (ids("ab  "), [9, 10])
-    [(context, tokens)] = engine.prompts.pairs((4, 5), ["xy"])
+    [(context, tokens)] = engine.prompts.base.pairs((4, 5), ["xy"])
     assert (list(context), list(tokens)) == ([4, 5], ids("xy"))
 
 
 def test_a_chat_keeps_its_templates_end(engine: Engine) -> None:
-    [(context, tokens)] = engine.prompts.pairs(Chat((ChatMessage("user", "a"),)), [" b"])
+    [(context, tokens)] = engine.prompts.base.pairs(Chat((ChatMessage("user", "a"),)), [" b"])
     assert (list(context), list(tokens)) == (ids("[user]a\n[assistant]"), ids(" b"))
 
 
 @pytest.mark.parametrize(("prompt", "expected"), [("", "xy"), (" ", " xy")])
 def test_an_empty_prompt_is_a_beginning(engine: Engine, prompt: str, expected: str) -> None:
-    [(context, tokens)] = engine.prompts.pairs(prompt, ["xy"])
+    [(context, tokens)] = engine.prompts.base.pairs(prompt, ["xy"])
     assert (list(context), list(tokens)) == ([EOS], ids(expected))
-    [(context, tokens)] = engine.prompts.pairs("", [(3,)])
+    [(context, tokens)] = engine.prompts.base.pairs("", [(3,)])
     assert (list(context), list(tokens)) == ([EOS], [3])
 
 

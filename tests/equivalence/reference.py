@@ -122,7 +122,7 @@ def generate(model: torch.nn.Module, prompt: list[int], steps: int) -> Reference
             min_new_tokens=steps,
             do_sample=False,
             eos_token_id=None,
-            **_task(model),
+            **task_of(model),
             output_logits=True,
             return_dict_in_generate=True,
         )
@@ -130,7 +130,7 @@ def generate(model: torch.nn.Module, prompt: list[int], steps: int) -> Reference
     return Reference(tokens, torch.stack([step[0].float() for step in out.logits]))
 
 
-def _task(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def task_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The first task, for a kind that asks each request for one."""
     config = getattr(model, "active_peft_config", None)
     several = config is not None and config.peft_type == PeftType.MULTITASK_PROMPT_TUNING

@@ -78,6 +78,7 @@ class FakeEngine:
         self.died = asyncio.Event()
         self.drained_with: list[float] = []
         self.loads: list[tuple[str, str]] = []
+        self.asked_for: str | None = None
         self.unloads: list[tuple[str, bool]] = []
         self._draining = False
         self._changed = asyncio.Event()
@@ -177,11 +178,13 @@ class FakeEngine:
             preemptions=1,
         )
 
-    def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
+    def tokenize(self, prompt: str | Chat, adapter: str | None = None) -> tuple[int, ...]:
+        self.asked_for = adapter
         text = prompt if isinstance(prompt, str) else "".join(turn.content for turn in prompt.messages)
         return tuple(text.encode())
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int], adapter: str | None = None) -> str:
+        self.asked_for = adapter
         if any(token >= self.model.vocabulary_size for token in token_ids):
             raise InvalidRequest("token_ids", "out of range")
         return bytes(token_ids).decode()

@@ -157,12 +157,6 @@ def test_an_input_is_needed() -> None:
         generate_request(pb.GenerateRequest(), "id", MODEL)
 
 
-def test_a_model_without_chat_template_refuses_chat() -> None:
-    message = pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="x")]))
-    with pytest.raises(InvalidRequest, match=r"^chat: "):
-        generate_request(message, "id", replace(MODEL, has_chat_template=False))
-
-
 UNSERVED: list[tuple[str, dict[str, Any]]] = [
     ("adapters", {"adapters": [{"name": "a"}, {"name": "b"}]}),
     ("adapters[0].weight", {"adapters": [{"name": "a", "weight": 0.5}]}),
@@ -241,11 +235,11 @@ def test_a_score_needs_an_input_and_takes_what_generate_takes() -> None:
 
 
 def test_tokenize_request() -> None:
-    assert tokenize_request(pb.TokenizeRequest(prompt=""), MODEL) == ""
+    assert tokenize_request(pb.TokenizeRequest(prompt="", adapter="json")) == ("", "json")
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="x")])
-    assert tokenize_request(pb.TokenizeRequest(chat=chat), MODEL) == Chat((ChatMessage("user", "x"),))
+    assert tokenize_request(pb.TokenizeRequest(chat=chat)) == (Chat((ChatMessage("user", "x"),)), None)
     with pytest.raises(InvalidRequest, match="input"):
-        tokenize_request(pb.TokenizeRequest(), MODEL)
+        tokenize_request(pb.TokenizeRequest())
 
 
 def test_a_long_bad_name_is_not_echoed_whole() -> None:

@@ -208,3 +208,15 @@ async def test_a_message_beyond_the_limit_is_refused_and_others_go_on(serve_with
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (await served.inference.Generate(ask())).text == "Hello world"
         assert len(served.engine.requests) == 2
+
+
+async def test_tokens_in_an_adapters_own_way(served: Served) -> None:
+    await served.inference.Tokenize(pb.TokenizeRequest(prompt="hi", adapter="json"))
+    assert served.engine.asked_for == "json"
+    await served.inference.Detokenize(pb.DetokenizeRequest(token_ids=[104]))
+    assert served.engine.asked_for is None
+    await served.inference.Detokenize(pb.DetokenizeRequest(token_ids=[104], adapter="shout"))
+    assert served.engine.asked_for == "shout"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.inference.Tokenize(pb.TokenizeRequest(prompt="hi", adapter="not a name"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin", "adapter_model.pt")
 MAX_CONFIG_BYTES = 2**20
+TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What an adapter may bring along to be talked to in its own way."""
+MAX_TOKENIZER_BYTES = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +34,15 @@ class AdapterFolder:
     Args:
         weights: the bytes of its safetensors file. In memory rather than mapped: a file that shrinks
             under a mapping kills the process.
-        content_hash: SHA-256 over configuration and weights, in hexadecimal.
+        content_hash: SHA-256 over configuration, weights and texts, in hexadecimal.
+        texts: those of `TOKENIZER_FILES` that it has.
     """
 
     name: str
     config: dict[str, Any]
     weights: bytes
     content_hash: str
+    texts: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def disk_bytes(self) -> int:
@@ -132,7 +139,15 @@ def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> A
     weights = _read_file(name, folder / WEIGHTS, max_bytes, check)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(weights)
-    return AdapterFolder(name, config, weights, digest.hexdigest())
+    texts = {
+        file: _read_file(name, folder / file, MAX_TOKENIZER_BYTES, check)
+        for file in TOKENIZER_FILES
+        if os.path.exists(folder / file)
+    }
+    for file, content in texts.items():
+        digest.update(file.encode())
+        digest.update(content)
+    return AdapterFolder(name, config, weights, digest.hexdigest(), texts)
 
 
 def _read_file(name: str, path: Path, max_bytes: int, check: Any) -> bytes:

@@ -17,6 +17,7 @@ from polygraft.adapters.names import is_name
 from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
 from polygraft.base.spec import BaseSpec
+from polygraft.engine.adapter_prompts import AdapterPrompts
 from polygraft.engine.background import BackgroundWork, Job
 from polygraft.engine.canaries import Canaries
 from polygraft.engine.scheduler import Scheduler
@@ -59,6 +60,7 @@ class AdapterManager:
         scheduler: Scheduler,
         background: BackgroundWork,
         canaries: Canaries,
+        prompts: AdapterPrompts,
         limits: AdapterLimits,
         context_length: int,
         forget: Callable[[Adapter], None],
@@ -72,6 +74,7 @@ class AdapterManager:
         self._limits = limits
         self._context_length = context_length
         self._canaries = canaries
+        self._prompts = prompts
         self._forget = forget
         self._base_canary: torch.Tensor | None = None
         self._loading: dict[str, tuple[str, Future[AdapterInfo]]] = {}  # content hash and outcome
@@ -165,10 +168,15 @@ class AdapterManager:
             if isinstance(folder, PolygraftError):
                 raise folder
             compiled = yield from compile_adapter(folder, self._base, self._limits)
+            yield None
+            prompts = self._prompts.read(folder)
+            yield None
             compiled = yield from resolve_magnitudes(compiled, self._bank)
             self._check_room(name, compiled)
             slot = self._bank.install(compiled.low_rank, compiled.scales) if compiled.modules else 0
             adapter = self.registry.new_adapter(name, compiled.without_low_rank_weights(), slot)
+            if prompts is not None:
+                self._prompts.add(adapter, prompts)
             warnings = yield from self._canary(adapter)
             info = ready_info(
                 adapter,
@@ -178,6 +186,7 @@ class AdapterManager:
                 content_hash=folder.content_hash,
                 load_seconds=time.monotonic() - started,
                 warnings=(*compiled.warnings, *warnings),
+                own_prompts=prompts is not None,
             )
             self.registry.finish_load(adapter, info)
         except Exception as error:

@@ -20,12 +20,14 @@ from polygraft.adapters.primitives import SoftPrompt
 from polygraft.adapters.registry import Adapter
 from polygraft.engine.adapter_manager import AdapterChange
 from polygraft.engine.background import Job
-from polygraft.engine.engine import Engine, StepResult
+from polygraft.engine.engine import Engine
 from polygraft.engine.engine_thread import EngineThread
 from polygraft.engine.handle import ModelInfo, Observer
+from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import Chat, Request, RequestOutput, ScoreRequest
 from polygraft.engine.scoring import ScoreJob
 from polygraft.engine.sequence import Generation
+from polygraft.engine.step_result import StepResult
 from polygraft.errors import Draining, EngineDead, InvalidRequest, PolygraftError, ResourceExhausted
 
 log = logging.getLogger(__name__)
@@ -183,13 +185,17 @@ class AsyncEngine:
 
         self._post(abort)
 
-    def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
+    def tokenize(self, prompt: str | Chat, adapter: str | None = None) -> tuple[int, ...]:
         """See `EngineHandle.tokenize`."""
-        return tuple(self._engine.prompts.token_ids(prompt))
+        return tuple(self._prompts_of(adapter).token_ids(prompt))
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    def _prompts_of(self, adapter: str | None) -> Prompts:
+        current = None if adapter is None else self._engine.adapters.registry.current(adapter)
+        return self._engine.prompts.of(current)
+
+    def detokenize(self, token_ids: Sequence[int], adapter: str | None = None) -> str:
         """See `EngineHandle.detokenize`."""
-        return self._engine.prompts.decode(token_ids)
+        return self._prompts_of(adapter).decode(token_ids)
 
     async def load_adapter(self, name: str, source: str = "") -> AdapterInfo:
         """See `EngineHandle.load_adapter`."""

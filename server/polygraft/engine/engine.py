@@ -5,76 +5,47 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 
 from polygraft.adapters.folder import AdapterStore
-from polygraft.adapters.info import MergeEvent, MergeState
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.adapters.registry import Adapter, AdapterRegistry
 from polygraft.base.layer_fusing import fuse_decoder_layers
 from polygraft.base.loader import Base, load_base
 from polygraft.config import ServerConfig
-from polygraft.engine.adapter_manager import AdapterChange, AdapterEvent, AdapterManager
+from polygraft.engine.adapter_manager import AdapterChange, AdapterManager
+from polygraft.engine.adapter_prompts import AdapterPrompts
 from polygraft.engine.answers import Answers
 from polygraft.engine.background import BackgroundWork
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.canaries import Canaries
-from polygraft.engine.handle import Occupancy, StepStats
+from polygraft.engine.generations import Generations
+from polygraft.engine.handle import Occupancy
 from polygraft.engine.intake import Intake
 from polygraft.engine.kv_cache import FREE_SHARE, KVCache, free_memory
-from polygraft.engine.logprobs import likelihoods
 from polygraft.engine.merge_commands import DEVIATION_TEXTS, MergeCommands
 from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.model_info import model_info
 from polygraft.engine.model_runner import ModelRunner
 from polygraft.engine.paths import Paths
-from polygraft.engine.penalties import adjust
 from polygraft.engine.prefix_cache import PrefixCache
-from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import (
-    Finished,
-    FinishReason,
     LoraPath,
     Request,
     RequestOutput,
     ScoreRequest,
-    Timings,
-    Usage,
 )
-from polygraft.engine.sampler import sample
 from polygraft.engine.scheduler import Batch, Scheduler
 from polygraft.engine.scoring import ScoreJob, ScoreSequence, Scoring
 from polygraft.engine.sequence import CanarySequence, Generation, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefixes
-from polygraft.errors import InvalidRequest, PolygraftError, ResourceExhausted
+from polygraft.engine.step_result import StepResult, step_stats
+from polygraft.errors import InvalidRequest
 from polygraft.layers.low_rank_bank import LowRankBank
 from polygraft.layers.merging import WeightSwitch
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import StepContext
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What one step brought.
-
-    Args:
-        stats: None if nothing ran through the base.
-        occupancy: None if it is as before.
-    """
-
-    outputs: list[RequestOutput] = field(default_factory=list)
-    stats: StepStats | None = None
-    occupancy: Occupancy | None = None
-    adapter_events: list[AdapterEvent] = field(default_factory=list)
-    merge_events: list[MergeEvent] = field(default_factory=list)
-    path_decisions: list[LoraPath] = field(default_factory=list)
-
-    @property
-    def tells_anything(self) -> bool:
-        """Whether there is anything in it."""
-        return self != StepResult()
 
 
 class Engine:
@@ -118,7 +89,7 @@ class Engine:
         )
         switch = WeightSwitch()
         self.runner = ModelRunner(base, bank, switch, step, config.block_size)
-        self.prompts = Prompts(base)
+        self.prompts = AdapterPrompts(base)
         self.background = BackgroundWork()
         canaries = Canaries(self.scheduler)
         # Rounded no coarser than the base's own products are; a float32 base gets what the file holds.
@@ -132,6 +103,7 @@ class Engine:
             self.scheduler,
             self.background,
             canaries,
+            self.prompts,
             AdapterLimits(
                 rank=config.max_adapter_rank,
                 virtual_tokens=config.max_virtual_tokens,
@@ -157,7 +129,7 @@ class Engine:
             self.background,
             canaries,
             lambda: all(isinstance(sequence, CanarySequence) for sequence in self.scheduler),
-            [list(self.prompts.token_ids(text))[:most] for text in DEVIATION_TEXTS],
+            [list(self.prompts.base.token_ids(text))[:most] for text in DEVIATION_TEXTS],
         )
         # Copies in the compute type read more memory than the quantized weights that they stand in for.
         worthwhile = base.quantization == "none" or requantized
@@ -168,12 +140,11 @@ class Engine:
             config,
             kv_cache_bytes=self.kv_cache.bytes,
             merged_capacity_bytes=self.copies.budget,
-            has_chat_template=self.prompts.has_chat_template,
+            has_chat_template=self.prompts.base.has_chat_template,
         )
-        self._generations: dict[str, Generation] = {}
-        self._answers = Answers(base.backend)
+        self._generations = Generations(self.scheduler, Answers(self.prompts))
         self._scoring = Scoring(
-            self.scheduler, self.paths, self._answers.texts, shares_prompts=config.prefix_caching
+            self.scheduler, self.paths, self.prompts, shares_prompts=config.prefix_caching
         )
 
     @classmethod
@@ -206,6 +177,7 @@ class Engine:
 
     def _forget(self, adapter: Adapter) -> None:
         self.paths.forget(adapter)
+        self.prompts.forget(adapter)
         self.copies.forget(adapter)
 
     def finish_background(self) -> None:
@@ -245,10 +217,8 @@ class Engine:
 
     def add(self, generation: Generation) -> None:
         """Queue a prepared request."""
-        assert generation.id not in self._generations, "request ids must be unique"
-        self._generations[generation.id] = generation
         self.paths.queue(generation)
-        self.scheduler.add(generation)
+        self._generations.add(generation)
 
     def prepare_score(self, request: ScoreRequest) -> ScoreJob:
         """As `prepare`, for continuations to score. Raises: as `Intake.prepare_score`."""
@@ -270,23 +240,21 @@ class Engine:
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free what it holds; its last output, or nothing if it has ended already."""
-        generation = self._generations.get(request_id)
-        if generation is None:
-            return self._scoring.abort(request_id)
-        return [self._finish(generation, FinishReason.CANCELLED)]
+        return self._generations.abort(request_id) + self._scoring.abort(request_id)
 
     def step(self) -> StepResult:
         """Advance every request that fits by one chunk or one token."""
         started = time.perf_counter()
-        result = StepResult(outputs=self._expire())
+        result = StepResult(outputs=self._generations.expire())
         if batch := self._schedule():
             logits = self.runner.run(batch)
             result.outputs += self._postprocess(batch, logits)
-            result.stats = self._stats(batch, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            result.stats = step_stats(batch, seconds, switched=self.runner.switched)
             self.background.run_after_step(result.stats.seconds)
         else:
             self.background.run_idle()
-        result.outputs += self._fail_unmerged()
+        result.outputs += self._generations.fail_unmerged() + self._scoring.fail_unmerged()
         self.adapters.collect()
         self.merging.collect()
         return self.take_news(result)
@@ -323,22 +291,6 @@ class Engine:
                 if output.request_id in outputs:
                     outputs[output.request_id].append(output)
         return list(outputs.values())
-
-    def _expire(self) -> list[RequestOutput]:
-        now = time.monotonic()
-        late = [g for g in self._generations.values() if g.deadline is not None and g.deadline <= now]
-        return [
-            self._finish(generation, FinishReason.TIME_LIMIT, generation.text.flush()) for generation in late
-        ]
-
-    def _fail_unmerged(self) -> list[RequestOutput]:
-        """End the requests whose merged copy can't be had."""
-        lost = [g for g in self._generations.values() if g.copy and g.copy.state is MergeState.FAILED]
-        return [
-            self._fail(generation, ResourceExhausted(f"not merged: {generation.copy.problem}"))
-            for generation in lost
-            if generation.copy is not None
-        ] + self._scoring.fail_unmerged()
 
     @staticmethod
     def _note_first_scheduled(batch: Batch) -> None:
@@ -377,113 +329,7 @@ class Engine:
                 scored.append(sequence)
         # All parts of the batch are taken note of: an end may now remove any sequence.
         outputs = [output for sequence in scored for output in self._scoring.complete(sequence)]
-        return outputs + self._sample(generations, rows, logits)
-
-    def _sample(
-        self, generations: list[Generation], rows: list[int], logits: torch.Tensor
-    ) -> list[RequestOutput]:
-        """Give generations their next tokens, picked by these rows of the logits."""
-        if not generations:
-            return []
-        with torch.inference_mode():
-            if len(rows) != len(logits):
-                logits = logits[rows]
-            asking = [at for at, g in enumerate(generations) if g.request.response.wants_logprobs]
-            raw = logits[asking] if asking else logits[:0]
-            logits = adjust(
-                logits,
-                [g.request.sampling for g in generations],
-                [g.token_ids for g in generations],
-                [g.prompt_tokens for g in generations],
-            )
-            for at, generation in enumerate(generations):
-                if not generation.may_stop and generation.stop_token_ids:
-                    logits[at, list(generation.stop_token_ids)] = -torch.inf
-            tokens = sample(
-                logits, [g.request.sampling for g in generations], [g.num_tokens for g in generations]
-            )
-            # The largest is NaN if any is, and -inf if none can be picked.
-            finite = torch.isfinite(logits.amax(-1)).tolist()
-        picked = [tokens[at] for at in asking]
-        top = [generations[at].request.response.top_logprobs for at in asking]
-        for at, likelihood in zip(asking, likelihoods(raw, picked, top), strict=True):
-            generations[at].untold.append(likelihood)
-        now = time.monotonic()
-        return [
-            self._accept(generation, token, now)
-            if ok and generation.finite
-            else self._fail(generation, PolygraftError("the model's logits are not finite"))
-            for generation, token, ok in zip(generations, tokens, finite, strict=True)
-        ]
-
-    def _accept(self, generation: Generation, token: int, now: float) -> RequestOutput:
-        text, reason = generation.accept(token, now)
-        if reason is not None:
-            return self._finish(generation, reason, text, token)
-        output = RequestOutput(generation.id, text, (token,), path=generation.path)
-        return self._answers.complete(generation, output)
-
-    def _finish(
-        self, generation: Generation, reason: FinishReason, text: str = "", token: int | None = None
-    ) -> RequestOutput:
-        self._remove(generation)
-        now = time.monotonic()
-        first, scheduled = generation.first_token, generation.first_scheduled
-        finished = Finished(
-            reason=reason,
-            usage=Usage(
-                prompt_tokens=generation.prompt_tokens,
-                completion_tokens=generation.completion_tokens,
-                cached_tokens=generation.cached_tokens,
-                virtual_tokens=generation.adapter.compiled.virtual_tokens if generation.adapter else 0,
-            ),
-            timings=Timings(
-                total=now - generation.arrival,
-                queue=None if scheduled is None else scheduled - generation.arrival,
-                prefill=None if first is None or scheduled is None else first - scheduled,
-                time_to_first_token=None if first is None else first - generation.arrival,
-            ),
-            seed=generation.request.sampling.seed,
-            path=generation.path,
-            adapter_generation=generation.adapter.generation if generation.adapter else None,
-            stop_sequence=generation.text.matched,
-            stop_token_id=token if reason == FinishReason.STOP else None,
-            preemptions=generation.preemptions,
-        )
-        tokens = () if token is None else (token,)
-        output = RequestOutput(generation.id, text, tokens, finished=finished, path=generation.path)
-        return self._answers.complete(generation, output)
-
-    def _fail(self, generation: Generation, error: PolygraftError) -> RequestOutput:
-        self._remove(generation)
-        return RequestOutput(generation.id, error=error)
-
-    def _remove(self, generation: Generation) -> None:
-        del self._generations[generation.id]
-        self.scheduler.remove(generation)
-
-    def _stats(self, batch: Batch, seconds: float) -> StepStats:
-        decodes = sum(
-            i.count
-            for i in batch.items
-            if isinstance(i.sequence, Generation) and i.start >= i.sequence.prompt_tokens
-        )
-        adapters = {
-            (i.sequence.adapter.name, i.sequence.adapter.compiled.kind): None
-            for i in batch.items
-            if i.sequence.adapter is not None
-        }
-        return StepStats(
-            seconds=seconds,
-            path=(LoraPath.UNMERGED if batch.copy is None else LoraPath.MERGED).value,
-            prefill_rows=batch.rows - decodes,
-            decode_rows=decodes,
-            adapters=tuple(adapters),
-            base_rows=any(i.sequence.adapter is None for i in batch.items),
-            preemptions=batch.preempted,
-            waited=batch.waited,
-            switched=self.runner.switched,
-        )
+        return outputs + self._generations.sample(generations, rows, logits)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, prefixes and pins add up."""
@@ -496,4 +342,4 @@ class Engine:
         if self.paths.held is not None:
             users[self.paths.held.adapter.generation] += 1
         self.copies.check_integrity(users)
-        assert set(self._generations.values()) <= set(self.scheduler)
+        assert set(self._generations) <= set(self.scheduler)

@@ -160,11 +160,14 @@ class EngineHandle(Protocol):
         Raises: as generate.
         """
 
-    def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
-        """Token ids as `generate` would use them. Raises InvalidRequest."""
+    def tokenize(self, prompt: str | Chat, adapter: str | None = None) -> tuple[int, ...]:
+        """Token ids as `generate` would use them.
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens. Raises InvalidRequest for an id out of range."""
+        Raises: InvalidRequest, AdapterNotFound, AdapterUnavailable.
+        """
+
+    def detokenize(self, token_ids: Sequence[int], adapter: str | None = None) -> str:
+        """Text without special tokens. Raises InvalidRequest for an id out of range; else as `tokenize`."""
 
     async def load_adapter(self, name: str, source: str = "") -> AdapterInfo:
         """Load the folder `source` (relative to the store; "" is `name`).

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from polygraft.adapters.registry import Adapter, AdapterRegistry
 from polygraft.base.loader import Base
+from polygraft.engine.adapter_prompts import AdapterPrompts
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.merged_copies import MergedCopies
-from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import DEFAULT_MAX_NEW_TOKENS, LoraPath, Request, ScoreRequest
 from polygraft.engine.scoring import ScoreJob
 from polygraft.engine.sequence import Generation
-from polygraft.engine.text_stream import TextStream
 from polygraft.errors import ContextLengthExceeded, InvalidRequest, PolygraftError
 
 
@@ -20,7 +19,7 @@ class Intake:
     def __init__(
         self,
         base: Base,
-        prompts: Prompts,
+        prompts: AdapterPrompts,
         registry: AdapterRegistry,
         copies: MergedCopies,
         pool: BlockPool,
@@ -38,20 +37,21 @@ class Intake:
             InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
         """
         self._check_path(request)
-        prompt_ids = list(self._prompts.token_ids(request.prompt))
         adapter = None if request.adapter is None else self._registry.resolve(request.adapter)
+        prompts = self._prompts.of(adapter)
         try:
+            prompt_ids = list(prompts.token_ids(request.prompt))
             self._check_path(request, adapter)
             max_new_tokens = self._check_length(request, len(prompt_ids), adapter)
-            self._prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
+            prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
         except PolygraftError:
             if adapter is not None:
                 adapter.release()
             raise
         stops = set(request.stopping.stop_token_ids)
         if not request.stopping.ignore_eos:
-            stops |= set(self._base.eos_token_ids)
-        text = TextStream(self._base.backend, prompt_ids, request.stopping.stop)
+            stops |= set(prompts.eos_token_ids)
+        text = prompts.text_stream(prompt_ids, request.stopping.stop)
         return Generation(request, prompt_ids, adapter, text, frozenset(stops), max_new_tokens)
 
     def prepare_score(self, request: ScoreRequest) -> ScoreJob:
@@ -61,9 +61,9 @@ class Intake:
             InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
         """
         self._check_path(request)
-        pairs = self._prompts.pairs(request.prompt, request.continuations)
         adapter = None if request.adapter is None else self._registry.resolve(request.adapter)
         try:
+            pairs = self._prompts.of(adapter).pairs(request.prompt, request.continuations)
             self._check_path(request, adapter)
             for at, (context, continuation) in enumerate(pairs):
                 self._check_score_length(f"continuations[{at}]", len(context), len(continuation), adapter)

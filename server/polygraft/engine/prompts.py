@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
+from tokenizers import Tokenizer
 
 from polygraft.base.loader import Base
+from polygraft.engine.logprobs import TokenTexts
 from polygraft.engine.request import Chat
+from polygraft.engine.text_stream import TextStream
 from polygraft.errors import ContextLengthExceeded, InvalidRequest
 
 
 class Prompts:
-    """One base model's tokenizer and chat template. Thread-safe, since a tokenizer's calls are."""
+    """A tokenizer and a chat template: the base model's, or those that an adapter brings along. Thread-safe,
+    since a tokenizer's calls are.
 
-    def __init__(self, base: Base) -> None:
-        self._tokenizer = base.tokenizer
-        self._backend = base.backend
+    Args:
+        tokenizer: transformers' fast tokenizer; None is the base's own.
+        chat_template: instead of the tokenizer's.
+    """
+
+    def __init__(self, base: Base, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        self._tokenizer = base.tokenizer if tokenizer is None else tokenizer
+        self._template = chat_template
+        self._backend: Tokenizer = base.backend if tokenizer is None else tokenizer.backend_tokenizer
         self._vocabulary = base.spec.vocabulary_size
         self._context_length = base.context_length
-        longest = max(map(len, base.backend.get_vocab()), default=1)
+        longest = max(map(len, self._backend.get_vocab()), default=1)
         self._most_characters = longest * base.context_length
+        self._eos = base.eos_token_ids
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            self._eos = tuple(dict.fromkeys((*base.eos_token_ids, int(tokenizer.eos_token_id))))
+        self.texts = TokenTexts(self._backend)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether chats can be rendered."""
-        return bool(getattr(self._tokenizer, "chat_template", None))
+        return bool(self._template or getattr(self._tokenizer, "chat_template", None))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends an answer: the model's own, and its tokenizer's if that is an adapter's."""
+        return self._eos
+
+    def text_stream(self, prompt_ids: Sequence[int], stop: Sequence[str]) -> TextStream:
+        """Turns what comes behind a prompt into text."""
+        return TextStream(self._backend, prompt_ids, stop)
 
     def token_ids(self, prompt: str | tuple[int, ...] | Chat) -> Sequence[int]:
         """Token ids of a prompt: text with the model's own special tokens, ids as they are, a chat
@@ -129,7 +153,7 @@ class Prompts:
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(

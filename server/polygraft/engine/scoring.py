@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polygraft.adapters.info import MergeState
+from polygraft.engine.adapter_prompts import AdapterPrompts
 from polygraft.engine.logprobs import Likelihood, TokenTexts, likelihoods
 from polygraft.engine.paths import Paths
 from polygraft.engine.request import (
@@ -105,11 +106,11 @@ class Scoring:
     """
 
     def __init__(
-        self, scheduler: Scheduler, paths: Paths, texts: TokenTexts, *, shares_prompts: bool
+        self, scheduler: Scheduler, paths: Paths, prompts: AdapterPrompts, *, shares_prompts: bool
     ) -> None:
         self._scheduler = scheduler
         self._paths = paths
-        self._texts = texts
+        self._prompts = prompts
         self._shares_prompts = shares_prompts
         self._jobs: dict[str, ScoreJob] = {}
 
@@ -148,7 +149,8 @@ class Scoring:
         if job.running:
             return []
         self._end(job)
-        scores = tuple(self._score(sequence.found) for sequence in job.sequences)
+        texts = self._prompts.of(job.adapter).texts
+        scores = tuple(_score(sequence.found, texts) for sequence in job.sequences)
         return [RequestOutput(job.id, finished=_finished(job, FinishReason.SCORED), scores=scores)]
 
     def abort(self, request_id: str) -> list[RequestOutput]:
@@ -180,12 +182,13 @@ class Scoring:
         if job.adapter is not None:
             job.adapter.release()
 
-    def _score(self, found: list[Likelihood]) -> ContinuationScore:
-        return ContinuationScore(
-            log_likelihood=math.fsum(one.logprob for one in found),
-            is_greedy=all(one.is_greedy for one in found),
-            tokens=self._texts.describe(found),
-        )
+
+def _score(found: list[Likelihood], texts: TokenTexts) -> ContinuationScore:
+    return ContinuationScore(
+        log_likelihood=math.fsum(one.logprob for one in found),
+        is_greedy=all(one.is_greedy for one in found),
+        tokens=texts.describe(found),
+    )
 
 
 def _finished(job: ScoreJob, reason: FinishReason) -> Finished:

@@ -89,13 +89,14 @@ def _continuations(message: pb.ScoreRequest, model: ModelInfo) -> tuple[str | tu
     return tuple(texts) or tuple(tuple(tokens.ids) for tokens in ids)
 
 
-def tokenize_request(message: pb.TokenizeRequest, model: ModelInfo) -> str | Chat:
-    """The input to tokenize. Raises InvalidRequest."""
+def tokenize_request(message: pb.TokenizeRequest) -> tuple[str | Chat, str | None]:
+    """The input to tokenize, and the adapter whose way it is. Raises InvalidRequest."""
+    adapter = check_name(message.adapter, "adapter") if message.adapter else None
     match message.WhichOneof("input"):
         case "prompt":
-            return message.prompt
+            return message.prompt, adapter
         case "chat":
-            return _chat(message.chat, model)
+            return _chat(message.chat), adapter
     raise InvalidRequest("input", "one of prompt and chat must be set")
 
 
@@ -112,13 +113,11 @@ def _input(message: pb.GenerateRequest | pb.ScoreRequest, model: ModelInfo) -> s
             _check_token_ids("token_ids.ids", ids, model)
             return ids
         case "chat":
-            return _chat(message.chat, model)
+            return _chat(message.chat)
     raise InvalidRequest("input", "one of prompt, token_ids and chat must be set")
 
 
-def _chat(chat: pb.Chat, model: ModelInfo) -> Chat:
-    if not model.has_chat_template:
-        raise InvalidRequest("chat", "the model has no chat template; use prompt or token_ids")
+def _chat(chat: pb.Chat) -> Chat:
     if not chat.messages:
         raise InvalidRequest("chat.messages", "must not be empty")
     for index, turn in enumerate(chat.messages):

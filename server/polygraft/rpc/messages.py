@@ -138,6 +138,7 @@ def adapter(info: AdapterInfo) -> apb.Adapter:
         problems=info.problems,
         warnings=info.warnings,
         mergeable=info.mergeable,
+        own_prompts=info.own_prompts,
         merged=None if info.merged is None else merged_copy(info.merged),
     )
     if info.load_time > 0:

@@ -1,0 +1,64 @@
+"""What a step brings, for whoever called it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from polygraft.adapters.info import MergeEvent
+from polygraft.engine.adapter_manager import AdapterEvent
+from polygraft.engine.handle import Occupancy, StepStats
+from polygraft.engine.request import LoraPath, RequestOutput
+from polygraft.engine.scheduler import Batch
+from polygraft.engine.sequence import Generation
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step brought.
+
+    Args:
+        stats: None if nothing ran through the base.
+        occupancy: None if it is as before.
+    """
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    stats: StepStats | None = None
+    occupancy: Occupancy | None = None
+    adapter_events: list[AdapterEvent] = field(default_factory=list)
+    merge_events: list[MergeEvent] = field(default_factory=list)
+    path_decisions: list[LoraPath] = field(default_factory=list)
+
+    @property
+    def tells_anything(self) -> bool:
+        """Whether there is anything in it."""
+        return self != StepResult()
+
+
+def step_stats(batch: Batch, seconds: float, *, switched: bool) -> StepStats:
+    """What a batch was.
+
+    Args:
+        seconds: schedule, run and postprocess together.
+        switched: whether it ran on other weights than the one before.
+    """
+    decodes = sum(
+        i.count
+        for i in batch.items
+        if isinstance(i.sequence, Generation) and i.start >= i.sequence.prompt_tokens
+    )
+    adapters = {
+        (i.sequence.adapter.name, i.sequence.adapter.compiled.kind): None
+        for i in batch.items
+        if i.sequence.adapter is not None
+    }
+    return StepStats(
+        seconds=seconds,
+        path=(LoraPath.UNMERGED if batch.copy is None else LoraPath.MERGED).value,
+        prefill_rows=batch.rows - decodes,
+        decode_rows=decodes,
+        adapters=tuple(adapters),
+        base_rows=any(i.sequence.adapter is None for i in batch.items),
+        preemptions=batch.preempted,
+        waited=batch.waited,
+        switched=switched,
+    )
