@@ -72,7 +72,7 @@ bench: model  ## The benchmark suite: tables and plots into docs/performance.md,
 bench-compare: model  ## Merged against unmerged LoRA, the short form: table, compare.json and compare.html in OUT
 	$(THREADS) $(BIN)/python -m benchmarks.compare_store build/compare/store
 	$(THREADS) $(BIN)/polygraft bench compare --adapters build/compare/store --threads 2 \
-		--concurrency 1,4,16 --mix 1,2,4,8 --rounds 2 --out $(OUT)
+		--concurrency 1,4,16 --mix 1,2,8 --rounds 2 --new-tokens 32 --out $(OUT)
 
 bench-peers: model  ## Workload W on vLLM, OpenVINO, llama.cpp and PEFT, each installed below build/peers
 	$(THREADS) $(BIN)/python -m benchmarks.peers
