@@ -54,10 +54,11 @@ def test_mixes_are_of_adapters_alike() -> None:
     assert [mix.name for mix in mixes(names[:2], [1, 2], zipf=True)] == ["1", "2"]
 
 
-def test_all_paths_get_the_same_prompts() -> None:
+def test_no_path_finds_anothers_prompts_in_the_cache() -> None:
     one = Cell(Mix("2", ("a", "b")), 4)
     planned = {path: next(plan(one.load(path, 8, 4, 100, seed=3))) for path in Way}
-    assert len({each.token_ids for each in planned.values()}) == 1
+    later = {path: next(plan(one.load(path, 8, 4, 100, seed=4))) for path in Way}
+    assert len({each.token_ids for each in (*planned.values(), *later.values())}) == 2 * len(Way)
     assert planned[Way.BASE].adapter == ""
     assert {planned[path].adapter for path in Way if path is not Way.BASE} <= {"a", "b"}
     assert [each.lora_path for each in planned.values()] == [None, "UNMERGED", "MERGED", "AUTO"]

@@ -131,20 +131,31 @@ class LinearGroup:
         return None if bias is None else bias[: self.widths[member]]
 
     def merged(
-        self, member: int, slots: LowRankSlots, slot: int, *, requantize: bool
+        self,
+        member: int,
+        slots: LowRankSlots,
+        slot: int,
+        *,
+        requantize: bool,
+        memory: torch.Tensor | None = None,
     ) -> Generator[None, None, PackedWeights]:
         """One module's own weights with an adapter's folded in; yields where it may be interrupted.
 
         Args:
             slots: the module's, with the adapter's weights in `slot`.
             requantize: keep them as the module's own are kept, instead of in the group's type.
+            memory: uint8 [`panel_bytes`], where they are to lie unless they are requantized.
         """
         assert bytes(self._struct.module[member].weights) == bytes(self._own[member]), "merges don't add up"
         width, panel = self.widths[member], self._kernels.panel
         count = -(-width // panel)
         pair = (2,) if self.dtype == torch.bfloat16 else ()
         inputs = -(-self.in_features // 2) if pair else self.in_features
-        weight = torch.empty(count, inputs, panel, *pair, dtype=self.dtype)
+        shape = (count, inputs, panel, *pair)
+        if memory is None:
+            weight = torch.empty(shape, dtype=self.dtype)
+        else:
+            weight = memory.view(self.dtype).view(shape)
         at_once = max(torch.get_num_threads(), _SLICE // (self.in_features * panel))
         for first in range(0, count, at_once):
             self._kernels.merge(
@@ -168,6 +179,12 @@ class LinearGroup:
         tensors += [tensor for tensor in (panels.scale, panels.values) if tensor is not None]
         struct = WeightsStruct(*panels.addresses(0), address, STORAGE[self.quantization])
         return PackedWeights(struct, tuple(tensors))
+
+    def panel_bytes(self, member: int) -> int:
+        """What one module's weights take in panels of the group's type."""
+        columns = -(-self.widths[member] // self._kernels.panel) * self._kernels.panel
+        pairs = self.dtype == torch.bfloat16
+        return columns * (self.in_features + (self.in_features % 2 if pairs else 0)) * self.dtype.itemsize
 
     def merged_bytes(self, member: int, *, requantize: bool) -> int:
         """What `merged` takes at most."""

@@ -6,6 +6,7 @@ the steps that want it (as in dLoRA, OSDI 2024). Only the modules that an adapte
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from polygraft.layers.low_rank import AdaptedLinear, LowRankSlots
 
 Part = TypeVar("Part")
+_LINE = 64  # bytes of a cache line
 
 
 class MergeSite(Protocol[Part]):
@@ -32,11 +34,19 @@ class MergeSite(Protocol[Part]):
     def weight(self) -> torch.Tensor:
         """The module's own weight [out_features, in_features], not to be written to."""
 
-    def merge(self, slot: int, *, requantize: bool) -> Generator[None, None, Part]:
+    def merge(
+        self, slot: int, *, requantize: bool, memory: torch.Tensor | None = None
+    ) -> Generator[None, None, Part]:
         """Fold the adapter in `slot` into a copy; yields where it may be interrupted.
 
         The module must be using its own weights whenever it goes on.
+
+        Args:
+            memory: uint8 [`memory_bytes`] for the copy's weights, or None if that is 0.
         """
+
+    def memory_bytes(self, *, requantize: bool) -> int:
+        """Bytes of memory that `merge` wants to be given; 0 if it takes its own."""
 
     def merged_bytes(self, *, requantize: bool) -> int:
         """What a copy takes at most."""
@@ -63,9 +73,20 @@ class PackedSite:
         """See `MergeSite`."""
         return self._group.unpacked(self._member)
 
-    def merge(self, slot: int, *, requantize: bool) -> Generator[None, None, PackedWeights]:
+    def merge(
+        self, slot: int, *, requantize: bool, memory: torch.Tensor | None = None
+    ) -> Generator[None, None, PackedWeights]:
         """See `MergeSite`."""
-        return (yield from self._group.merged(self._member, self.slots, slot, requantize=requantize))
+        return (
+            yield from self._group.merged(
+                self._member, self.slots, slot, requantize=requantize, memory=memory
+            )
+        )
+
+    def memory_bytes(self, *, requantize: bool) -> int:
+        """See `MergeSite`."""
+        again = requantize and self._group.quantization != "none"
+        return 0 if again else self._group.panel_bytes(self._member)
 
     def merged_bytes(self, *, requantize: bool) -> int:
         """See `MergeSite`."""
@@ -91,7 +112,13 @@ class PlainSite:
         """See `MergeSite`."""
         return dense_weight(self._adapted.base_layer)
 
-    def merge(self, slot: int, *, requantize: bool) -> Generator[None, None, nn.Module]:
+    def memory_bytes(self, *, requantize: bool) -> int:
+        """See `MergeSite`."""
+        return 0
+
+    def merge(
+        self, slot: int, *, requantize: bool, memory: torch.Tensor | None = None
+    ) -> Generator[None, None, nn.Module]:
         """See `MergeSite`."""
         layer = self._adapted.base_layer
         weight = dense_weight(layer)
@@ -187,8 +214,14 @@ def merge(sites: Sequence[AnySite], slot: int, *, requantize: bool) -> Generator
     The base's own weights must be in use whenever it goes on.
     """
     parts = []
-    for site in sites:
-        parts.append((site, (yield from site.merge(slot, requantize=requantize))))
+    sizes = [site.memory_bytes(requantize=requantize) for site in sites]
+    starts = list(itertools.accumulate((-(-size // _LINE) * _LINE for size in sizes), initial=0))
+    # In one piece, which the system gets back when the copy goes: hundreds of smaller ones, made and given up
+    # again and again, would leave holes in the heap.
+    memory = torch.empty(starts[-1], dtype=torch.uint8)
+    for site, size, start in zip(sites, sizes, starts, strict=False):
+        own = memory[start : start + size] if size else None
+        parts.append((site, (yield from site.merge(slot, requantize=requantize, memory=own))))
     return MergedWeights(tuple(parts))
 
 

@@ -42,7 +42,9 @@ class Cell:
     concurrency: int
 
     def load(self, path: Path, prompt_tokens: int, new_tokens: int, vocabulary_size: int, seed: int) -> Load:
-        """The load on one path; all paths get the same prompts."""
+        """The load on one path. Each has prompts of its own: the same ones would be found in the prefix
+        cache, which paths share where they end up on the same weights."""
+        own = seed * len(Path) + list(Path).index(path)
         return Load(
             [BASE] if path is Path.BASE else self.mix.adapters,
             self.mix.choice,
@@ -52,7 +54,7 @@ class Cell:
             0,
             None,
             vocabulary_size,
-            seed,
+            own,
             path.lora_path,
         )
 
