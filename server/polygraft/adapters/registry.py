@@ -231,7 +231,7 @@ class AdapterRegistry:
 
 def ready_info(
     adapter: Adapter, source: str, *, modules: int, disk_bytes: int, content_hash: str, load_seconds: float,
-    warnings: tuple[str, ...], own_prompts: bool,
+    warnings: tuple[str, ...], own_prompts: bool = False,
 ) -> AdapterInfo:  # fmt: skip
     """What the registry tells of an adapter that has just become ready."""
     compiled = adapter.compiled
