@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 
 Job = Generator[bool | None, None, None]
 """Yields where it may be interrupted: True if it needs a step to run before it can go on, False if it is of
@@ -78,11 +78,9 @@ class BackgroundWork:
             except StopIteration:
                 pass
             else:
-                queues: dict[bool | None, Callable[[Job], None]] = {
-                    True: self._after_step.append,
-                    False: self._resting.append,
-                    None: self._ready.append,
-                }
-                queues[needs_step](job)
+                if needs_step is None:
+                    self._ready.append(job)
+                else:
+                    (self._after_step if needs_step else self._resting).append(job)
             spent = time.perf_counter() - started
         return spent
