@@ -8,7 +8,8 @@ primitives it compiles to (`CompiledAdapter`, here), and the registered adapter 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -49,6 +50,95 @@ class Scale:
     input: torch.Tensor | None = None
     output: torch.Tensor | None = None
     after_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """Adapter tuning (arXiv 1902.00751) where a layer adds a part's output h to the residual stream r.
+
+    With `A(x) = up act(down x + down_bias) + up_bias`, the stream behind the site becomes
+    `residual * r + h + A(x)`, or with `norm_after` `residual * r + norm(A(x) + inside) + outside`.
+
+    Args:
+        down: [width, hidden_size]
+        up: [hidden_size, width], scaling folded in.
+        activation: one of `layers.activations.ACTIVATIONS`.
+        reads: x: "sum" is r + h, "output" h, "residual" r.
+        down_bias: [width] or None.
+        up_bias: [hidden_size] or None, scaling folded in.
+        normalizes: x is brought to mean 0 and variance 1 first, with `LAYER_NORM_EPSILON`; the norm's own
+            weight and bias are folded into `down` and `down_bias`.
+        residual: how often r is in the stream afterwards: 1, or 0 or 2 in unusual configurations.
+        norm_after: what the result goes through, or None.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    activation: str
+    reads: Literal["sum", "output", "residual"]
+    down_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    normalizes: bool = False
+    residual: float = 1.0
+    norm_after: NormAfter | None = None
+
+    @property
+    def width(self) -> int:
+        """Rows of `down`."""
+        return self.down.shape[0]
+
+
+LAYER_NORM_EPSILON = 1e-5  # torch's default, which AdapterHub leaves as it is
+
+
+@dataclass(frozen=True, slots=True)
+class NormAfter:
+    """A layer norm behind a `Bottleneck`.
+
+    Args:
+        weight, bias: [hidden_size]
+        skip: what is added to the bottleneck's result: h ("output") or r + h ("sum").
+        inside: whether it is added before the norm.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    skip: Literal["output", "sum"]
+    inside: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """An invertible adapter (arXiv 2005.00052): NICE's additive coupling behind the embeddings, inverted before
+    the head. Each half gets a function `F(x) = up act(down x + down_bias) + up_bias` of the other added.
+
+    Forwards `a += F(b); b += G(a)` for the halves a, b of the hidden state; backwards `b -= G(a); a -= F(b)`.
+
+    Args:
+        f, g: their layers.
+        activation: one of `layers.activations.ACTIVATIONS`.
+    """
+
+    f: CouplingLayers
+    g: CouplingLayers
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
+class CouplingLayers:
+    """One half's function.
+
+    Args:
+        down: [width, hidden_size / 2]
+        down_bias: [width]
+        up: [hidden_size / 2, width]
+        up_bias: [hidden_size / 2]
+    """
+
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +186,8 @@ class CompiledAdapter:
     Args:
         kind: PEFT's name for the method in lower case.
         low_rank, scales: by the name of the base's module.
+        bottlenecks: by the name of the base's residual site.
+        coupling: around all layers.
         parameters: in the file.
         warnings: it works, but.
     """
@@ -104,6 +196,8 @@ class CompiledAdapter:
     parameters: int
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
     scales: Mapping[str, Scale] = field(default_factory=dict)
+    bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
+    coupling: Coupling | None = None
     prefix: Prefix | SoftPrompt | None = None
     warnings: tuple[str, ...] = ()
 
@@ -115,6 +209,10 @@ class CompiledAdapter:
             names.append("low_rank")
         if self.scales or any(primitive.magnitude is not None for primitive in self.low_rank.values()):
             names.append("scale")
+        if self.bottlenecks:
+            names.append("bottleneck")
+        if self.coupling:
+            names.append("coupling")
         if isinstance(self.prefix, Prefix):
             names.append("prefix")
         if isinstance(self.prefix, SoftPrompt):
@@ -124,12 +222,18 @@ class CompiledAdapter:
     @property
     def mergeable(self) -> bool:
         """Whether all of it folds into the base's weights."""
-        return bool(self.low_rank or self.scales) and self.prefix is None
+        beside = self.prefix or self.bottlenecks or self.coupling
+        return bool(self.low_rank or self.scales) and not beside
+
+    @property
+    def in_bank(self) -> bool:
+        """Whether it has weights that layers run."""
+        return bool(self.low_rank or self.scales or self.bottlenecks or self.coupling)
 
     @property
     def modules(self) -> int:
-        """Modules of the base that it has weights for."""
-        return len({*self.low_rank, *self.scales})
+        """Modules and sites of the base that it has weights for."""
+        return len({*self.low_rank, *self.scales, *self.bottlenecks}) + bool(self.coupling)
 
     @property
     def rank(self) -> int:
@@ -143,34 +247,47 @@ class CompiledAdapter:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that it keeps in memory."""
-        for low_rank in self.low_rank.values():
-            yield low_rank.a
-            yield low_rank.b
-            yield from (t for t in (low_rank.bias, low_rank.magnitude) if t is not None)
-        for scale in self.scales.values():
-            yield from (t for t in (scale.input, scale.output) if t is not None)
-        if isinstance(self.prefix, Prefix):
-            yield from self.prefix.keys
-            yield from self.prefix.values
-        elif self.prefix is not None:
-            yield self.prefix.embeddings
+        parts = (*self.low_rank.values(), *self.scales.values(), *self.bottlenecks.values())
+        for part in (*parts, self.coupling, self.prefix):
+            yield from _tensors(part)
 
-    def without_low_rank_weights(self) -> CompiledAdapter:
-        """The same with shapes alone in `low_rank` and `scales`, for when the layers hold the weights."""
-
-        def shape(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x.to("meta")
-
-        low_rank = {
-            name: LowRank(p.a.to("meta"), p.b.to("meta"), shape(p.bias), shape(p.magnitude))
-            for name, p in self.low_rank.items()
-        }
-        scales = {
-            name: Scale(shape(s.input), shape(s.output), s.after_bias) for name, s in self.scales.items()
-        }
-        return replace(self, low_rank=low_rank, scales=scales)
+    def without_layer_weights(self) -> CompiledAdapter:
+        """The same with shapes alone in what the layers hold the weights of."""
+        return replace(
+            self,
+            low_rank={name: _shapes(primitive) for name, primitive in self.low_rank.items()},
+            scales={name: _shapes(primitive) for name, primitive in self.scales.items()},
+            bottlenecks={name: _shapes(primitive) for name, primitive in self.bottlenecks.items()},
+            coupling=_shapes(self.coupling),
+        )
 
     @property
     def compiled_bytes(self) -> int:
         """Bytes of memory that its tensors take."""
         return sum(tensor.nbytes for tensor in self.tensors())
+
+
+Part = TypeVar("Part")
+
+
+def _tensors(part: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a primitive, or of a part of one."""
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from _tensors(item)
+    elif hasattr(part, "__dataclass_fields__"):
+        for item in fields(part):
+            yield from _tensors(getattr(part, item.name))
+
+
+def _shapes(part: Part) -> Part:
+    """A primitive with its tensors' shapes alone."""
+    copy: Any = part
+    if isinstance(part, torch.Tensor):
+        copy = part.to("meta")
+    elif hasattr(part, "__dataclass_fields__"):
+        whole: Any = part
+        copy = replace(whole, **{item.name: _shapes(getattr(part, item.name)) for item in fields(whole)})
+    return cast("Part", copy)

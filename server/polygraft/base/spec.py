@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from polygraft.base.residual_sites import ResidualSite, WatchSums
 from polygraft.errors import UnsupportedArchitecture
 from polygraft.layers.attention import AttentionSite, probed_sites
 
@@ -36,6 +37,7 @@ class BaseSpec:
         same_input: names of `linears` in groups that read the same tensor, such as q, k and v.
         others: every other module's name and class name, for telling why it can't be targeted.
         attention: by module name, in the model's order.
+        residual: sites of bottleneck adapters by name; none where layers aren't made for them.
         parameters: of the whole model, tied ones counted once.
     """
 
@@ -45,6 +47,7 @@ class BaseSpec:
     same_input: tuple[tuple[str, ...], ...]
     others: Mapping[str, str]
     attention: Mapping[str, AttentionSite]
+    residual: Mapping[str, ResidualSite]
     hidden_size: int
     vocabulary_size: int
     parameters: int
@@ -84,9 +87,10 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
     named = dict(model.named_modules())
     hooks = [m.register_forward_pre_hook(note_input) for m in named.values() if linear_shape(m)]
     device = next(model.parameters()).device
+    sums = WatchSums(model)
     probe = torch.arange(_PROBE_ROWS, device=device)[None]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), sums:
             model(
                 input_ids=probe % config.vocab_size,
                 position_ids=probe,
@@ -127,6 +131,7 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
         same_input=tuple(same_input.values()),
         others=others,
         attention=attention,
+        residual=sums.sites(),
         hidden_size=model.get_input_embeddings().weight.shape[1],
         vocabulary_size=config.vocab_size,
         parameters=parameters,

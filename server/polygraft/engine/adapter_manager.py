@@ -173,8 +173,8 @@ class AdapterManager:
             yield None
             compiled = yield from resolve_magnitudes(compiled, self._bank)
             self._check_room(name, compiled)
-            slot = self._bank.install(compiled.low_rank, compiled.scales) if compiled.modules else 0
-            adapter = self.registry.new_adapter(name, compiled.without_low_rank_weights(), slot)
+            slot = self._bank.install(compiled.low_rank, compiled.scales) if compiled.in_bank else 0
+            adapter = self.registry.new_adapter(name, compiled.without_layer_weights(), slot)
             if prompts is not None:
                 self._prompts.add(adapter, prompts)
             warnings = yield from self._canary(adapter)
