@@ -109,8 +109,8 @@ class NormAfter:
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
-    """An invertible adapter (arXiv 2005.00052): NICE's additive coupling behind the embeddings, inverted before
-    the head. Each half gets a function `F(x) = up act(down x + down_bias) + up_bias` of the other added.
+    """An invertible adapter (arXiv 2005.00052): NICE's additive coupling behind the embeddings, inverted
+    before the head. Each half is changed by `F(x) = up act(down x + down_bias) + up_bias` of the other.
 
     Forwards `a += F(b); b += G(a)` for the halves a, b of the hidden state; backwards `b -= G(a); a -= F(b)`.
 
@@ -241,6 +241,11 @@ class CompiledAdapter:
         return max((primitive.rank for primitive in self.low_rank.values()), default=0)
 
     @property
+    def width(self) -> int:
+        """The largest width of a bottleneck, 0 without one."""
+        return max((primitive.width for primitive in self.bottlenecks.values()), default=0)
+
+    @property
     def virtual_tokens(self) -> int:
         """Keys that it adds to the context."""
         return self.prefix.virtual_tokens if self.prefix else 0
@@ -255,10 +260,10 @@ class CompiledAdapter:
         """The same with shapes alone in what the layers hold the weights of."""
         return replace(
             self,
-            low_rank={name: _shapes(primitive) for name, primitive in self.low_rank.items()},
-            scales={name: _shapes(primitive) for name, primitive in self.scales.items()},
-            bottlenecks={name: _shapes(primitive) for name, primitive in self.bottlenecks.items()},
-            coupling=_shapes(self.coupling),
+            low_rank={name: shapes_of(primitive) for name, primitive in self.low_rank.items()},
+            scales={name: shapes_of(primitive) for name, primitive in self.scales.items()},
+            bottlenecks={name: shapes_of(primitive) for name, primitive in self.bottlenecks.items()},
+            coupling=shapes_of(self.coupling),
         )
 
     @property
@@ -282,12 +287,12 @@ def _tensors(part: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(getattr(part, item.name))
 
 
-def _shapes(part: Part) -> Part:
+def shapes_of(part: Part) -> Part:
     """A primitive with its tensors' shapes alone."""
     copy: Any = part
     if isinstance(part, torch.Tensor):
         copy = part.to("meta")
     elif hasattr(part, "__dataclass_fields__"):
         whole: Any = part
-        copy = replace(whole, **{item.name: _shapes(getattr(part, item.name)) for item in fields(whole)})
+        copy = replace(whole, **{item.name: shapes_of(getattr(part, item.name)) for item in fields(whole)})
     return cast("Part", copy)

@@ -6,10 +6,13 @@ gives the same results to the bit on random rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 
 from polygraft.layers.attention import PagedAttention, attached
+from polygraft.layers.bottlenecks import BottleneckSite
 from polygraft.layers.decoder_layer import FusedDecoderLayer
 from polygraft.layers.fused import FusedMlp, FusedRmsNorm
 from polygraft.layers.linear import LinearGroup, PackedLinear
@@ -19,25 +22,35 @@ from polygraft.layers.step import NO_SEGMENTS, AttentionPlan, StepContext
 _TRIAL_ROWS = 5
 
 
-def fuse_decoder_layers(model: nn.Module, step: StepContext, kernels: Kernels | None) -> int:
+def fuse_decoder_layers(
+    model: nn.Module,
+    sites: Mapping[str, Sequence[BottleneckSite]],
+    step: StepContext,
+    kernels: Kernels | None,
+) -> int:
     """Take over the layers that one call can stand in for; their modules stay where they are.
 
     The paged cache must be attached and empty: its first blocks are written.
+
+    Args:
+        sites: of bottleneck adapters, by the name of the layer.
 
     Returns:
         How many there were.
     """
     fused = 0
     if kernels is not None:
-        for layer in model.modules():
-            candidate = _candidate(layer, step, kernels)
+        for name, layer in model.named_modules():
+            candidate = _candidate(layer, sites.get(name, ()), step, kernels)
             if candidate is not None and _agree(layer, candidate, step):
                 layer.forward = candidate
                 fused += 1
     return fused
 
 
-def _candidate(layer: nn.Module, step: StepContext, kernels: Kernels) -> FusedDecoderLayer | None:
+def _candidate(
+    layer: nn.Module, sites: Sequence[BottleneckSite], step: StepContext, kernels: Kernels
+) -> FusedDecoderLayer | None:
     mlp, self_attn = getattr(layer, "mlp", None), getattr(layer, "self_attn", None)
     if not isinstance(mlp, FusedMlp) or not isinstance(self_attn, nn.Module):
         return None
@@ -54,7 +67,7 @@ def _candidate(layer: nn.Module, step: StepContext, kernels: Kernels) -> FusedDe
         return None
     if not _fit(attention, norms, found):
         return None
-    return FusedDecoderLayer(layer.forward, attention, norms, found, mlp.activation, step, kernels)
+    return FusedDecoderLayer(layer.forward, attention, norms, found, sites, mlp.activation, step, kernels)
 
 
 def _norms(layer: nn.Module, self_attn: nn.Module) -> list[FusedRmsNorm | None] | None:

@@ -1,8 +1,8 @@
 """Finds where a base's layers add to the residual stream: the places that bottleneck adapters work at.
 
 A layer has them if it adds one part's output to its input, and another's to the sum, which is what it
-returns: Llama, Gemma and GPT-2 are all made so. Layers whose two parts read the same input, or that scale what
-they add, have none. The sums are watched while a few rows run, on whatever device, so nothing depends on names.
+returns: Llama, Gemma and GPT-2 are all made so. Layers whose two parts read the same input, or that scale
+what they add, have none. The sums are watched while a few rows run, on whatever device: no name decides.
 """
 
 from __future__ import annotations

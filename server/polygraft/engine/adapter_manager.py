@@ -22,7 +22,7 @@ from polygraft.engine.background import BackgroundWork, Job
 from polygraft.engine.canaries import Canaries
 from polygraft.engine.scheduler import Scheduler
 from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, InvalidRequest, PolygraftError
-from polygraft.layers.low_rank_bank import LowRankBank
+from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.magnitudes import resolve_magnitudes
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class AdapterManager:
         base: BaseSpec,
         store: AdapterStore,
         registry: AdapterRegistry,
-        bank: LowRankBank,
+        bank: AdapterBank,
         scheduler: Scheduler,
         background: BackgroundWork,
         canaries: Canaries,
@@ -171,9 +171,9 @@ class AdapterManager:
             yield None
             prompts = self._prompts.read(folder)
             yield None
-            compiled = yield from resolve_magnitudes(compiled, self._bank)
+            compiled = yield from resolve_magnitudes(compiled, self._bank.modules)
             self._check_room(name, compiled)
-            slot = self._bank.install(compiled.low_rank, compiled.scales) if compiled.in_bank else 0
+            slot = self._bank.install(compiled) if compiled.in_bank else 0
             adapter = self.registry.new_adapter(name, compiled.without_layer_weights(), slot)
             if prompts is not None:
                 self._prompts.add(adapter, prompts)

@@ -42,7 +42,7 @@ from polygraft.engine.sequence import CanarySequence, Generation, SoftPromptSequ
 from polygraft.engine.shared_prefix import SharedPrefixes
 from polygraft.engine.step_result import StepResult, step_stats
 from polygraft.errors import InvalidRequest
-from polygraft.layers.low_rank_bank import LowRankBank
+from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.merging import WeightSwitch
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import StepContext
@@ -66,8 +66,7 @@ class Engine:
         self.base = base
         self.config = config
         step = StepContext()
-        modules = {name: shape.is_head for name, shape in base.spec.linears.items()}
-        bank = LowRankBank(base.model, modules, step, native)
+        bank = AdapterBank(base.model, base.spec, step, native)
         self.kv_cache = KVCache(
             base.model,
             base.spec.attention,
@@ -78,7 +77,7 @@ class Engine:
             device=base.device,
             kernels=load_kernels() if native else None,
         )
-        fuse_decoder_layers(base.model, step, load_kernels() if native else None)
+        fuse_decoder_layers(base.model, bank.bottlenecks.by_layer, step, load_kernels() if native else None)
         pool = BlockPool(self.kv_cache.num_blocks, config.block_size)
         self.scheduler = Scheduler(
             pool,
@@ -115,7 +114,7 @@ class Engine:
         )
         requantized = base.quantization != "none" and config.requantize_merged
         self.copies = MergedCopies(
-            bank,
+            bank.modules,
             switch,
             self.background,
             budget=self._merged_budget(),

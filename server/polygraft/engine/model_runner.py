@@ -10,7 +10,7 @@ import torch
 
 from polygraft.base.loader import Base
 from polygraft.engine.scheduler import Batch, Scheduled
-from polygraft.layers.low_rank_bank import LowRankBank
+from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.merging import WeightSwitch
 from polygraft.layers.step import AttentionPlan, StepContext
 
@@ -23,7 +23,7 @@ class ModelRunner:
     """
 
     def __init__(
-        self, base: Base, bank: LowRankBank, switch: WeightSwitch, step: StepContext, block_size: int
+        self, base: Base, bank: AdapterBank, switch: WeightSwitch, step: StepContext, block_size: int
     ) -> None:
         self._base = base
         self._bank = bank

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from polygraft.layers.attention import PagedAttention
+from polygraft.layers.bottlenecks import BottleneckSite
 from polygraft.layers.fused import FusedRmsNorm
 from polygraft.layers.linear import LinearGroup
 from polygraft.layers.native.kernels import DTYPES, Kernels
@@ -25,6 +26,7 @@ class FusedDecoderLayer:
         original: the layer's own forward, for rows of another type.
         norms: before and after the attention, before and after the feed-forward, over queries, over keys.
         groups: q k v; o; gate up; down.
+        sites: of bottleneck adapters, where the attention and the feed-forward are added; or none.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class FusedDecoderLayer:
         attention: PagedAttention,
         norms: Sequence[FusedRmsNorm | None],
         groups: Sequence[LinearGroup],
+        sites: Sequence[BottleneckSite],
         activation: int,
         step: StepContext,
         kernels: Kernels,
@@ -42,7 +45,9 @@ class FusedDecoderLayer:
         self.hidden_size = groups[0].in_features
         self._head_dim = attention.site.head_dim
         self._norms = norms  # the structure points into them
-        self._groups = groups
+        # Of all that adapters can have weights for, in the order of decoder_layer.h's `Adapted`.
+        self._bits = [*(group.bits for group in groups), *(1 << site.index for site in sites)]
+        self._groups, self._sites = groups, sites
         self._dtype = groups[0].dtype
         self._step = step
         self._kernels = kernels
@@ -52,6 +57,7 @@ class FusedDecoderLayer:
             *(NormStruct(None, 0.0) if n is None else NormStruct(n.scale.data_ptr(), n.eps) for n in norms),
             self.hidden_size,
             activation,
+            *(site.address for site in sites),
         )
         self._address = ctypes.addressof(self._struct)
         self._width = kernels.decoder_layer_buffer(self._address)
@@ -74,8 +80,8 @@ class FusedDecoderLayer:
             step.describe_rows(position_embeddings)
         touched, adapted = step.segments.touched, 0
         if touched:
-            for bit, group in enumerate(self._groups):
-                if touched & group.bits:
+            for bit, bits in enumerate(self._bits):
+                if touched & bits:
                     adapted |= 1 << bit
         step.rows.buffer = step.buffer(x.shape[1] * self._width, self._dtype).data_ptr()
         x = x.contiguous()

@@ -61,12 +61,16 @@ class Segments:
         host: whole runs of the same, for the operators written in torch.
         touched: bit m is set if any of these adapters has a primitive in module m.
         max_rank: the largest rank among these adapters.
+        max_width: the largest width of a bottleneck among them.
+        site_floats: what a row needs of scratch at their sites.
     """
 
     table: torch.Tensor
     host: list[tuple[int, int, int]]
     touched: int
     max_rank: int
+    max_width: int = 0
+    site_floats: int = 0
 
 
 NO_SEGMENTS = Segments(torch.zeros(0, 3, dtype=torch.int32), [], 0, 0)
@@ -80,7 +84,8 @@ class StepContext:
         attention: None outside a step.
         segments: over all rows.
         head_segments: over the rows whose logits are computed; the output head sees no others.
-        scratch: float32, at least rows * MAX_MODULES * largest rank, for products between A and B.
+        scratch: float32, at least rows * MAX_MODULES * largest rank, for products between A and B, and
+            what the sites of bottlenecks need.
     """
 
     attention: AttentionPlan | None = None
@@ -101,7 +106,7 @@ class StepContext:
     def begin(self, attention: AttentionPlan, segments: Segments, head_segments: Segments, rows: int) -> None:
         """Describe the step that is about to run."""
         self.attention, self.segments, self.head_segments = attention, segments, head_segments
-        needed = rows * MAX_MODULES * segments.max_rank
+        needed = rows * max(MAX_MODULES * segments.max_rank, segments.site_floats)
         if self.scratch.numel() < needed:
             self.scratch = torch.empty(needed)
 
@@ -115,6 +120,7 @@ class StepContext:
         rows.plan = ctypes.addressof(self.attention.native())
         rows.segments, rows.num_segments = segments.table.data_ptr(), len(segments.host)
         rows.scratch, rows.max_rank = self.scratch.data_ptr(), segments.max_rank
+        rows.max_width = segments.max_width
 
     def buffer(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory that layers share for what their operators hand each other, at least so many elements."""

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention.h"
+#include "bottleneck.h"
 #include "elementwise.h"
 #include "linear.h"
 
@@ -23,6 +24,7 @@ struct DecoderLayer {  // layers/decoder_layer.py fills it
   Norm q, k;  // over a head
   int64_t hidden;
   int64_t activation;
+  const Site *attention_site, *mlp_site;  // of bottleneck adapters, or null
 };
 
 struct Rows {  // the step's rows as a layer sees them; layers/decoder_layer.py fills it
@@ -30,13 +32,14 @@ struct Rows {  // the step's rows as a layer sees them; layers/decoder_layer.py 
   const Plan* plan;
   const Segment* segments;
   int64_t num_segments;
-  float* scratch;  // [rows, kMaxModules * max_rank]
+  float* scratch;  // [rows, kMaxModules * max_rank], and what bottleneck_share needs
   int64_t max_rank;
+  int64_t max_width;  // the largest of a bottleneck
   void* buffer;  // of the base's type, as many elements for each row as `buffer_width` says
 };
 
-// Which products have side paths in this step, a bit each.
-enum Adapted { kQkv = 1, kO = 2, kGateUp = 4, kDown = 8 };
+// Which products have side paths in this step, and which sites bottlenecks, a bit each.
+enum Adapted { kQkv = 1, kO = 2, kGateUp = 4, kDown = 8, kAttentionSite = 16, kMlpSite = 32 };
 
 inline int64_t outputs_of(const Group& group) {
   int64_t width = 0;
@@ -69,6 +72,16 @@ void decoder_layer(const DecoderLayer& layer, const Rows& step, int64_t adapted,
     linear_share(group, from, rows, to.begin(), step.segments, adapted & bit ? step.num_segments : 0,
                  step.scratch, step.max_rank);
   };
+  // Adds h to r for the thread's own rows, then lets bottlenecks change their adapters' rows.
+  auto add_to_stream = [&](const Site* site, Adapted bit, const T* r, T* h, int64_t from, int64_t count) {
+    if (adapted & bit) {
+#pragma omp barrier
+      bottleneck_share(*site, step.segments, step.num_segments, r, h, h, rows, hidden, step.scratch,
+                       step.max_width, 1);
+#pragma omp barrier
+    }
+    add(r + from * hidden, h + from * hidden, count * hidden, out + from * hidden);
+  };
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -95,7 +108,7 @@ void decoder_layer(const DecoderLayer& layer, const Rows& step, int64_t adapted,
     project(*layer.o, kO, attended, {state});
 #pragma omp barrier
     normalise(layer.after_attention, state, state);
-    add(x + from * hidden, state + from * hidden, count * hidden, out + from * hidden);
+    add_to_stream(layer.attention_site, kAttentionSite, x, state, from, count);
     normalise(layer.before_mlp, out, state);
 #pragma omp barrier
     project(*layer.gate_up, kGateUp, state, {gated, up});
@@ -105,7 +118,7 @@ void decoder_layer(const DecoderLayer& layer, const Rows& step, int64_t adapted,
     project(*layer.down, kDown, gated, {state});
 #pragma omp barrier
     normalise(layer.after_mlp, state, state);
-    add(out + from * hidden, state + from * hidden, count * hidden, out + from * hidden);
+    add_to_stream(layer.mlp_site, kMlpSite, out, state, from, count);
   }
 }
 

@@ -49,6 +49,18 @@ void polygraft_merge(int dtype, const void* group, int64_t member, int64_t slot,
   });
 }
 
+// r, h and out [rows, hidden] as `bottleneck_share` has them; scratch float32 [rows, 2 * hidden + max_width].
+void polygraft_bottleneck(int dtype, const void* site, const void* segments, int64_t num_segments, const void* r,
+                          const void* h, void* out, int64_t rows, int64_t hidden, float* scratch,
+                          int64_t max_width, int64_t minus, int threads) {
+  by_type(dtype, [&](auto type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    bottleneck(*static_cast<const Site*>(site), static_cast<const Segment*>(segments), num_segments,
+               static_cast<const T*>(r), static_cast<const T*>(h), static_cast<T*>(out), rows, hidden, scratch,
+               max_width, minus, threads);
+  });
+}
+
 // q, k, v: the rows' projections, last dimension contiguous, strides in elements; their keys and values
 // are written to the cache first. out [rows, heads, value_dim], contiguous.
 void polygraft_paged_attention(int dtype, const void* layer, const void* plan, const void* q, int64_t q_row,

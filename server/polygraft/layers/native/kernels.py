@@ -32,6 +32,12 @@ class Kernels:
         self.merge = library.polygraft_merge
         self.merge.argtypes = (integer, address, size, size, size, size, address, integer)
         self.merge.restype = None
+        self.bottleneck = library.polygraft_bottleneck
+        self.bottleneck.argtypes = (
+            integer, address, address, size, address, address, address, size, size, address, size, size,
+            integer,
+        )  # fmt: skip
+        self.bottleneck.restype = None
         self.paged_attention = library.polygraft_paged_attention
         self.paged_attention.argtypes = (
             integer, address, address, address, size, size, address, size, size, address, size, size,

@@ -79,6 +79,12 @@ class NormStruct(ctypes.Structure):
     _fields_ = (("scale", ctypes.c_void_p), ("eps", ctypes.c_float))
 
 
+class SiteStruct(ctypes.Structure):
+    """bottleneck.h's `Site`."""
+
+    _fields_ = (("table", ctypes.c_void_p), ("slots", ctypes.c_int64))
+
+
 class DecoderLayerStruct(ctypes.Structure):
     """decoder_layer.h's `DecoderLayer`."""
 
@@ -96,6 +102,8 @@ class DecoderLayerStruct(ctypes.Structure):
         ("k", NormStruct),
         ("hidden", ctypes.c_int64),
         ("activation", ctypes.c_int64),
+        ("attention_site", ctypes.c_void_p),
+        ("mlp_site", ctypes.c_void_p),
     )
 
 
@@ -110,5 +118,6 @@ class RowsStruct(ctypes.Structure):
         ("num_segments", ctypes.c_int64),
         ("scratch", ctypes.c_void_p),
         ("max_rank", ctypes.c_int64),
+        ("max_width", ctypes.c_int64),
         ("buffer", ctypes.c_void_p),
     )

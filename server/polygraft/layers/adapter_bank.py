@@ -1,0 +1,84 @@
+"""The weights of all resident adapters that layers run, whatever primitives they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
+
+from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.layers.bottlenecks import BottleneckSites
+from polygraft.layers.couplings import Couplings
+from polygraft.layers.low_rank_bank import LowRankBank, choose_operators
+from polygraft.layers.step import Segments, StepContext
+
+if TYPE_CHECKING:
+    from polygraft.base.spec import BaseSpec
+
+
+class AdapterBank:
+    """A slot for each resident adapter, over all modules and sites of one base.
+
+    Args:
+        native: False runs the operators in torch, for tests and for comparing.
+    """
+
+    def __init__(self, model: PreTrainedModel, base: BaseSpec, step: StepContext, native: bool) -> None:
+        modules = {name: shape.is_head for name, shape in base.linears.items()}
+        kernels, _ = choose_operators(model.device, native)
+        self.modules = LowRankBank(model, modules, step, native)
+        self.bottlenecks = BottleneckSites(
+            model, base.residual, step, kernels, model.device, first_bit=len(modules)
+        )
+        self._couplings = self._make_couplings(model, base, step, bit=len(modules) + len(base.residual))
+        # By slot: bits of the sites, and the largest width of a bottleneck.
+        self._beside: dict[int, tuple[int, int]] = {}
+        self._hidden = base.hidden_size
+
+    @staticmethod
+    def _make_couplings(
+        model: PreTrainedModel, base: BaseSpec, step: StepContext, bit: int
+    ) -> Couplings | None:
+        head = model.get_output_embeddings()
+        layer = next((site.layer for site in base.residual.values()), None)
+        if layer is None or head is None:
+            return None
+        return Couplings(model.get_submodule(layer), head, step, bit)
+
+    def install(self, compiled: CompiledAdapter) -> int:
+        """Take an adapter in, magnitudes resolved; returns its slot. Slots count from 1, since 0 stands for
+        the base."""
+        slot = self.modules.install(compiled.low_rank, compiled.scales)
+        bits = self.bottlenecks.install(slot, compiled.bottlenecks)
+        if compiled.coupling is not None:
+            assert self._couplings is not None, "compiled for another base"
+            bits |= self._couplings.install(slot, compiled.coupling)
+        self._beside[slot] = bits, compiled.width
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Let an adapter go; no step that uses it may be running."""
+        del self._beside[slot]
+        self.bottlenecks.remove(slot)
+        if self._couplings is not None:
+            self._couplings.remove(slot)
+        self.modules.remove(slot)
+
+    def segments(self, runs: list[tuple[int, int, int]]) -> Segments:
+        """Describe a step's rows by (first row, last row + 1, slot)."""
+        segments = self.modules.segments(runs)
+        bits = width = 0
+        for _, _, slot in runs:
+            own, widest = self._beside[slot]
+            bits |= own
+            width = max(width, widest)
+        if not bits:
+            return segments
+        floats = 2 * self._hidden + width if width else 0
+        return replace(segments, touched=segments.touched | bits, max_width=width, site_floats=floats)
+
+    @property
+    def resident(self) -> int:
+        """Adapters that hold a slot."""
+        return len(self._beside)
