@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from polygraft.layers.activations import ACTIVATIONS
 from polygraft.layers.bottlenecks import BottleneckSite
 from polygraft.layers.couplings import couple
 from polygraft.layers.decoder_layer import FusedDecoderLayer
+from polygraft.layers.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import DTYPES, load_kernels
-from polygraft.layers.step import Segments
+from polygraft.layers.step import Segments, StepContext
 from tests.engines import make_engine
 from tests.tiny import CONFIGS
 
@@ -70,6 +72,14 @@ def formula(b: Bottleneck, r: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return b.residual * r + nn.functional.layer_norm(out + inside, (r.shape[-1],), weight, bias) + outside
 
 
+def described(runs: list[tuple[int, int, int]], width: int) -> Segments:
+    """A step's rows, by the bank of a model without modules."""
+    bank = LowRankBank(nn.Module(), {}, StepContext(), native=False)
+    for _ in range(3):
+        bank.install({})
+    return replace(bank.segments(runs), max_width=width, site_floats=2 * HIDDEN + width)
+
+
 VARIANTS: dict[str, Callable[[int, int], Bottleneck]] = {
     **{
         f"{act}": lambda hidden, seed, act=act: make(hidden, 7, seed, activation=act)  # type: ignore[misc]
@@ -110,7 +120,7 @@ def test_every_option_by_its_formula(
         )
         site.install(slot, rounded_one)
     r, h = (random(ROWS, HIDDEN, seed=seed, scale=1.0).to(dtype) for seed in (7, 8))
-    segments = Segments(torch.tensor(RUNS, dtype=torch.int32), RUNS, 1, 0, 20, 2 * HIDDEN + 20)
+    segments = described(RUNS, width=20)
     if kernels is None:
         out = site.run_torch(r, h, segments, minus=minus)
     else:
@@ -141,7 +151,7 @@ def test_a_removed_adapter_leaves_rows_alone() -> None:
     site.remove(1)
     site.remove(1)
     h = random(4, HIDDEN, seed=1)
-    segments = Segments(torch.tensor([[0, 4, 1]], dtype=torch.int32), [(0, 4, 1)], 1, 0, 4, 2 * HIDDEN + 4)
+    segments = described([(0, 4, 1)], width=4)
     assert torch.equal(site.run_torch(h, h, segments), h)
     out = h.clone()
     kernels.bottleneck(

@@ -12,7 +12,7 @@ from torch import nn
 
 from polygraft.adapters.primitives import LowRank
 from polygraft.layers.low_rank import AdaptedLinear, LowRankSlots, together
-from polygraft.layers.low_rank_bank import LowRankBank
+from polygraft.layers.low_rank_bank import LowRankBank, Run
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import AttentionPlan, StepContext
 
@@ -56,12 +56,12 @@ class Layers:
             bank.remove(slot)
 
     def run(
-        self, x: torch.Tensor, runs: list[tuple[int, int, int]], module: str = "first"
+        self, x: torch.Tensor, *depths: Sequence[Run], module: str = "first"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs of the C++ operator and of the one in torch."""
         outs = []
         for bank, model, step in zip(self.banks, self.models, self.steps, strict=True):
-            step.begin(PLAN, bank.segments(runs), bank.segments(runs), len(x))
+            step.begin(PLAN, bank.segments(*depths), bank.segments(*depths), len(x))
             with torch.inference_mode():
                 outs.append(getattr(model, module)(x[None])[0])
             step.end()
@@ -163,6 +163,44 @@ def test_bias_alone() -> None:
         assert torch.equal(out[2], layers.bare.first(x)[2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_several_adapters_get_the_weighted_sum(dtype: torch.dtype) -> None:
+    layers = Layers(40, 70, dtype)
+    held = [weights(r, 40, 70, torch.float32, bias=r == 5, seed=r) for r in (5, 3, 18)]
+    a, b, c = (layers.install(first=w) for w in held)
+    x = torch.randn(12, 40).to(dtype)
+    # Rows 0-1 are of a, 2-5 of a and b, 6-8 of a, b and c, 9 of the base, 10-11 of half of c and none of b.
+    depths = [[(0, 9, a), (10, 12, c, 0.5)], [(2, 9, b, -1.5), (10, 12, b, 0.0)], [(6, 9, c, 2.0)]]
+    expected = layers.bare.first(x).double()
+    of = dict(zip((a, b, c), held, strict=True))
+    for first, last, slot, *weight in (run for runs in depths for run in runs):
+        w = of[slot]
+        delta = x[first:last].double() @ w.a.double().T @ w.b.double().T
+        delta = delta if w.bias is None else delta + w.bias.double()
+        expected[first:last] += (weight[0] if weight else 1.0) * delta
+    tolerance = 1e-5 if dtype == torch.float32 else 0.06
+    for out in layers.run(x, *depths):
+        assert torch.allclose(out.double(), expected, atol=tolerance, rtol=tolerance)
+    # Each row alone, and with a neighbour that has no adapter in common.
+    for row, stack in [(0, [(a,)]), (3, [(a,), (b, -1.5)]), (7, [(a,), (b, -1.5), (c, 2.0)])]:
+        alone = layers.run(x[row : row + 2], *([(0, 1, *member)] for member in stack))[0]
+        assert torch.allclose(alone[0].float(), layers.run(x, *depths)[0][row].float(), atol=1e-5, rtol=2**-7)
+
+
+def test_products_of_one_row_lie_behind_each_other() -> None:
+    layers = Layers(16, 16)
+    a, b, c = (layers.install(first=weights(r, 16, 16, torch.float32, bias=False)) for r in (2, 3, 7))
+    segments = layers.banks[0].segments([(0, 4, a), (4, 9, c)], [(0, 2, b, 0.5), (5, 9, a)], [(6, 9, b)])
+    assert [segment.offset for segment in segments.host] == [0, 0, 2, 7, 9]
+    assert segments.max_rank == 12
+    assert segments.table.shape == (5, 5)
+    assert segments.table[:, :3].tolist() == [list(segment[:3]) for segment in segments.host]
+    assert segments.table[:, 3].view(torch.float32).tolist() == [1.0, 1.0, 0.5, 1.0, 1.0]
+    assert [len(depth.host) for depth in segments.depths] == [len(depth.table) for depth in segments.depths]
+    nothing = layers.banks[0].segments()
+    assert (nothing.host, nothing.touched, nothing.max_rank, len(nothing.table)) == ([], 0, 0, 0)
+
+
 def test_a_module_without_weights_of_an_adapter_runs_the_base_alone() -> None:
     layers = Layers(32, 48)
     both = layers.install(
@@ -172,7 +210,7 @@ def test_a_module_without_weights_of_an_adapter_runs_the_base_alone() -> None:
     first = layers.install(first=weights(5, 32, 48, torch.float32, bias=False))
     x = torch.randn(6, 32)
     bare = layers.bare.head(x)
-    for out in layers.run(x, [(0, 3, both), (3, 6, first)], "head"):
+    for out in layers.run(x, [(0, 3, both), (3, 6, first)], module="head"):
         assert torch.equal(out[3:], bare[3:])
         assert (out[:3] - bare[:3]).abs().max() > 0.01
     # And where none has any, the operator isn't even called.
@@ -208,7 +246,7 @@ def test_a_slot_is_used_again_and_nothing_of_its_last_adapter_stays() -> None:
     x = torch.randn(4, 16)
     for out in layers.run(x, [(0, 2, old), (2, 4, other)]):
         assert torch.allclose(out[:2], layers.bare.first(x[:2]) + x[:2] @ fresh.a.T @ fresh.b.T, atol=1e-5)
-    for out in layers.run(x, [(0, 4, old)], "head"):
+    for out in layers.run(x, [(0, 4, old)], module="head"):
         assert torch.equal(out, layers.bare.head(x))
 
 

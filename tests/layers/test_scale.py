@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 
 from polygraft.adapters.primitives import CompiledAdapter, LowRank, Scale
 from polygraft.layers.linear import LinearGroup, PackedLinear
-from polygraft.layers.low_rank_bank import LowRankBank
+from polygraft.layers.low_rank_bank import LowRankBank, Run
 from polygraft.layers.magnitudes import resolve_magnitudes
 from polygraft.layers.merging import WeightSwitch, merge
 from polygraft.layers.native.kernels import load_kernels
@@ -48,8 +50,8 @@ class Served:
         self.step = StepContext()
         self.bank = LowRankBank(self.model, {"layer": False}, self.step, native=make != "torch")
 
-    def run(self, x: torch.Tensor, runs: list[tuple[int, int, int]]) -> torch.Tensor:
-        self.step.begin(NOWHERE, self.bank.segments(runs), NO_SEGMENTS, len(x))
+    def run(self, x: torch.Tensor, *depths: Sequence[Run]) -> torch.Tensor:
+        self.step.begin(NOWHERE, self.bank.segments(*depths), NO_SEGMENTS, len(x))
         with torch.inference_mode():
             out: torch.Tensor = self.model.layer(x)
         self.step.end()
@@ -118,6 +120,38 @@ def test_rows_of_a_segment_are_scaled_and_others_are_not(make: str, scale: Scale
     assert torch.allclose(merged, served.expected(x[mine], weights, scale), rtol=1e-4, atol=1e-3)
     served.bank.remove(slot)
     assert torch.equal(served.run(x, []), plain)
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_several_adapters_of_a_row_act_in_their_order(make: str) -> None:
+    served = Served(make)
+    low_rank = LowRank(random(5, IN, seed=5), random(OUT, 5, seed=6))
+    one, two = random(OUT, seed=3), random(OUT, seed=12)
+    into = random(IN, seed=4)
+    side = served.bank.install({"layer": low_rank})
+    first = served.bank.install({}, {"layer": Scale(output=one, after_bias=True)})
+    second = served.bank.install({}, {"layer": Scale(output=two, input=into, after_bias=True)})
+    before = served.bank.install({}, {"layer": Scale(output=one)})
+    x = random(8, IN, seed=9)
+    out = served.run(
+        x,
+        [(0, 2, side), (2, 6, first), (6, 8, before)],
+        [(0, 2, first), (2, 4, second), (4, 6, side, 0.5), (6, 8, side, 2.0)],
+    )
+    plain = x.double() @ served.weight.double().T
+    scaled = (x * into).double() @ served.weight.double().T
+    delta = x.double() @ low_rank.a.double().T @ low_rank.b.double().T
+    bias = served.bias.double()
+    expected = torch.cat(
+        [
+            ((plain + bias + delta) * one)[:2],  # what was added before is scaled as well
+            ((scaled + bias) * one * two)[2:4],  # the bias by both factors
+            ((plain + bias) * one + 0.5 * delta)[4:6],
+            (plain * one + bias + 2 * delta)[6:],
+        ]
+    ).float()
+    tolerance = 2e-4 if make != "packed-int8" else 0.6
+    assert torch.allclose(out, expected, rtol=1e-4, atol=tolerance)
 
 
 @pytest.mark.parametrize("make", ["packed", "torch"])

@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from polygraft.adapters.primitives import LowRank
+from polygraft.adapters.primitives import LowRank, Scale
 from polygraft.layers import low_rank_bank
 from polygraft.layers.low_rank import ENTRY, WEIGHT_DTYPES, AdaptedLinear
-from polygraft.layers.low_rank_bank import LowRankBank, choose_operators
+from polygraft.layers.low_rank_bank import LowRankBank, Run, choose_operators
 from polygraft.layers.native.kernels import load_kernels
-from polygraft.layers.step import AttentionPlan, StepContext
+from polygraft.layers.step import AttentionPlan, Segment, StepContext
 
 # Beside the environment's packages, not among them: with triton there, torch imports it into every server,
 # which then takes 160 MB more.
@@ -86,12 +86,14 @@ class Layer:
         assert isinstance(layer, AdaptedLinear)
         self.adapted = layer
 
-    def install(self, primitive: LowRank | None) -> int:
-        return self.bank.install({} if primitive is None else {"layer": primitive})
+    def install(self, primitive: LowRank | None, scale: Scale | None = None) -> int:
+        return self.bank.install(
+            {} if primitive is None else {"layer": primitive}, {} if scale is None else {"layer": scale}
+        )
 
-    def run(self, x: torch.Tensor, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, x: torch.Tensor, *depths: Sequence[Run]) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs [rows, out] of the kernels, and of the operator in torch in float32."""
-        segments = self.bank.segments(runs)
+        segments = self.bank.segments(*depths)
         self.step.begin(PLAN, segments, self.bank.segments([]), len(x))
         with torch.inference_mode():
             out = self.adapted(x[None])[0]
@@ -191,6 +193,31 @@ def test_an_adapter_without_weights_here_changes_nothing(interpreted: ModuleType
 
 
 @TRITON
+def test_several_adapters_of_a_row_act_in_their_order(interpreted: ModuleType) -> None:
+    layer = Layer(interpreted, 70, 140)
+    one, two = weights(5, 70, 140, torch.float32, bias=True), weights(18, 70, 140, torch.bfloat16, seed=1)
+    factors = torch.randn(140)
+    a, b = layer.install(one), layer.install(two)
+    scale = layer.install(None, Scale(output=factors, after_bias=True))
+    x = torch.randn(50, 70)
+    out, reference = layer.run(
+        x, [(0, 40, a, 0.5), (41, 50, scale)], [(20, 30, scale), (30, 40, b, -2.0)], [(20, 25, b)]
+    )
+    assert one.bias is not None
+    of_a = 0.5 * (x @ one.a.T @ one.b.T + one.bias)
+    of_b = x @ two.a.float().T @ two.b.float().T
+    bare = layer.bare(x)
+    expected = bare.clone()
+    expected[:40] += of_a[:40]
+    expected[20:30] *= factors
+    expected[20:25] += of_b[20:25]
+    expected[30:40] -= 2 * of_b[30:40]
+    expected[41:] *= factors
+    assert torch.allclose(out, expected, atol=1e-4, rtol=1e-5)
+    assert torch.allclose(out, reference, atol=1e-4, rtol=1e-5)
+
+
+@TRITON
 def test_a_slot_is_used_again_and_the_bank_grows(interpreted: ModuleType) -> None:
     layer = Layer(interpreted, 20, 12)
     old = layer.install(weights(40, 20, 12, torch.float32, bias=True))
@@ -231,7 +258,8 @@ def test_nothing_is_read_beyond_a_slots_own_rank(
     table[2, :5] = torch.tensor([wide.a.data_ptr(), wide_b.data_ptr(), 0, 40, WEIGHT_DTYPES[dtype]])
     operators = interpreted.TritonSidePath()
     x, out = torch.randn(8, 33), torch.zeros(8, 50)
-    tiles = torch.tensor(operators.tiles([(0, 4, 1), (5, 8, 2)]), dtype=torch.int32)
+    one = torch.tensor(1.0).view(torch.int32).item()
+    tiles = torch.tensor([(0, 4, 1, one, 0), (5, 8, 2, one, 0)], dtype=torch.int32)
     operators.add(x, out, table, tiles, 40)
     expected = torch.zeros(8, 50)
     expected[:4] = x[:4] @ w.a.float().T @ w.b.float().T
@@ -249,8 +277,10 @@ def test_inputs_that_arent_contiguous(interpreted: ModuleType) -> None:
 
 @TRITON
 def test_tiles_cover_each_run_once(interpreted: ModuleType) -> None:
-    tiles = interpreted.TritonSidePath().tiles([(0, 1, 3), (1, 1, 4), (2, 34, 5), (40, 57, 3)])
-    assert tiles == [(0, 1, 3), (2, 18, 5), (18, 34, 5), (40, 56, 3), (56, 57, 3)]
+    runs = [Segment(0, 1, 3), Segment(1, 1, 4), Segment(2, 34, 5, 0.5, 7), Segment(40, 57, 3)]
+    tiles = interpreted.TritonSidePath().tiles(runs)
+    assert [tile[:3] for tile in tiles] == [(0, 1, 3), (2, 18, 5), (18, 34, 5), (40, 56, 3), (56, 57, 3)]
+    assert [tile[3:] for tile in tiles] == [(1.0, 0), (0.5, 7), (0.5, 7), (1.0, 0), (1.0, 0)]
     assert interpreted.TritonSidePath().tiles([]) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.layers.bottlenecks import BottleneckSites
 from polygraft.layers.couplings import Couplings
-from polygraft.layers.low_rank_bank import LowRankBank, choose_operators
+from polygraft.layers.low_rank_bank import LowRankBank, Run, choose_operators
 from polygraft.layers.step import Segments, StepContext
 
 if TYPE_CHECKING:
@@ -65,12 +66,12 @@ class AdapterBank:
             self._couplings.remove(slot)
         self.modules.remove(slot)
 
-    def segments(self, runs: list[tuple[int, int, int]]) -> Segments:
-        """Describe a step's rows by (first row, last row + 1, slot)."""
-        segments = self.modules.segments(runs)
+    def segments(self, *depths: Sequence[Run]) -> Segments:
+        """Describe the adapters of a step's rows, as `LowRankBank.segments` does."""
+        segments = self.modules.segments(*depths)
         bits = width = 0
-        for _, _, slot in runs:
-            own, widest = self._beside[slot]
+        for segment in segments.host:
+            own, widest = self._beside[segment.slot]
             bits |= own
             width = max(width, widest)
         if not bits:

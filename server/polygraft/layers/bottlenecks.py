@@ -119,7 +119,7 @@ class BottleneckSite:
         """The operator in torch: r, h [rows, hidden] to the stream behind the site, less r `minus` times, in
         the rows of adapters that have weights here; h elsewhere."""
         out = h.clone()
-        for first, last, slot in segments.host:
+        for first, last, slot, _, _ in segments.host:
             weights = self._weights.get(slot)
             if weights is not None:
                 rows = _one_adapter(weights, r[first:last].float(), h[first:last].float(), minus)

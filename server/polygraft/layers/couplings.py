@@ -54,7 +54,7 @@ class Couplings:
     def run(self, x: torch.Tensor, segments: Segments, *, inverse: bool) -> torch.Tensor:
         """x [..., rows, hidden], changed in the rows of adapters that have a coupling."""
         x = x.clone()
-        for first, last, slot in segments.host:
+        for first, last, slot, _, _ in segments.host:
             coupling = self._couplings.get(slot)
             if coupling is not None:
                 x[..., first:last, :] = couple(coupling, x[..., first:last, :].float(), inverse=inverse).to(x)

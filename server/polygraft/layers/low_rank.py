@@ -1,9 +1,10 @@
 """Low-rank side paths: any number of adapters and ranks in one step.
 
 A step's rows lie grouped by adapter, so an adapter's rows are one segment `[first, last)` and the work is
-`out[segment] += (x[segment] @ A.T) @ B.T` for each. Weights are never copied or padded: a module's table
-holds the address and rank of each slot's weights, so the cost grows with the rows and ranks in the step
-(Punica's segments, arXiv 2310.18547; S-LoRA's unpadded ranks, arXiv 2311.03285).
+`out[segment] += weight * (x[segment] @ A.T) @ B.T` for each. Weights are never copied or padded: a module's
+table holds the address and rank of each slot's weights, so the cost grows with the rows and ranks in the step
+(Punica's segments, arXiv 2310.18547; S-LoRA's unpadded ranks, arXiv 2311.03285). Rows of several adapters are
+in several segments.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from polygraft.adapters.primitives import LowRank, Scale
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import GroupStruct, ModuleStruct
-from polygraft.layers.step import Segments, StepContext
+from polygraft.layers.step import Segment, Segments, StepContext
 
 if TYPE_CHECKING:
     from polygraft.layers.triton_side_path import TritonSidePath
@@ -186,9 +187,9 @@ class LowRankSlots:
     def scale_inputs(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
         """x [..., rows, in_features], with the rows of adapters that scale them scaled."""
         scales = [
-            (first, last, packed.in_scale)
-            for first, last, slot in segments.host
-            if (packed := self._weights.get(slot)) is not None and packed.in_scale is not None
+            (segment.first, segment.last, packed.in_scale)
+            for segment in segments.host
+            if (packed := self._weights.get(segment.slot)) is not None and packed.in_scale is not None
         ]
         if scales:
             x = x.clone()
@@ -196,9 +197,9 @@ class LowRankSlots:
                 x[..., first:last, :] = (x[..., first:last, :].float() * scale).to(x.dtype)
         return x
 
-    def scale_outputs(self, out: torch.Tensor, segments: Segments) -> None:
+    def scale_outputs(self, out: torch.Tensor, segments: Sequence[Segment]) -> None:
         """Multiply rows of out [rows, out_features] by their adapters' scales."""
-        for first, last, slot in segments.host:
+        for first, last, slot, _, _ in segments:
             packed = self._weights.get(slot)
             if packed is not None and packed.out_scale is not None:
                 scaled = out[first:last].float() * packed.out_scale[: out.shape[-1]]
@@ -207,7 +208,7 @@ class LowRankSlots:
     def add_torch(self, x: torch.Tensor, out: torch.Tensor, segments: Segments) -> None:
         """The operator in torch: scales out [rows, out_features], and adds the side paths of x [rows, in]."""
         width = out.shape[-1]
-        for first, last, slot in segments.host:
+        for first, last, slot, weight, _ in segments.host:
             packed = self._weights.get(slot)
             if packed is None:
                 continue
@@ -216,9 +217,9 @@ class LowRankSlots:
                 rows = rows * packed.out_scale[:width]
             if packed.a is not None and packed.b is not None:
                 b = packed.b.float().transpose(0, 1).flatten(1)[:, :width]
-                rows = rows + (x[first:last].float() @ packed.a.float().t()) @ b
+                rows = rows + weight * (x[first:last].float() @ packed.a.float().t()) @ b
             if packed.bias is not None:
-                rows = rows + packed.bias[:width]
+                rows = rows + weight * packed.bias[:width]
             out[first:last] = rows.to(out.dtype)
 
 
@@ -273,10 +274,11 @@ class AdaptedLinear(nn.Module):
     def _add(self, x: torch.Tensor, out: torch.Tensor, segments: Segments) -> torch.Tensor:
         if self._triton is not None and x.dtype in WEIGHT_DTYPES and out.dtype == x.dtype:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
-            self.slots.scale_outputs(out.view(-1, out.shape[-1]), segments)
-            self._triton.add(
-                rows, out.view(-1, out.shape[-1]), self.slots.table, segments.table, segments.max_rank
-            )
+            for tiles, host in segments.depths:
+                self.slots.scale_outputs(out.view(-1, out.shape[-1]), host)
+                self._triton.add(
+                    rows, out.view(-1, out.shape[-1]), self.slots.table, tiles, segments.max_rank
+                )
             return out
         dtype = DTYPES.get(x.dtype)
         if self._kernels is None or dtype is None or x.device.type != "cpu" or out.dtype != x.dtype:

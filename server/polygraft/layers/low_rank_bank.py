@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,12 +16,16 @@ from polygraft.layers.linear import PackedLinear
 from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots, together
 from polygraft.layers.merging import AnySite, PackedSite, PlainSite
 from polygraft.layers.native.kernels import Kernels, load_kernels
-from polygraft.layers.step import Segments, StepContext
+from polygraft.layers.step import SEGMENT, Depth, Segment, Segments, StepContext
 
 if TYPE_CHECKING:
     from polygraft.layers.triton_side_path import TritonSidePath
 
 log = logging.getLogger(__name__)
+
+Run = tuple[int, int, int] | tuple[int, int, int, float]
+"""First row, last row + 1, slot, and a weight other than 1."""
+_ROW = np.dtype([(name, np.float32 if name == "weight" else np.int32) for name in Segment._fields])
 
 
 def choose_operators(device: torch.device, native: bool) -> tuple[Kernels | None, TritonSidePath | None]:
@@ -111,15 +117,34 @@ class LowRankBank:
                 slots.remove(slot)
         self._free.append(slot)
 
-    def segments(self, runs: list[tuple[int, int, int]]) -> Segments:
-        """Describe a step's rows by (first row, last row + 1, slot)."""
+    def segments(self, *depths: Sequence[Run]) -> Segments:
+        """Describe the adapters of a step's rows.
+
+        Args:
+            depths: the runs of rows' first adapters, then those of their second ones, and so on. A depth's
+                runs are in the order of rows and share none; each lies in one of the depth before.
+        """
         touched = rank = 0
-        for _, _, slot in runs:
-            touched |= self._touched[slot]
-            rank = max(rank, self._ranks[slot])
-        cut = runs if self._triton is None else self._triton.tiles(runs)
-        table = torch.tensor(cut, dtype=torch.int32, device=self._tables.device).view(-1, 3)
-        return Segments(table, runs, touched, rank)
+        placed: list[list[Segment]] = []
+        for runs in depths:
+            above = placed[-1] if placed else []
+            placed.append([self._placed(Segment(*run), above) for run in runs])
+            for segment in placed[-1]:
+                touched |= self._touched[segment.slot]
+                rank = max(rank, segment.offset + self._ranks[segment.slot])
+        cut = placed if self._triton is None else [self._triton.tiles(segments) for segments in placed]
+        host = [segment for segments in placed for segment in segments]
+        rows = np.array([segment for segments in cut for segment in segments], dtype=_ROW)
+        table = torch.from_numpy(rows.view(np.int32)).view(-1, SEGMENT).to(self._tables.device)
+        parts = torch.split(table, [len(segments) for segments in cut])
+        return Segments(table, host, touched, rank, tuple(map(Depth, parts, placed)))
+
+    def _placed(self, segment: Segment, above: Sequence[Segment]) -> Segment:
+        """The segment behind the products of those of its rows that come before it."""
+        if not above:
+            return segment
+        before = above[bisect.bisect_right(above, segment.first, key=lambda other: other.first) - 1]
+        return segment._replace(offset=before.offset + self._ranks[before.slot])
 
     def site(self, name: str) -> AnySite:
         """Where one module's weights are."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -52,28 +53,64 @@ class AttentionPlan:
         return self._native
 
 
-@dataclass(slots=True)
-class Segments:
-    """Runs of neighbouring rows that use one adapter; rows of no adapter are in none.
+class Segment(NamedTuple):
+    """A run of neighbouring rows that use an adapter; native/side_path.h's `Segment`, field for field.
 
     Args:
-        table: int32 [n, 3] of (first row, last row + 1, slot); on CUDA cut into tiles of rows.
-        host: whole runs of the same, for the operators written in torch.
+        first, last: rows [first, last).
+        weight: what the adapter adds is multiplied by it.
+        offset: where in a row of the scratch its product with A goes: behind those of the adapters before it.
+    """
+
+    first: int
+    last: int
+    slot: int
+    weight: float = 1.0
+    offset: int = 0
+
+
+SEGMENT = len(Segment._fields)
+
+
+class Depth(NamedTuple):
+    """Segments that share no row.
+
+    Args:
+        table: their part of `Segments.table`.
+        host: their part of `Segments.host`.
+    """
+
+    table: torch.Tensor
+    host: list[Segment]
+
+
+@dataclass(slots=True)
+class Segments:
+    """Which adapters a step's rows use; rows of no adapter are in none.
+
+    A row of several adapters is in a segment of each, and they act in this order: each on the outputs that
+    those before it have left.
+
+    Args:
+        table: int32 [n, 5] of segments, the weight's bits as they are; on CUDA cut into tiles of rows.
+        host: whole segments, for the operators written in torch.
         touched: bit m is set if any of these adapters has a primitive in module m.
-        max_rank: the largest rank among these adapters.
+        max_rank: the largest sum of ranks that a row's adapters have.
+        depths: the same again, a row's first adapters, then its second ones, and so on.
         max_width: the largest width of a bottleneck among them.
         site_floats: what a row needs of scratch at their sites.
     """
 
     table: torch.Tensor
-    host: list[tuple[int, int, int]]
+    host: list[Segment]
     touched: int
     max_rank: int
+    depths: tuple[Depth, ...] = ()
     max_width: int = 0
     site_floats: int = 0
 
 
-NO_SEGMENTS = Segments(torch.zeros(0, 3, dtype=torch.int32), [], 0, 0)
+NO_SEGMENTS = Segments(torch.zeros(0, SEGMENT, dtype=torch.int32), [], 0, 0)
 
 
 @dataclass(slots=True)
@@ -84,8 +121,8 @@ class StepContext:
         attention: None outside a step.
         segments: over all rows.
         head_segments: over the rows whose logits are computed; the output head sees no others.
-        scratch: float32, at least rows * MAX_MODULES * largest rank, for products between A and B, and
-            what the sites of bottlenecks need.
+        scratch: float32, at least rows * MAX_MODULES * max_rank, for products between A and B, and what the
+            sites of bottlenecks need.
     """
 
     attention: AttentionPlan | None = None

@@ -4,12 +4,13 @@ IT HAS NOT RUN ON A GPU. tests/layers/test_triton_side_path.py runs the kernels 
 which checks what they compute, and compiles them for sm_80 and sm_90, which checks that they can be; nothing
 is known of their speed, and no tile has been tuned.
 
-Shrink computes `h = x A^T`, expand adds `h B^T + bias` to the outputs, for rows in segments that use one
-adapter each. A program has one tile of rows of one segment and finds its adapter's weights by the address and
-rank in the module's table, the same that the C++ operator reads (native/side_path.h's `Entry`): no weights
-are gathered, nothing is padded to the largest rank, and rows of no adapter are in no tile. Segments and the
-two products are Punica's SGMV (arXiv 2310.18547), ranks that differ within a step are S-LoRA's MBGMM (arXiv
-2311.03285), weights by their addresses in a tensor are vLLM's (vllm/lora/ops/triton_ops).
+Shrink computes `h = weight x A^T`, expand adds `h B^T + weight bias` to the outputs, for rows in segments
+that use one adapter each; segments that share rows are in separate calls, one after the other. A program has
+one tile of rows of one segment and finds its adapter's weights by the address and rank in the module's table,
+the same that the C++ operator reads (native/side_path.h's `Entry`): no weights are gathered, nothing is
+padded to the largest rank, and rows of no adapter are in no tile. Segments and the two products are Punica's
+SGMV (arXiv 2310.18547), ranks that differ within a step are S-LoRA's MBGMM (arXiv 2311.03285), weights by
+their addresses in a tensor are vLLM's (vllm/lora/ops/triton_ops).
 
 Import this module only where the kernels are to run; `low_rank_bank.choose_operators` does.
 """
@@ -27,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polygraft.layers import step
 from polygraft.layers.low_rank import ENTRY
 
 # One height for prefill and decode, so that a row's sums run in one order whatever its neighbours are.
@@ -34,6 +36,7 @@ TILE_ROWS = 16
 TILE_RANK = 16  # the least that `tl.dot` sums over, as expand does
 TILE_IN = 64  # with 128, float32's registers spill on sm_80 and sm_90 (ptxas -v, Triton 3.7.1)
 TILE_OUT = 128
+SEGMENT = tl.constexpr(step.SEGMENT)
 
 
 @triton.jit
@@ -78,8 +81,9 @@ def shrink(
     h, x, tiles, table, in_features, max_rank,
     ENTRY: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
-    """h float32 [rows, max_rank] = x [rows, in_features] A^T; a program for each (tile of rows, of ranks)."""
-    tile = tiles + tl.program_id(0) * 3
+    """h float32 [rows, max_rank] = weight x [rows, in_features] A^T; a program for each (tile of rows, of
+    ranks)."""
+    tile = tiles + tl.program_id(0) * SEGMENT
     entry = table + tl.load(tile + 2) * ENTRY
     rank = tl.load(entry + 3)
     start = tl.program_id(1) * RANK
@@ -99,7 +103,8 @@ def shrink(
         sums = _shrink_tile(x, h_mask, a, tl.bfloat16, ranks, a_mask, in_features, ROWS, RANK, IN)
     else:
         sums = _shrink_tile(x, h_mask, a, tl.float16, ranks, a_mask, in_features, ROWS, RANK, IN)
-    tl.store(h + rows * max_rank + ranks, sums, mask=h_mask & a_mask)
+    sums *= tl.load(tile + 3).to(tl.float32, bitcast=True)
+    tl.store(h + rows * max_rank + tl.load(tile + 4) + ranks, sums, mask=h_mask & a_mask)
 
 
 @triton.jit(do_not_specialize=["max_rank"])
@@ -107,8 +112,9 @@ def expand(
     out, h, tiles, table, width, max_rank,
     ENTRY: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, width] += h [rows, max_rank] B^T + bias; a program for each (tile of rows, of columns)."""
-    tile = tiles + tl.program_id(0) * 3
+    """out [rows, width] += h [rows, max_rank] B^T + weight bias; a program for each (tile of rows, of
+    columns)."""
+    tile = tiles + tl.program_id(0) * SEGMENT
     entry = table + tl.load(tile + 2) * ENTRY
     bias = tl.load(entry + 2)
     rank = tl.load(entry + 3).to(tl.int32)
@@ -121,7 +127,7 @@ def expand(
     rows = rows.to(tl.int64)[:, None]
     columns = tl.program_id(1) * OUT + tl.arange(0, OUT)[None, :]
     b_mask = columns < width
-    h += rows * max_rank
+    h += rows * max_rank + tl.load(tile + 4)
     if dtype == 0:
         sums = _expand_tile(h, h_mask, b, tl.float32, columns, b_mask, rank, width, ROWS, RANK, OUT)
     elif dtype == 1:
@@ -129,7 +135,8 @@ def expand(
     else:
         sums = _expand_tile(h, h_mask, b, tl.float16, columns, b_mask, rank, width, ROWS, RANK, OUT)
     if bias != 0:
-        sums += tl.load(bias.to(tl.pointer_type(tl.float32)) + columns, mask=b_mask, other=0.0)
+        weight = tl.load(tile + 3).to(tl.float32, bitcast=True)
+        sums += weight * tl.load(bias.to(tl.pointer_type(tl.float32)) + columns, mask=b_mask, other=0.0)
     to = out + rows * width + columns
     mask = h_mask & b_mask
     sums += tl.load(to, mask=mask, other=0.0).to(tl.float32)
@@ -139,12 +146,12 @@ def expand(
 class TritonSidePath:
     """The side paths of modules on one device."""
 
-    def tiles(self, runs: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        """(first row, last row + 1, slot) cut up so that none is higher than a tile."""
+    def tiles(self, segments: Sequence[step.Segment]) -> list[step.Segment]:
+        """Segments cut up so that none is higher than a tile."""
         return [
-            (row, min(row + TILE_ROWS, last), slot)
-            for first, last, slot in runs
-            for row in range(first, last, TILE_ROWS)
+            segment._replace(first=row, last=min(row + TILE_ROWS, segment.last))
+            for segment in segments
+            for row in range(segment.first, segment.last, TILE_ROWS)
         ]
 
     def add(
@@ -155,8 +162,8 @@ class TritonSidePath:
         Args:
             x, out: float32, bfloat16 or float16, contiguous.
             table: the module's, int64 [slots, 5]; B is [rank, out_features] there.
-            tiles: int32 [n, 3], as `tiles` cuts them.
-            max_rank: the largest rank among the tiles' adapters.
+            tiles: int32 [n, 5], as `tiles` cuts them; none shares rows with another.
+            max_rank: the largest offset and rank together among them.
         """
         (rows, in_features), width = x.shape, out.shape[1]
         h = torch.empty(rows, max_rank, dtype=torch.float32, device=x.device)

@@ -108,11 +108,11 @@ inline void down_share(const Site& site, const Segment* segments, int64_t num_se
         const int ranks = int(std::min<int64_t>(kRanks, entry.width - j));
         float* to = a + row * max_width + j;
         if (entry.dtype == 0)
-          shrink(x + row * hidden, rows, hidden, reinterpret_cast<const float*>(entry.down) + j * hidden, ranks, to,
-                 max_width);
+          shrink(x + row * hidden, rows, hidden, reinterpret_cast<const float*>(entry.down) + j * hidden, ranks, 1.0f,
+                 to, max_width);
         else
-          shrink(x + row * hidden, rows, hidden, reinterpret_cast<const bf16*>(entry.down) + j * hidden, ranks, to,
-                 max_width);
+          shrink(x + row * hidden, rows, hidden, reinterpret_cast<const bf16*>(entry.down) + j * hidden, ranks, 1.0f,
+                 to, max_width);
         for (int64_t r = 0; r < rows; r++)
           for (int k = 0; k < ranks; k++)
             to[r * max_width + k] = apply(entry.activation, to[r * max_width + k] + (bias ? bias[j + k] : 0));

@@ -26,8 +26,8 @@ extern "C" {
 // Columns in a panel of packed weights.
 int64_t polygraft_panel() { return kPanel; }
 
-// x [rows, in] and outs [modules][rows, width] in the base's type; segments [n] of (first row, last row,
-// slot); scratch float32 [rows, kMaxModules * max_rank].
+// x [rows, in] and outs [modules][rows, width] in the base's type; segments [n] of `Segment`; scratch float32
+// [rows, kMaxModules * max_rank].
 void polygraft_linear(int dtype, const void* group, const void* x, int64_t rows, void* const* outs,
                       const void* segments, int64_t num_segments, float* scratch, int64_t max_rank,
                       int threads) {

@@ -1,6 +1,7 @@
 // Low-rank side paths by segments: a segment is a run of rows that use one adapter, and adds
-// (x A^T) B^T to their outputs (Punica's segments, arXiv 2310.18547, with S-LoRA's unpadded ranks,
-// arXiv 2311.03285), after it has scaled the base's part of them. layers/low_rank.py holds the same in torch.
+// weight (x A^T) B^T to their outputs (Punica's segments, arXiv 2310.18547, with S-LoRA's unpadded ranks,
+// arXiv 2311.03285), after it has scaled what was in them. Rows of several adapters are in several segments,
+// which act in their order. layers/low_rank.py holds the same in torch.
 
 #pragma once
 
@@ -39,13 +40,15 @@ struct Module {
   Weights weights;
 };
 
-struct Segment {
+struct Segment {  // layers/step.py has the same
   int32_t first, last, slot;  // rows [first, last)
+  float weight;    // of what the adapter adds
+  int32_t offset;  // of its product with A in a row of the scratch: segments that share rows differ in it
 };
 
-// Dot products of ROWS rows of x with up to 4 rows of A.
+// Dot products of ROWS rows of x with up to 4 rows of A, times the weight.
 template <int ROWS, typename X, typename W>
-inline void shrink_tile(const X* x, int64_t in, const W* a, int ranks, float* h, int64_t h_stride) {
+inline void shrink_tile(const X* x, int64_t in, const W* a, int ranks, float weight, float* h, int64_t h_stride) {
   vec acc[ROWS][4] = {};
   int64_t i = 0;
   for (; i + kLanes <= in; i += kLanes) {
@@ -60,18 +63,19 @@ inline void shrink_tile(const X* x, int64_t in, const W* a, int ranks, float* h,
     for (int j = 0; j < ranks; j++) {
       float total = sum(acc[r][j]);
       for (int64_t k = i; k < in; k++) total += to_float(x[r * in + k]) * to_float(a[j * in + k]);
-      h[r * h_stride + j] = total;
+      h[r * h_stride + j] = weight * total;
     }
   }
 }
 
 template <typename X, typename W>
-void shrink(const X* x, int64_t rows, int64_t in, const W* a, int ranks, float* h, int64_t h_stride) {
+void shrink(const X* x, int64_t rows, int64_t in, const W* a, int ranks, float weight, float* h,
+            int64_t h_stride) {
   constexpr int kRows = kLanes == 16 ? 4 : 2;  // as many sums as the registers hold
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows)
-    shrink_tile<kRows>(x + r * in, in, a, ranks, h + r * h_stride, h_stride);
-  for (; r < rows; r++) shrink_tile<1>(x + r * in, in, a, ranks, h + r * h_stride, h_stride);
+    shrink_tile<kRows>(x + r * in, in, a, ranks, weight, h + r * h_stride, h_stride);
+  for (; r < rows; r++) shrink_tile<1>(x + r * in, in, a, ranks, weight, h + r * h_stride, h_stride);
 }
 
 // out[ROWS, kPanel] += h[ROWS, rank] b[rank, kPanel]
@@ -114,7 +118,7 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
           store(to + r * kPanel + v * kLanes, load(to + r * kPanel + v * kLanes) * load(scale + v * kLanes));
     }
     if (entry.rank > 0) {
-      const float* from = h + first * h_stride;
+      const float* from = h + first * h_stride + segments[s].offset;
       const int64_t at = panel * entry.rank * kPanel;
       if (entry.dtype == 0)
         expand(to, last - first, reinterpret_cast<const float*>(entry.b) + at, from, entry.rank, h_stride);
@@ -123,14 +127,16 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
     }
     if (entry.bias) {
       const float* bias = reinterpret_cast<const float*>(entry.bias) + panel * kPanel;
+      const vec weight = splat(segments[s].weight);
       for (int64_t r = 0; r < last - first; r++)
         for (int v = 0; v < kVecs; v++)
-          store(to + r * kPanel + v * kLanes, load(to + r * kPanel + v * kLanes) + load(bias + v * kLanes));
+          store(to + r * kPanel + v * kLanes,
+                load(to + r * kPanel + v * kLanes) + weight * load(bias + v * kLanes));
     }
   }
 }
 
-// This thread's share of h[row, module * max_rank + j] = x[row] . A[j], for the segments' rows.
+// This thread's share of h[row, module * max_rank + offset + j] = weight x[row] . A[j], for the segments' rows.
 template <typename X>
 void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_segments,
                   const Module* modules, int64_t num_modules, float* h, int64_t h_stride, int64_t max_rank,
@@ -146,12 +152,13 @@ void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_s
         for (int64_t j = 0; j < entry.rank; j += kRanks) {
           if (piece++ % threads != thread) continue;
           const int ranks = int(std::min<int64_t>(kRanks, entry.rank - j));
-          float* to = h + row * h_stride + m * max_rank + j;
+          float* to = h + row * h_stride + m * max_rank + segments[s].offset + j;
+          const float weight = segments[s].weight;
           if (entry.dtype == 0)
-            shrink(x + row * in, rows, in, reinterpret_cast<const float*>(entry.a) + j * in, ranks, to,
+            shrink(x + row * in, rows, in, reinterpret_cast<const float*>(entry.a) + j * in, ranks, weight, to,
                    h_stride);
           else
-            shrink(x + row * in, rows, in, reinterpret_cast<const bf16*>(entry.a) + j * in, ranks, to,
+            shrink(x + row * in, rows, in, reinterpret_cast<const bf16*>(entry.a) + j * in, ranks, weight, to,
                    h_stride);
         }
       }
