@@ -1,6 +1,6 @@
 """Random adapters of each kind for the default model, of comparable size: rank 8, 16 virtual tokens,
-reduction factor 16. PEFT makes and saves its kinds; AdapterHub's, whose library needs another transformers, are
-written in its format. Kinds with a rank are on q, k, v, o, gate, up and down, as in workload W.
+reduction factor 16. PEFT makes and saves its kinds; AdapterHub's, whose library needs another transformers,
+are written in its format. Kinds with a rank are on q, k, v, o, gate, up and down, as in workload W.
 """
 
 from __future__ import annotations
