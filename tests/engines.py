@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from polygraft.adapters.registry import Adapter
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
@@ -40,7 +40,7 @@ def greedy(id: str, prompt: list[int], adapter: str | None, steps: int, **stoppi
     return Request(
         id,
         tuple(prompt),
-        adapter=None if adapter is None else AdapterRef(adapter),
+        adapters=() if adapter is None else (AdapterRef(adapter),),
         stopping=StoppingParams(max_new_tokens=steps, ignore_eos=True, **stopping),
     )
 
@@ -58,12 +58,14 @@ def run_greedy(engine: Engine, requests: list[Request]) -> list[list[int]]:
     return tokens
 
 
-def forced_logits(engine: Engine, rows: list[tuple[list[int], str | None]]) -> torch.Tensor:
-    """Logits [rows, vocabulary] behind each token list under its adapter, all in the same steps."""
+def forced_logits(
+    engine: Engine, rows: Sequence[tuple[list[int], str | tuple[AdapterRef, ...] | None]]
+) -> torch.Tensor:
+    """Logits [rows, vocabulary] behind each token list under its adapters, all in the same steps."""
     sequences = []
     for at, (tokens, name) in enumerate(rows):
-        adapter: Adapter | None = None if name is None else engine.adapters.registry.resolve(AdapterRef(name))
-        sequences.append(CanarySequence(f"forced-{at}", tokens, adapter))
+        refs = () if name is None else (AdapterRef(name),) if isinstance(name, str) else name
+        sequences.append(CanarySequence(f"forced-{at}", tokens, engine.intake.resolve(refs)))
         engine.scheduler.add(sequences[-1])
     while engine.scheduler.has_work:
         engine.step()

@@ -32,7 +32,7 @@ def main() -> None:
             Request(
                 str(n),
                 tuple(prompt),
-                adapter=AdapterRef(name) if what == "mixed" else None,
+                adapters=(AdapterRef(name),) if what == "mixed" else (),
                 stopping=StoppingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True),
             )
             for n, (prompt, name) in enumerate(requests())

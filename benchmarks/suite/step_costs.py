@@ -47,7 +47,7 @@ class Steps:
                 Request(
                     str(self._sent),
                     tuple(1000 + (self._sent * 7919 + i) % 30_000 for i in range(context)),
-                    adapter=AdapterRef(name) if name else None,
+                    adapters=(AdapterRef(name),) if name else (),
                     stopping=StoppingParams(max_new_tokens=context + STEPS + 2, ignore_eos=True),
                 )
             )

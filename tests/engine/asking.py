@@ -25,7 +25,7 @@ def request(
     return Request(
         id,
         prompt if isinstance(prompt, str) else tuple(prompt),
-        adapter=None if adapter is None else AdapterRef(adapter),
+        adapters=() if adapter is None else (AdapterRef(adapter),),
         stopping=StoppingParams(**stopping),
     )
 

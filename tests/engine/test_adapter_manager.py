@@ -56,7 +56,7 @@ def at_generation(id: str, name: str, generation: int) -> Request:
     return Request(
         id,
         tuple(PROMPT),
-        AdapterRef(name, generation),
+        (AdapterRef(name, generation),),
         stopping=StoppingParams(max_new_tokens=8, ignore_eos=True),
     )
 
@@ -236,7 +236,7 @@ def test_a_reload_while_requests_run_on_the_old_generation(engine: Engine, store
 
     def step() -> set[int]:
         """The generations that shared it."""
-        batch = {sequence.adapter.generation for sequence in engine.scheduler if sequence.adapter}
+        batch = {generation for sequence in engine.scheduler for generation in sequence.stack.generations}
         for output in engine.step().outputs:
             tokens.setdefault(output.request_id, []).extend(output.token_ids)
         return batch

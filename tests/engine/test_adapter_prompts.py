@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from polygraft.adapters.stack import Stack
 from polygraft.engine.engine import Engine
 from polygraft.engine.request import (
     AdapterRef,
@@ -21,6 +22,7 @@ from polygraft.engine.request import (
     ScoreRequest,
     StoppingParams,
 )
+from polygraft.errors import AdapterNotFound
 from tests.engines import greedy, make_engine, run_greedy
 from tests.tiny import EOS, VOCABULARY, byte_tokenizer
 
@@ -77,8 +79,11 @@ def test_who_has_a_way_of_its_own(engine: Engine) -> None:
 
 
 def ids_of(engine: Engine, name: str | None, prompt: str | Chat) -> list[int]:
-    adapter = None if name is None else engine.adapters.registry.current(name)
-    return list(engine.prompts.of(adapter).token_ids(prompt))
+    return list(engine.prompts.of(stack(engine, *([] if name is None else [name]))).token_ids(prompt))
+
+
+def stack(engine: Engine, *names: str) -> Stack:
+    return Stack([(engine.adapters.registry.current(name), 1.0) for name in names])
 
 
 def test_chats_go_through_the_adapters_own_template_and_tokenizer(engine: Engine) -> None:
@@ -88,8 +93,19 @@ def test_chats_go_through_the_adapters_own_template_and_tokenizer(engine: Engine
     both = ids_of(engine, "both", CHAT)
     assert both == reversed_tokenizer().encode("<user>hi").ids
     assert both != ids_of(engine, "template", CHAT)
-    current = engine.adapters.registry.current
-    assert engine.prompts.of(current("both")).decode(both) == "<user>hi"
+    assert engine.prompts.of(stack(engine, "both")).decode(both) == "<user>hi"
+
+
+def test_of_several_adapters_the_first_that_brings_any_counts(engine: Engine) -> None:
+    def of(*names: str) -> list[int]:
+        return list(engine.prompts.of(stack(engine, *names)).token_ids(CHAT))
+
+    assert of("lora", "same") == ids_of(engine, None, CHAT)
+    assert of("lora", "template", "both") == ids_of(engine, "template", CHAT)
+    assert of("both", "template") == ids_of(engine, "both", CHAT)
+    with pytest.raises(AdapterNotFound):
+        engine.intake.resolve([AdapterRef("both"), AdapterRef("nobody")])
+    assert engine.adapters.registry.get("both").running_requests == 0
 
 
 def test_answers_are_in_the_adapters_own_tokens(engine: Engine) -> None:
@@ -97,7 +113,7 @@ def test_answers_are_in_the_adapters_own_tokens(engine: Engine) -> None:
         request = Request(
             name,
             "hello",
-            AdapterRef(name),
+            (AdapterRef(name),),
             stopping=StoppingParams(max_new_tokens=8, ignore_eos=True),
             response=ResponseParams(**response),
         )
@@ -122,17 +138,16 @@ def test_answers_are_in_the_adapters_own_tokens(engine: Engine) -> None:
 
 
 def test_the_tokenizers_end_of_sequence_ends_an_answer_too(engine: Engine) -> None:
-    current = engine.adapters.registry.current
     a = reversed_tokenizer().encode("A").ids[0]
-    assert engine.prompts.of(current("both")).eos_token_ids == (EOS, a)
-    assert engine.prompts.of(current("same")).eos_token_ids == (EOS,)
-    generation = engine.prepare(Request("e", "x", AdapterRef("both")))
+    assert engine.prompts.of(stack(engine, "both")).eos_token_ids == (EOS, a)
+    assert engine.prompts.of(stack(engine, "same")).eos_token_ids == (EOS,)
+    generation = engine.prepare(Request("e", "x", (AdapterRef("both"),)))
     assert generation.stop_token_ids == {EOS, a}
-    current("both").release()
+    generation.stack.release()
 
 
 def test_scores_are_of_the_adapters_own_tokens(engine: Engine) -> None:
-    [[output]] = engine.generate([ScoreRequest("s", "ab", ("cd",), AdapterRef("both"))])
+    [[output]] = engine.generate([ScoreRequest("s", "ab", ("cd",), (AdapterRef("both"),))])
     assert [token.token_id for token in output.scores[0].tokens] == reversed_tokenizer().encode("cd").ids
     assert [token.text for token in output.scores[0].tokens] == ["c", "d"]
 

@@ -164,8 +164,7 @@ def test_max_new_tokens_is_what_the_context_leaves(
 ) -> None:
     generation = engine.prepare(request([1] * prompt_tokens, adapter))
     assert generation.max_new_tokens == min(settled, DEFAULT_MAX_NEW_TOKENS)
-    if generation.adapter is not None:
-        generation.adapter.release()
+    generation.stack.release()
 
 
 def test_a_request_that_fills_the_context_to_the_last_token(engine: Engine) -> None:
@@ -298,7 +297,7 @@ def sampled(id: str, seed: int, adapter: str | None = None) -> Request:
     return Request(
         id,
         tuple(PROMPT),
-        None if adapter is None else AdapterRef(adapter),
+        () if adapter is None else (AdapterRef(adapter),),
         sampling=SamplingParams(temperature=1.5, top_p=0.9, seed=seed),
         stopping=StoppingParams(max_new_tokens=24, ignore_eos=True),
     )
@@ -354,7 +353,7 @@ def test_an_adapter_gone_bad_ends_its_requests_and_no_others(
     expected = run_greedy(engine, neighbours)
     poison(engine, "lora")
     bad = Request(
-        "bad", tuple(PROMPT), AdapterRef("lora"), sampling=SamplingParams(temperature=temperature, seed=3)
+        "bad", tuple(PROMPT), (AdapterRef("lora"),), sampling=SamplingParams(temperature=temperature, seed=3)
     )
     *good, [failed] = engine.generate([*neighbours, bad])
     assert [tokens_of(outputs) for outputs in good] == expected

@@ -43,7 +43,7 @@ def ask(
     return Request(
         id,
         tuple(prompt),
-        None if adapter is None else AdapterRef(adapter),
+        () if adapter is None else (AdapterRef(adapter),),
         stopping=StoppingParams(max_new_tokens=steps, ignore_eos=True),
         response=ResponseParams(**response),  # type: ignore[arg-type]
     )

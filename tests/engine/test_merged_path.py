@@ -42,7 +42,7 @@ def asked(id: str, adapter: str | None, path: LoraPath, new_tokens: int = 8) -> 
     return Request(
         id,
         tuple(PROMPT),
-        None if adapter is None else AdapterRef(adapter),
+        () if adapter is None else (AdapterRef(adapter),),
         path,
         path is LoraPath.MERGED,
         stopping=StoppingParams(max_new_tokens=new_tokens, ignore_eos=True),
@@ -237,7 +237,11 @@ def test_what_never_fits_is_refused_at_once(llama: Path, llama_store: Path) -> N
     # A default of the server's is no demand.
     by_default = [
         Request(
-            name, tuple(PROMPT), AdapterRef(name), LoraPath.MERGED, stopping=StoppingParams(max_new_tokens=4)
+            name,
+            tuple(PROMPT),
+            (AdapterRef(name),),
+            LoraPath.MERGED,
+            stopping=StoppingParams(max_new_tokens=4),
         )
         for name in ("lora", "prefix")
     ]
@@ -292,7 +296,7 @@ def test_a_long_waiting_request_is_not_overtaken_when_blocks_are_short(
         Request(
             "second",
             tuple(wide),
-            AdapterRef("lora"),
+            (AdapterRef("lora"),),
             LoraPath.MERGED,
             True,
             stopping=StoppingParams(max_new_tokens=4, ignore_eos=True),
@@ -340,8 +344,7 @@ def test_merged_keys_and_values_are_not_found_by_unmerged_requests(llama: Path, 
 def merging(engine: Engine, request: Request) -> None:
     """Submit, and stop in the middle of the merge."""
     engine.submit(request)
-    assert request.adapter is not None
-    adapter = engine.adapters.registry.current(request.adapter.name)
+    adapter = engine.adapters.registry.current(request.adapters[0].name)
     engine.paths.decide()
     for _ in range(3):
         engine.background._run(1e-9)

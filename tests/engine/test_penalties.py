@@ -111,7 +111,7 @@ def penalized(id: str, seed: int, adapter: str | None) -> Request:
     return Request(
         id,
         tuple(PROMPT),
-        None if adapter is None else AdapterRef(adapter),
+        () if adapter is None else (AdapterRef(adapter),),
         sampling=SamplingParams(
             temperature=1.2,
             seed=seed,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from polygraft.adapters.primitives import CompiledAdapter, Prefix, SoftPrompt
 from polygraft.adapters.registry import Adapter
+from polygraft.adapters.stack import STACK, Stack
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.kv_cache import KVCache
 from polygraft.engine.prefix_cache import PrefixCache
@@ -22,21 +23,33 @@ from polygraft.engine.shared_prefix import SharedPrefixes
 BLOCKS, SIZE, MAX_SEQS, BUDGET = 12, 4, 4, 8
 
 
-def adapters() -> list[Adapter | None]:
-    """None, one without virtual tokens, two prefixes, one soft prompt."""
+def adapters() -> list[Adapter]:
+    """One without virtual tokens, two prefixes, one soft prompt, and another without virtual tokens."""
     keys = (torch.zeros(5, 1, 2),)
     primitives = [
         None,
         Prefix(keys, keys, start=5),
         Prefix(keys, keys, start=5),
         SoftPrompt(torch.zeros(6, 2)),
+        None,
     ]
     lock = threading.Lock()
-    made = [
+    return [
         Adapter(f"a{i}", i + 1, CompiledAdapter("kind", 1, prefix=primitive), 0 if primitive else i + 1, lock)
         for i, primitive in enumerate(primitives)
     ]
-    return [None, *made]
+
+
+def stacks(adapters: list[Adapter]) -> list[Stack]:
+    """The base, each of the first four alone, and some that share adapters."""
+    side, prefix, _, prompt, other = adapters
+    several = [
+        [(side, 1.0), (other, 0.5)],
+        [(side, 0.5), (prompt, 1.0)],
+        [(prompt, 1.0), (other, 1.0), (side, 1.0)],
+        [(prefix, 1.0), (other, 1.0)],
+    ]
+    return [Stack(), *map(Stack.of, adapters[:4]), *map(Stack, several)]
 
 
 class Cacheable(Sequence):
@@ -65,18 +78,18 @@ class Simulation:
 
     def __init__(self, *, caching: bool = False) -> None:
         self.scheduler = make_scheduler(caching=caching)
-        # What lies in each block, as a real cache would hold it: (generation, tokens up to there).
-        self.written: dict[int, tuple[int, int]] = {}
+        # What lies in each block, as a real cache would hold it: (stack, tokens up to there).
+        self.written: dict[int, tuple[object, int]] = {}
         self.adapters = adapters()
+        self.stacks = stacks(self.adapters)
         self.goal: dict[Sequence, int] = {}
         self.finished: list[Sequence] = []
         self.tokens: dict[Sequence, list[int]] = {}
 
-    def arrive(self, prompt: int, new: int, adapter: int) -> None:
-        chosen = self.adapters[adapter]
+    def arrive(self, prompt: int, new: int, stack: int) -> None:
+        chosen = self.stacks[stack]
         sequence = Cacheable(f"s{len(self.goal)}", list(range(prompt)), chosen)
-        if chosen is not None:
-            chosen.pin()
+        chosen.pin()
         self.goal[sequence] = prompt + new
         self.tokens[sequence] = list(sequence.token_ids)
         self.scheduler.add(sequence)
@@ -89,23 +102,23 @@ class Simulation:
 
     def check_cached(self, sequence: Sequence) -> None:
         """What it didn't compute itself is what it would have computed; what it writes it alone holds."""
-        generation = sequence.adapter.generation if sequence.adapter else 0
+        key = sequence.stack.key
         done = sequence.num_computed // SIZE
         assert sequence.num_computed < sequence.num_tokens
         for at, block in enumerate(sequence.blocks):
             if at < done:
-                assert self.written[block] == (generation, at)
+                assert self.written[block] == (key, at)
             else:
                 assert self.scheduler.pool._holders[block] == 1
-                self.written[block] = (generation, at)
+                self.written[block] = (key, at)
 
     def step(self) -> Batch:
         batch = self.scheduler.schedule()
         self.scheduler.check_integrity()
         assert batch.rows <= BUDGET
         assert len(self.scheduler.running) <= MAX_SEQS
-        slots = [item.sequence.slot for item in batch.items]
-        assert slots == sorted(slots), "an adapter's rows must be neighbours"
+        runs = [item.sequence.runs for item in batch.items]
+        assert runs == sorted(runs), "rows of the same adapters must be neighbours"
         for item in batch.items:
             sequence = item.sequence
             assert item.count >= 1
@@ -132,7 +145,7 @@ class Simulation:
 
 
 # At most 24 tokens and 6 virtual ones: 8 of the 12 blocks, so that any one fits and four never do.
-arrivals = st.tuples(st.just("arrive"), st.integers(1, 16), st.integers(1, 8), st.integers(0, 4))
+arrivals = st.tuples(st.just("arrive"), st.integers(1, 16), st.integers(1, 8), st.integers(0, 8))
 cancels = st.tuples(st.just("cancel"), st.integers(0, 100), st.just(0), st.just(0))
 steps = st.tuples(st.just("step"), st.just(0), st.just(0), st.just(0))
 
@@ -154,10 +167,9 @@ def test_everything_ends_and_nothing_leaks(events: list[tuple[str, int, int, int
         assert simulation.step().items, "work is left and nothing runs"
     assert not simulation.scheduler.has_work
     assert set(simulation.finished) == set(simulation.goal)
-    assert all(adapter is None or adapter.pins == 0 for adapter in simulation.adapters)
+    assert all(adapter.pins == 0 for adapter in simulation.adapters)
     for adapter in simulation.adapters:
-        if adapter is not None:
-            simulation.scheduler.prefixes.forget(adapter)
+        simulation.scheduler.prefixes.forget(adapter)
     assert simulation.scheduler.pool.free == BLOCKS
 
 
@@ -217,8 +229,25 @@ def test_an_unused_prefix_gives_way_and_a_used_one_does_not() -> None:
     simulation.step()
     simulation.arrive(32, 1, 0)
     run(simulation)
-    held = {entry.adapter.name for entry in simulation.scheduler.prefixes._entries.values()}
+    held = {entry.stack.label for entry in simulation.scheduler.prefixes._entries.values()}
     assert held == {"a2"}
+
+
+def test_a_soft_prompt_runs_once_for_each_stack_and_a_prefix_is_shared() -> None:
+    simulation = Simulation()
+    for stack in (4, 6, 7, 4, 6, 7):
+        simulation.arrive(1, 1, stack)
+        run(simulation)
+    simulation.arrive(1, 1, 2)
+    run(simulation)
+    simulation.arrive(1, 1, 8)
+    run(simulation)
+    entries = simulation.scheduler.prefixes._entries.values()
+    assert [entry.stack.label for entry in entries] == ["a3", STACK, STACK, "a1"]
+    simulation.scheduler.prefixes.forget(
+        simulation.adapters[4]
+    )  # "a4", of the last soft prompt's stack alone
+    assert [entry.stack.generations for entry in entries] == [(4,), (1, 4), (2,)]
 
 
 def test_one_that_waits_behind_a_full_cache_is_not_overtaken_for_ever() -> None:

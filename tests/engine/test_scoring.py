@@ -56,7 +56,7 @@ def ask(
         id,
         prompt if isinstance(prompt, str | Chat) else tuple(prompt),
         tuple(continuations),
-        None if adapter is None else AdapterRef(adapter),
+        () if adapter is None else (AdapterRef(adapter),),
         top_logprobs=top,
     )
 
@@ -332,7 +332,7 @@ async def test_the_queues_limit_counts_scores(llama: Path) -> None:
 def test_merged_scores_are_the_unmerged_ones_and_say_so(engine: Engine) -> None:
     def scored(id: str, path: LoraPath) -> tuple[list[float], LoraPath]:
         request = ScoreRequest(
-            id, "ab", ("c", "de", "fgh"), AdapterRef("lora"), path, path is LoraPath.MERGED
+            id, "ab", ("c", "de", "fgh"), (AdapterRef("lora"),), path, path is LoraPath.MERGED
         )
         [[output]] = engine.generate([request])
         assert output.finished is not None, output.error
@@ -359,7 +359,7 @@ def test_scores_whose_copy_cant_be_made_end_with_an_error(
 
     monkeypatch.setattr(site, "merge", fail)
     [[output]] = engine.generate(
-        [ScoreRequest("m", "ab", ("c", "de"), AdapterRef("lora"), LoraPath.MERGED, True)]
+        [ScoreRequest("m", "ab", ("c", "de"), (AdapterRef("lora"),), LoraPath.MERGED, True)]
     )
     assert isinstance(output.error, ResourceExhausted)
     engine.finish_background()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from polygraft.adapters.info import AdapterInfo, AdapterState, Deviation, MergedInfo, MergeState, NearToken
 from polygraft.engine.handle import ModelInfo
 from polygraft.engine.request import (
+    AdapterRef,
     Chat,
     ContinuationScore,
     Finished,
@@ -78,7 +79,7 @@ class FakeEngine:
         self.died = asyncio.Event()
         self.drained_with: list[float] = []
         self.loads: list[tuple[str, str]] = []
-        self.asked_for: str | None = None
+        self.asked_for: Sequence[AdapterRef] | None = None
         self.unloads: list[tuple[str, bool]] = []
         self._draining = False
         self._changed = asyncio.Event()
@@ -157,7 +158,7 @@ class FakeEngine:
             timings=Timings(total=0.4, queue=0.1, prefill=0.2, time_to_first_token=0.3),
             seed=0,
             path=LoraPath.UNMERGED,
-            adapter_generation=7 if request.adapter else None,
+            adapter_generations=tuple(range(7, 7 + len(request.adapters))),
         )
         scores = tuple(
             ContinuationScore(-0.5 - at, at == 0, (LOGPROB,)) for at in range(len(request.continuations))
@@ -173,18 +174,18 @@ class FakeEngine:
             timings=Timings(total=0.4, queue=0.1, prefill=0.2, time_to_first_token=0.3),
             seed=request.sampling.seed,
             path=LoraPath.UNMERGED,
-            adapter_generation=7 if request.adapter else None,
+            adapter_generations=tuple(range(7, 7 + len(request.adapters))),
             stop_sequence="###",
             preemptions=1,
         )
 
-    def tokenize(self, prompt: str | Chat, adapter: str | None = None) -> tuple[int, ...]:
-        self.asked_for = adapter
+    def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
+        self.asked_for = adapters
         text = prompt if isinstance(prompt, str) else "".join(turn.content for turn in prompt.messages)
         return tuple(text.encode())
 
-    def detokenize(self, token_ids: Sequence[int], adapter: str | None = None) -> str:
-        self.asked_for = adapter
+    def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
+        self.asked_for = adapters
         if any(token >= self.model.vocabulary_size for token in token_ids):
             raise InvalidRequest("token_ids", "out of range")
         return bytes(token_ids).decode()

@@ -15,8 +15,8 @@ from polygraft.engine.request import (
     ResponseParams,
     ScoreRequest,
 )
-from polygraft.errors import InvalidRequest, NotSupported
-from polygraft.rpc.convert import generate_request, score_request, tokenize_request
+from polygraft.errors import InvalidRequest
+from polygraft.rpc.convert import adapter_refs, generate_request, score_request, tokenize_request
 from polygraft_api.v1 import inference_pb2 as pb
 from tests.rpc.fake_engine import MODEL, replace
 
@@ -30,7 +30,7 @@ def test_unset_fields_take_the_models_defaults() -> None:
     request = convert(prompt="hi")
     assert request.id == "id-1"
     assert request.prompt == "hi"
-    assert request.adapter is None
+    assert request.adapters == ()
     assert (request.lora_path, request.path_required) == (LoraPath.UNMERGED, False)
     assert replace(request.sampling, seed=0) == MODEL.default_sampling
     assert 0 <= request.sampling.seed < 2**63
@@ -67,7 +67,7 @@ def test_set_fields_arrive() -> None:
         },
     )
     assert request.prompt == (0, 999)
-    assert request.adapter == AdapterRef("json", 3)
+    assert request.adapters == (AdapterRef("json", 3),)
     assert request.lora_path is LoraPath.UNMERGED
     assert request.sampling.greedy
     assert (request.sampling.top_p, request.sampling.top_k, request.sampling.min_p) == (1, 0, 0)
@@ -86,8 +86,8 @@ def test_set_fields_arrive() -> None:
 def test_chat_and_short_form() -> None:
     request = convert(chat={"messages": [{"role": "user", "content": "hi"}]}, adapter="json")
     assert request.prompt == Chat((ChatMessage("user", "hi"),))
-    assert request.adapter == AdapterRef("json", None)
-    assert convert(adapters=[{"name": "json"}]).adapter == AdapterRef("json", None)
+    assert request.adapters == (AdapterRef("json", None),)
+    assert convert(adapters=[{"name": "json"}]).adapters == (AdapterRef("json", None),)
 
 
 def test_the_servers_path_is_the_default() -> None:
@@ -114,7 +114,11 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
     ],
     ("adapters[0].name", {"adapters": [{"name": ""}]}),
     ("adapters[1].name", {"adapters": [{"name": "a"}, {"name": "../b"}]}),
-    ("adapters[0].weight", {"adapters": [{"name": "a", "weight": NAN}]}),
+    *[
+        ("adapters[1].weight", {"adapters": [{"name": "b"}, {"name": "a", "weight": bad}]})
+        for bad in (NAN, INF, -INF, 100.1, -100.1)
+    ],
+    ("adapters", {"adapters": [{"name": f"a{i}"} for i in range(9)]}),
     ("lora_path", {"lora_path": 17}),
     *[("sampling.temperature", {"sampling": {"temperature": bad}}) for bad in (-0.1, 100.1, NAN, INF, -INF)],
     *[("sampling.top_p", {"sampling": {"top_p": bad}}) for bad in (0, 1.01, -1, NAN, INF)],
@@ -157,23 +161,13 @@ def test_an_input_is_needed() -> None:
         generate_request(pb.GenerateRequest(), "id", MODEL)
 
 
-UNSERVED: list[tuple[str, dict[str, Any]]] = [
-    ("adapters", {"adapters": [{"name": "a"}, {"name": "b"}]}),
-    ("adapters[0].weight", {"adapters": [{"name": "a", "weight": 0.5}]}),
-    ("adapters[0].weight", {"adapters": [{"name": "a", "weight": 0.0}]}),
-]
-
-
-@pytest.mark.parametrize(("field", "fields"), UNSERVED, ids=[f"{f}-{i}" for i, (f, _) in enumerate(UNSERVED)])
-def test_what_is_not_served_says_so(field: str, fields: dict[str, Any]) -> None:
-    with pytest.raises(NotSupported) as caught:
-        convert(**fields)
-    assert caught.value.field == field
-
-
-def test_a_wrong_field_beats_an_unserved_one() -> None:
-    with pytest.raises(InvalidRequest):
-        convert(sampling={"top_p": 2}, lora_path=pb.LORA_PATH_MERGED)
+def test_several_adapters() -> None:
+    refs = [{"name": "a"}, {"name": "b", "weight": -0.5, "generation": 2}, {"name": "c", "weight": 0.0}]
+    expected = (AdapterRef("a"), AdapterRef("b", 2, -0.5), AdapterRef("c", weight=0.0))
+    assert convert(adapters=refs).adapters == expected
+    assert convert_score(adapters=refs).adapters == expected
+    assert tokenize_request(pb.TokenizeRequest(prompt="x", adapters=refs))[1] == expected
+    assert adapter_refs(pb.DetokenizeRequest(adapters=refs)) == expected
 
 
 def test_the_models_own_repetition_penalty_is_the_default() -> None:
@@ -192,7 +186,9 @@ def convert_score(**fields: Any) -> ScoreRequest:
 
 def test_score_request() -> None:
     request = convert_score(adapters=[{"name": "json", "generation": 3}], top_logprobs=20)
-    assert request == ScoreRequest("id-1", "a", ("b",), AdapterRef("json", 3), LoraPath.UNMERGED, False, 20)
+    assert request == ScoreRequest(
+        "id-1", "a", ("b",), (AdapterRef("json", 3),), LoraPath.UNMERGED, False, 20
+    )
     assert convert_score(prompt="", continuations=["b"] * 256).prompt == ""
     ids = pb.ScoreRequest(token_ids={"ids": [1]}, continuation_token_ids=[{"ids": [2, 999]}, {"ids": [3]}])
     request = score_request(ids, "id", MODEL)
@@ -230,14 +226,12 @@ def test_a_score_needs_an_input_and_takes_what_generate_takes() -> None:
         score_request(pb.ScoreRequest(continuations=["b"]), "id", MODEL)
     with pytest.raises(InvalidRequest, match=r"^token_ids.ids: "):
         score_request(pb.ScoreRequest(token_ids={}, continuations=["b"]), "id", MODEL)
-    with pytest.raises(NotSupported):
-        convert_score(adapters=[{"name": "a"}, {"name": "b"}])
 
 
 def test_tokenize_request() -> None:
-    assert tokenize_request(pb.TokenizeRequest(prompt="", adapter="json")) == ("", "json")
+    assert tokenize_request(pb.TokenizeRequest(prompt="", adapter="json")) == ("", (AdapterRef("json"),))
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="x")])
-    assert tokenize_request(pb.TokenizeRequest(chat=chat)) == (Chat((ChatMessage("user", "x"),)), None)
+    assert tokenize_request(pb.TokenizeRequest(chat=chat)) == (Chat((ChatMessage("user", "x"),)), ())
     with pytest.raises(InvalidRequest, match="input"):
         tokenize_request(pb.TokenizeRequest())
 

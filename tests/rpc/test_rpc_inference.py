@@ -29,7 +29,7 @@ async def test_generate(served: Served) -> None:
     assert not summary.HasField("stop_token_id")
     assert summary.request_id
     (request,) = served.engine.requests
-    assert request.adapter == AdapterRef("json")
+    assert request.adapters == (AdapterRef("json"),)
     assert request.id.startswith(summary.request_id)
 
 
@@ -161,7 +161,7 @@ async def test_score(served: Served) -> None:
     assert answer.request_id
     (asked,) = served.engine.scores
     assert (asked.prompt, asked.continuations, asked.top_logprobs) == ("a", ("b", "c"), 1)
-    assert asked.adapter == AdapterRef("json")
+    assert asked.adapters == (AdapterRef("json"),)
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline", "drop"])
@@ -212,11 +212,16 @@ async def test_a_message_beyond_the_limit_is_refused_and_others_go_on(serve_with
 
 async def test_tokens_in_an_adapters_own_way(served: Served) -> None:
     await served.inference.Tokenize(pb.TokenizeRequest(prompt="hi", adapter="json"))
-    assert served.engine.asked_for == "json"
+    assert served.engine.asked_for == (AdapterRef("json"),)
     await served.inference.Detokenize(pb.DetokenizeRequest(token_ids=[104]))
-    assert served.engine.asked_for is None
+    assert served.engine.asked_for == ()
     await served.inference.Detokenize(pb.DetokenizeRequest(token_ids=[104], adapter="shout"))
-    assert served.engine.asked_for == "shout"
+    assert served.engine.asked_for == (AdapterRef("shout"),)
+    both = [pb.AdapterRef(name="json", generation=3), pb.AdapterRef(name="shout", weight=0.5)]
+    await served.inference.Tokenize(pb.TokenizeRequest(prompt="hi", adapters=both))
+    assert served.engine.asked_for == (AdapterRef("json", 3), AdapterRef("shout", weight=0.5))
+    await served.inference.Detokenize(pb.DetokenizeRequest(token_ids=[104], adapters=both))
+    assert served.engine.asked_for == (AdapterRef("json", 3), AdapterRef("shout", weight=0.5))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await served.inference.Tokenize(pb.TokenizeRequest(prompt="hi", adapter="not a name"))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

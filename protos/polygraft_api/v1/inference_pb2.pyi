@@ -37,7 +37,8 @@ class _LoraPathEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoraPath.Val
     """Beside the base's weights: any mix of adapters shares a step."""
     LORA_PATH_MERGED: _LoraPath.ValueType  # 3
     """Folded into a copy of the base's weights: steps of one adapter alone. The request waits until the copy is
-    there. FAILED_PRECONDITION for an adapter that doesn't fold into weights, or not into the server's budget.
+    there. FAILED_PRECONDITION for an adapter that doesn't fold into weights, or not into the server's budget;
+    INVALID_ARGUMENT for several adapters, or a weight other than 1.
     """
 
 class LoraPath(_LoraPath, metaclass=_LoraPathEnumTypeWrapper):
@@ -55,7 +56,8 @@ LORA_PATH_UNMERGED: LoraPath.ValueType  # 2
 """Beside the base's weights: any mix of adapters shares a step."""
 LORA_PATH_MERGED: LoraPath.ValueType  # 3
 """Folded into a copy of the base's weights: steps of one adapter alone. The request waits until the copy is
-there. FAILED_PRECONDITION for an adapter that doesn't fold into weights, or not into the server's budget.
+there. FAILED_PRECONDITION for an adapter that doesn't fold into weights, or not into the server's budget;
+INVALID_ARGUMENT for several adapters, or a weight other than 1.
 """
 Global___LoraPath: _TypeAlias = LoraPath  # noqa: Y015
 
@@ -128,7 +130,10 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRef]:
-        """Adapters to apply. More than one is not served yet (UNIMPLEMENTED)."""
+        """Adapters to apply, at most 8, each named once. On a module of the base they act in this order, each on
+        what those before it have left; virtual tokens stand before the prompt. A combination without a defined
+        meaning (two with virtual tokens, two DoRAs on one module) is INVALID_ARGUMENT with the reason.
+        """
 
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions:
@@ -255,8 +260,8 @@ class AdapterRef(_message.Message):
     loaded answers NOT_FOUND.
     """
     weight: _builtins.float
-    """Factor on the adapter's effect. Unset is 1; another value is not served yet
-    (UNIMPLEMENTED).
+    """Factor on what low-rank weights add. Range [-100, 100]. Default 1, and nothing else for an adapter that
+    does anything but add low-rank weights.
     """
     def __init__(
         self,
@@ -581,7 +586,7 @@ class Usage(_message.Message):
     cached_tokens: _builtins.int
     """Of these, tokens whose keys and values were already there."""
     virtual_tokens: _builtins.int
-    """The adapter's virtual tokens: they occupy the context, and are computed once for all requests."""
+    """An adapter's virtual tokens: they occupy the context, and are computed once for all requests."""
     completion_tokens: _builtins.int
     """Tokens generated, the one that stopped it included."""
     def __init__(
@@ -650,10 +655,11 @@ class GenerateSummary(_message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADAPTER_GENERATIONS_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Why it ended."""
     adapter_generation: _builtins.int
-    """The adapter generation that served it; 0 for the base model."""
+    """The adapter generation that served it, of several adapters the first one's; 0 for the base model."""
     lora_path: Global___LoraPath.ValueType
     """The path that low-rank weights took."""
     seed: _builtins.int
@@ -674,6 +680,10 @@ class GenerateSummary(_message.Message):
     def timings(self) -> Global___Timings:
         """Seconds spent."""
 
+    @_builtins.property
+    def adapter_generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The generations of all its adapters, in the request's order."""
+
     def __init__(
         self,
         *,
@@ -687,10 +697,11 @@ class GenerateSummary(_message.Message):
         stop_token_id: _builtins.int | None = ...,
         preemptions: _builtins.int = ...,
         request_id: _builtins.str = ...,
+        adapter_generations: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "adapter_generation", b"adapter_generation", "finish_reason", b"finish_reason", "lora_path", b"lora_path", "preemptions", b"preemptions", "request_id", b"request_id", "seed", b"seed", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "adapter_generation", b"adapter_generation", "adapter_generations", b"adapter_generations", "finish_reason", b"finish_reason", "lora_path", b"lora_path", "preemptions", b"preemptions", "request_id", b"request_id", "seed", b"seed", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stop_token_id: _TypeAlias = _typing.Literal["stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__stop_token_id: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id"]  # noqa: Y015
@@ -803,7 +814,7 @@ class ScoreRequest(_message.Message):
     Spaces at the prompt's end are moved to the continuations first.
     """
     adapter: _builtins.str
-    """Name of one adapter, as in GenerateRequest."""
+    """Name of one adapter, as in GenerateRequest: the short form of one element in `adapters`."""
     lora_path: Global___LoraPath.ValueType
     """How low-rank weights are applied, as in GenerateRequest."""
     top_logprobs: _builtins.int
@@ -871,8 +882,9 @@ class ScoreResponse(_message.Message):
     ADAPTER_GENERATION_FIELD_NUMBER: _builtins.int
     LORA_PATH_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADAPTER_GENERATIONS_FIELD_NUMBER: _builtins.int
     adapter_generation: _builtins.int
-    """The adapter generation that served it; 0 for the base model."""
+    """The adapter generation that served it, of several adapters the first one's; 0 for the base model."""
     lora_path: Global___LoraPath.ValueType
     """The path that low-rank weights took."""
     request_id: _builtins.str
@@ -892,6 +904,10 @@ class ScoreResponse(_message.Message):
     def timings(self) -> Global___Timings:
         """Seconds spent; `prefill` and `time_to_first_token` end with the first continuation."""
 
+    @_builtins.property
+    def adapter_generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The generations of all its adapters, in the request's order."""
+
     def __init__(
         self,
         *,
@@ -901,10 +917,11 @@ class ScoreResponse(_message.Message):
         adapter_generation: _builtins.int = ...,
         lora_path: Global___LoraPath.ValueType = ...,
         request_id: _builtins.str = ...,
+        adapter_generations: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_generation", b"adapter_generation", "lora_path", b"lora_path", "request_id", b"request_id", "scores", b"scores", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_generation", b"adapter_generation", "adapter_generations", b"adapter_generations", "lora_path", b"lora_path", "request_id", b"request_id", "scores", b"scores", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -951,6 +968,7 @@ class TokenizeRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text, with the model's own leading special tokens."""
     adapter: _builtins.str
@@ -961,16 +979,21 @@ class TokenizeRequest(_message.Message):
     def chat(self) -> Global___Chat:
         """Messages, rendered through the model's chat template."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRef]:
+        """The adapters, as in GenerateRequest: what the first of them brings along that brings any."""
+
     def __init__(
         self,
         *,
         prompt: _builtins.str = ...,
         chat: Global___Chat | None = ...,
         adapter: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___AdapterRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "chat", b"chat", "input", b"input", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "chat", b"chat", "input", b"input", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -1010,21 +1033,27 @@ class DetokenizeRequest(_message.Message):
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """The adapter whose answer it is; empty is the base model."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Each in [0, vocabulary size)."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRef]:
+        """The adapters, as in TokenizeRequest."""
+
     def __init__(
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         adapter: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___AdapterRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

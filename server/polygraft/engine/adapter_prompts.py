@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from polygraft.adapters.folder import TOKENIZER, AdapterFolder
 from polygraft.adapters.registry import Adapter
+from polygraft.adapters.stack import Stack
 from polygraft.base.loader import Base
 from polygraft.engine.prompts import Prompts
 from polygraft.errors import AdapterInvalid
@@ -32,9 +33,10 @@ class AdapterPrompts:
         self._base = base
         self._own: dict[int, Prompts] = {}
 
-    def of(self, adapter: Adapter | None) -> Prompts:
-        """What an adapter's requests are read and answered with."""
-        return self.base if adapter is None else self._own.get(adapter.generation, self.base)
+    def of(self, stack: Stack) -> Prompts:
+        """What a request is read and answered with: what the first of its adapters brings along that brings
+        any."""
+        return next((self._own[g] for g in stack.generations if g in self._own), self.base)
 
     def read(self, folder: AdapterFolder) -> Prompts | None:
         """What a folder brings along; None if that is the base's own.

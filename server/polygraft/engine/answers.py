@@ -17,7 +17,7 @@ class Answers:
 
     def complete(self, generation: Generation, output: RequestOutput) -> RequestOutput:
         """Add what the request asked for and has not been told; the echo goes with its first output."""
-        prompts = self._prompts.of(generation.adapter)
+        prompts = self._prompts.of(generation.stack)
         logprobs = prompts.texts.describe(generation.untold)
         generation.untold.clear()
         if not generation.echo_due:

@@ -17,14 +17,14 @@ from polygraft.adapters.info import AdapterInfo, AdapterState, NearToken
 from polygraft.adapters.names import check_name
 from polygraft.adapters.nearest import nearest_tokens
 from polygraft.adapters.primitives import SoftPrompt
-from polygraft.adapters.registry import Adapter
+from polygraft.adapters.stack import Stack
 from polygraft.engine.adapter_manager import AdapterChange
 from polygraft.engine.background import Job
 from polygraft.engine.engine import Engine
 from polygraft.engine.engine_thread import EngineThread
 from polygraft.engine.handle import ModelInfo, Observer
 from polygraft.engine.prompts import Prompts
-from polygraft.engine.request import Chat, Request, RequestOutput, ScoreRequest
+from polygraft.engine.request import AdapterRef, Chat, Request, RequestOutput, ScoreRequest
 from polygraft.engine.scoring import ScoreJob
 from polygraft.engine.sequence import Generation
 from polygraft.engine.step_result import StepResult
@@ -53,9 +53,7 @@ class _Stream:
 def _release(prepared: asyncio.Future[Generation] | asyncio.Future[ScoreJob]) -> None:
     """Let go of what a request holds that nobody waits for any more."""
     if not prepared.cancelled() and prepared.exception() is None:
-        adapter = prepared.result().adapter
-        if adapter is not None:
-            adapter.release()
+        prepared.result().stack.release()
 
 
 class AsyncEngine:
@@ -118,7 +116,7 @@ class AsyncEngine:
             generation = await self._prepare_aside(lambda: self._engine.prepare(request))
         else:
             generation = self._engine.prepare(request)
-        outputs = self._follow(request.id, generation.adapter, lambda: self._engine.add(generation))
+        outputs = self._follow(request.id, generation.stack, lambda: self._engine.add(generation))
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 yield output
@@ -128,7 +126,7 @@ class AsyncEngine:
         self._check_room(request.id)
         # The prompt is tokenized with each of the continuations.
         job = await self._prepare_aside(lambda: self._engine.prepare_score(request))
-        outputs = self._follow(request.id, job.adapter, lambda: self._engine.add_score(job))
+        outputs = self._follow(request.id, job.stack, lambda: self._engine.add_score(job))
         async with contextlib.aclosing(outputs):
             return await anext(outputs)
 
@@ -154,13 +152,11 @@ class AsyncEngine:
         return result
 
     async def _follow(
-        self, request_id: str, adapter: Adapter | None, add: Callable[[], None]
+        self, request_id: str, stack: Stack, add: Callable[[], None]
     ) -> AsyncGenerator[RequestOutput, None]:
         """Queue what is prepared and hand on what comes of it; closing this aborts it."""
         queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        stream = _Stream(
-            queue, adapter.name if adapter else "", adapter.compiled.kind if adapter else "",
-        )  # fmt: skip
+        stream = _Stream(queue, stack.label, stack.kind)
         self._streams[request_id] = stream
         self._idle.clear()
         self._observer.request_submitted(stream.adapter, stream.kind)
@@ -185,17 +181,20 @@ class AsyncEngine:
 
         self._post(abort)
 
-    def tokenize(self, prompt: str | Chat, adapter: str | None = None) -> tuple[int, ...]:
+    def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
         """See `EngineHandle.tokenize`."""
-        return tuple(self._prompts_of(adapter).token_ids(prompt))
+        return tuple(self._prompts_of(adapters).token_ids(prompt))
 
-    def _prompts_of(self, adapter: str | None) -> Prompts:
-        current = None if adapter is None else self._engine.adapters.registry.current(adapter)
-        return self._engine.prompts.of(current)
+    def _prompts_of(self, adapters: Sequence[AdapterRef]) -> Prompts:
+        stack = self._engine.intake.resolve(adapters)
+        try:
+            return self._engine.prompts.of(stack)
+        finally:
+            stack.release()
 
-    def detokenize(self, token_ids: Sequence[int], adapter: str | None = None) -> str:
+    def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
         """See `EngineHandle.detokenize`."""
-        return self._prompts_of(adapter).decode(token_ids)
+        return self._prompts_of(adapters).decode(token_ids)
 
     async def load_adapter(self, name: str, source: str = "") -> AdapterInfo:
         """See `EngineHandle.load_adapter`."""

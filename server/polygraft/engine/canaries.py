@@ -8,6 +8,7 @@ from collections.abc import Generator
 import torch
 
 from polygraft.adapters.registry import Adapter
+from polygraft.adapters.stack import Stack
 from polygraft.engine.merged_copies import MergedCopy
 from polygraft.engine.request import LoraPath
 from polygraft.engine.scheduler import Scheduler
@@ -30,9 +31,8 @@ class Canaries:
         copy: MergedCopy | None = None,
     ) -> Generator[bool | None, None, torch.Tensor]:
         """float32 [positions, vocabulary] behind the last tokens, on the base's weights or a merged copy."""
-        sequence = CanarySequence(f"canary-{next(self._ids)}", tokens, adapter, positions=positions)
-        if adapter is not None:
-            adapter.pin()
+        sequence = CanarySequence(f"canary-{next(self._ids)}", tokens, Stack.of(adapter), positions=positions)
+        sequence.stack.pin()
         if copy is not None:
             copy.users += 1
             sequence.path = LoraPath.MERGED

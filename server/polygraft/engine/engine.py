@@ -208,7 +208,7 @@ class Engine:
         )
 
     def prepare(self, request: Request) -> Generation:
-        """Check a request, resolve its adapter and pin it, and tokenize; may run on any thread.
+        """Check a request, resolve its adapters and pin them, and tokenize; may run on any thread.
 
         Raises: as `Intake.prepare`.
         """

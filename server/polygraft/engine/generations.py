@@ -118,7 +118,7 @@ class Generations:
                 prompt_tokens=generation.prompt_tokens,
                 completion_tokens=generation.completion_tokens,
                 cached_tokens=generation.cached_tokens,
-                virtual_tokens=generation.adapter.compiled.virtual_tokens if generation.adapter else 0,
+                virtual_tokens=generation.stack.virtual_tokens,
             ),
             timings=Timings(
                 total=now - generation.arrival,
@@ -128,7 +128,7 @@ class Generations:
             ),
             seed=generation.request.sampling.seed,
             path=generation.path,
-            adapter_generation=generation.adapter.generation if generation.adapter else None,
+            adapter_generations=generation.stack.generations,
             stop_sequence=generation.text.matched,
             stop_token_id=token if reason == FinishReason.STOP else None,
             preemptions=generation.preemptions,

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from polygraft.adapters.info import AdapterInfo, MergeEvent, NearToken
 from polygraft.engine.request import (
+    AdapterRef,
     Chat,
     Finished,
     LoraPath,
@@ -93,7 +94,8 @@ class StepStats:
 
 
 class Observer(Protocol):
-    """Is told what happens, on the event loop's thread. `adapter` and `kind` are "" for the base."""
+    """Is told what happens, on the event loop's thread. `adapter` and `kind` are "" for the base, and stack's
+    `STACK` and `STACK_KIND` for a request of several adapters."""
 
     def request_submitted(self, adapter: str, kind: str) -> None:
         """A request entered the queue."""
@@ -160,13 +162,13 @@ class EngineHandle(Protocol):
         Raises: as generate.
         """
 
-    def tokenize(self, prompt: str | Chat, adapter: str | None = None) -> tuple[int, ...]:
+    def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
         """Token ids as `generate` would use them.
 
         Raises: InvalidRequest, AdapterNotFound, AdapterUnavailable.
         """
 
-    def detokenize(self, token_ids: Sequence[int], adapter: str | None = None) -> str:
+    def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
         """Text without special tokens. Raises InvalidRequest for an id out of range; else as `tokenize`."""
 
     async def load_adapter(self, name: str, source: str = "") -> AdapterInfo:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from polygraft.adapters.registry import Adapter, AdapterRegistry
+from polygraft.adapters.stack import Stack, check_stack
 from polygraft.base.loader import Base
 from polygraft.engine.adapter_prompts import AdapterPrompts
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.merged_copies import MergedCopies
-from polygraft.engine.request import DEFAULT_MAX_NEW_TOKENS, LoraPath, Request, ScoreRequest
+from polygraft.engine.request import DEFAULT_MAX_NEW_TOKENS, AdapterRef, LoraPath, Request, ScoreRequest
 from polygraft.engine.scoring import ScoreJob
 from polygraft.engine.sequence import Generation
 from polygraft.errors import ContextLengthExceeded, InvalidRequest, PolygraftError
@@ -31,28 +34,27 @@ class Intake:
         self._pool = pool
 
     def prepare(self, request: Request) -> Generation:
-        """Check a request, resolve its adapter and pin it, and tokenize; may run on any thread.
+        """Check a request, resolve its adapters and pin them, and tokenize; may run on any thread.
 
         Raises:
             InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
         """
         self._check_path(request)
-        adapter = None if request.adapter is None else self._registry.resolve(request.adapter)
-        prompts = self._prompts.of(adapter)
+        stack = self.resolve(request.adapters)
+        prompts = self._prompts.of(stack)
         try:
             prompt_ids = list(prompts.token_ids(request.prompt))
-            self._check_path(request, adapter)
-            max_new_tokens = self._check_length(request, len(prompt_ids), adapter)
+            self._check_copy(request, stack)
+            max_new_tokens = self._check_length(request, len(prompt_ids), stack)
             prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
         except PolygraftError:
-            if adapter is not None:
-                adapter.release()
+            stack.release()
             raise
         stops = set(request.stopping.stop_token_ids)
         if not request.stopping.ignore_eos:
             stops |= set(prompts.eos_token_ids)
         text = prompts.text_stream(prompt_ids, request.stopping.stop)
-        return Generation(request, prompt_ids, adapter, text, frozenset(stops), max_new_tokens)
+        return Generation(request, prompt_ids, stack, text, frozenset(stops), max_new_tokens)
 
     def prepare_score(self, request: ScoreRequest) -> ScoreJob:
         """As `prepare`, for continuations to score.
@@ -61,30 +63,57 @@ class Intake:
             InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
         """
         self._check_path(request)
-        adapter = None if request.adapter is None else self._registry.resolve(request.adapter)
+        stack = self.resolve(request.adapters)
         try:
-            pairs = self._prompts.of(adapter).pairs(request.prompt, request.continuations)
-            self._check_path(request, adapter)
+            pairs = self._prompts.of(stack).pairs(request.prompt, request.continuations)
+            self._check_copy(request, stack)
             for at, (context, continuation) in enumerate(pairs):
-                self._check_score_length(f"continuations[{at}]", len(context), len(continuation), adapter)
+                self._check_score_length(f"continuations[{at}]", len(context), len(continuation), stack)
         except PolygraftError:
-            if adapter is not None:
+            stack.release()
+            raise
+        return ScoreJob(request, stack, pairs)
+
+    def resolve(self, refs: Sequence[AdapterRef]) -> Stack:
+        """The adapters that a request names, pinned; none are if any can't be had.
+
+        Raises:
+            AdapterNotFound, AdapterUnavailable: one of them can't be had.
+            InvalidRequest: they have no defined meaning together, or a weight has none.
+        """
+        members: list[tuple[Adapter, float]] = []
+        try:
+            for ref in refs:
+                members.append((self._registry.resolve(ref), ref.weight))
+            check_stack(members)
+        except PolygraftError:
+            for adapter, _ in members:
                 adapter.release()
             raise
-        return ScoreJob(request, adapter, pairs)
+        return Stack(members)
 
-    def _check_path(self, request: Request | ScoreRequest, adapter: Adapter | None = None) -> None:
-        """Raise InvalidRequest or AdapterUnavailable where MERGED is demanded and can't be had."""
+    @staticmethod
+    def _check_path(request: Request | ScoreRequest) -> None:
+        """Raise InvalidRequest where MERGED is demanded and no adapter could have it."""
         if request.lora_path is not LoraPath.MERGED or not request.path_required:
             return
-        if request.adapter is None:
+        if not request.adapters:
             raise InvalidRequest("lora_path", "MERGED needs an adapter to merge")
-        if adapter is not None:
-            self._copies.check(adapter)
+        if len(request.adapters) > 1:
+            raise InvalidRequest(
+                "lora_path", "MERGED takes one adapter: a copy has one adapter's weights in it"
+            )
+        if request.adapters[0].weight != 1.0:
+            raise InvalidRequest("lora_path", "MERGED takes an adapter of weight 1: a copy has that of it")
 
-    def _check_score_length(self, field: str, prompt: int, tokens: int, adapter: Adapter | None) -> None:
+    def _check_copy(self, request: Request | ScoreRequest, stack: Stack) -> None:
+        """Raise AdapterUnavailable where MERGED is demanded of an adapter that can't be merged."""
+        if request.lora_path is LoraPath.MERGED and request.path_required and stack.only is not None:
+            self._copies.check(stack.only)
+
+    def _check_score_length(self, field: str, prompt: int, tokens: int, stack: Stack) -> None:
         """Raises ContextLengthExceeded unless all but the last token, which isn't run, fit."""
-        virtual = adapter.compiled.virtual_tokens if adapter else 0
+        virtual = stack.virtual_tokens
         counts = f"{virtual} virtual + {prompt} prompt + {tokens} continuation tokens"
         context, pool = self._base.context_length, self._pool
         if virtual + prompt + tokens - 1 > context:
@@ -93,9 +122,9 @@ class Intake:
             held = pool.num_blocks * pool.block_size
             raise ContextLengthExceeded(field, f"{counts}, the KV cache holds {held} (--kv-cache-bytes)")
 
-    def _check_length(self, request: Request, prompt_tokens: int, adapter: Adapter | None) -> int:
+    def _check_length(self, request: Request, prompt_tokens: int, stack: Stack) -> int:
         """Settle max_new_tokens; raises ContextLengthExceeded."""
-        virtual = adapter.compiled.virtual_tokens if adapter else 0
+        virtual = stack.virtual_tokens
         context = self._base.context_length
         asked = request.stopping.max_new_tokens
         if asked is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from polygraft.adapters.stack import Runs
 from polygraft.base.loader import Base
 from polygraft.engine.scheduler import Batch, Scheduled
 from polygraft.layers.adapter_bank import AdapterBank
+from polygraft.layers.low_rank_bank import Run
 from polygraft.layers.merging import WeightSwitch
 from polygraft.layers.step import AttentionPlan, StepContext
 
@@ -52,8 +54,8 @@ class ModelRunner:
         ids, positions = self._rows(items)
         self._step.begin(
             self._attention_plan(items, starts),
-            self._bank.segments(_runs((item.sequence.slot, item.count) for item in items)),
-            self._bank.segments(_runs((item.sequence.slot, len(item.logit_rows)) for item in items)),
+            self._bank.segments(*_runs([(item.sequence.runs, item.count) for item in items])),
+            self._bank.segments(*_runs([(item.sequence.runs, len(item.logit_rows)) for item in items])),
             rows=len(ids),
         )
         inputs = {"input_ids": ids[None].to(device)}
@@ -124,13 +126,20 @@ class ModelRunner:
         )
 
 
-def _runs(rows: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """(first row, last row + 1, slot) of neighbouring (slot, rows), leaving out slot 0, the base."""
-    runs: list[tuple[int, int, int]] = []
-    first = 0
-    for slot, group in itertools.groupby(rows, key=lambda pair: pair[0]):
-        last = first + sum(count for _, count in group)
-        if slot and last > first:
-            runs.append((first, last, slot))
-        first = last
-    return runs
+def _runs(items: Sequence[tuple[Runs, int]]) -> list[list[Run]]:
+    """The runs of neighbouring rows whose first adapters are equal, of those whose first two are, and so on.
+
+    Args:
+        items: side paths and the number of rows that have them.
+    """
+    depths: list[list[Run]] = []
+    for depth in range(max((len(paths) for paths, _ in items), default=0)):
+        runs: list[Run] = []
+        first = 0
+        for paths, group in itertools.groupby(items, key=lambda item: item[0][: depth + 1]):
+            last = first + sum(count for _, count in group)
+            if len(paths) > depth and last > first:
+                runs.append((first, last, *paths[depth]))
+            first = last
+        depths.append(runs)
+    return depths

@@ -27,7 +27,8 @@ class PathPolicy:
         self._steps = 0
 
     def observe(self, requests: Mapping[int, int], mergeable: bool) -> int | None:
-        """Take note of one step's requests, running and waiting, by generation (0 is the base).
+        """Take note of one step's requests, running and waiting, by generation (0 is the base, -1 what has
+        several adapters or a weight).
 
         Args:
             mergeable: whether the generation that has most of them can be merged.

@@ -14,6 +14,9 @@ from polygraft.engine.sequence import Generation, Sequence
 
 log = logging.getLogger(__name__)
 
+_BASE, _SEVERAL = 0, -1
+"""What stands for a generation where no adapter can be merged."""
+
 
 class Paths:
     """Resolves MERGED when a request is queued and AUTO when it is about to be admitted.
@@ -31,7 +34,7 @@ class Paths:
 
     def queue(self, sequence: Sequence) -> None:
         """Settle what can be settled for a sequence that enters the queue."""
-        adapter = sequence.adapter
+        adapter = sequence.stack.only
         if adapter is None or not self._copies.fits(adapter):
             sequence.path = LoraPath.UNMERGED
         elif sequence.path is LoraPath.MERGED:
@@ -47,10 +50,13 @@ class Paths:
         asking: dict[int, Adapter] = {}  # those whose requests leave the path to the server
         for sequence in self._scheduler:
             if isinstance(sequence, Generation):
-                generation = sequence.adapter.generation if sequence.adapter else 0
-                requests[generation] += 1
-                if sequence.adapter and sequence.request.lora_path is LoraPath.AUTO:
-                    asking[generation] = sequence.adapter
+                only = sequence.stack.only
+                if only is None:
+                    requests[_SEVERAL if sequence.stack.adapters else _BASE] += 1
+                    continue
+                requests[only.generation] += 1
+                if sequence.request.lora_path is LoraPath.AUTO:
+                    asking[only.generation] = only
         top = asking.get(max(requests, key=lambda g: requests[g])) if requests else None
         before = self._policy.merged
         merged = self._policy.observe(requests, top is not None and self._copies.fits(top))
@@ -59,7 +65,7 @@ class Paths:
         hot = self._hot
         for sequence in self._scheduler.waiting:
             if sequence.path is LoraPath.AUTO:
-                mine = hot is not None and hot.ready and sequence.adapter is hot.adapter
+                mine = hot is not None and hot.ready and sequence.stack.only is hot.adapter
                 sequence.assign(hot if mine else None)
 
     def _note(self, adapter: Adapter | None) -> None:

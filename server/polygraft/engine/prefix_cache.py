@@ -1,14 +1,15 @@
 """Automatic prefix caching: a prompt's beginning that the cache already holds isn't computed again.
 
-A full block is known by a hash of everything its keys and values depend on: the adapter's generation, which
-no other weights ever have (virtual tokens belong to it, so positions do too), the path of its low-rank
-weights, since the two round differently, and all tokens of the sequence up to the block's last. Generated
-tokens count like a prompt's, so a chat's next turn finds the last one's.
+A full block is known by a hash of everything its keys and values depend on: the adapters' generations,
+which nothing else ever has (virtual tokens belong to them, so positions do too), their weights and their
+order, the path of low-rank weights, since the two round differently, and all tokens of the sequence up to the
+block's last. Generated tokens count like a prompt's, so a chat's next turn finds the last one's.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
 
 from polygraft.engine.block_pool import BlockPool
@@ -56,7 +57,16 @@ class PrefixCache:
         size = self._pool.block_size
         keys = sequence.keys
         for at in range(len(keys), count):
-            generation = 0 if sequence.adapter is None else sequence.adapter.generation
-            before = keys[-1] if keys else (2 * generation + (sequence.copy is not None)).to_bytes(16, "big")
+            before = keys[-1] if keys else _weights_key(sequence)
             tokens = array("q", sequence.token_ids[at * size : (at + 1) * size])
-            keys.append(hashlib.blake2b(before + tokens.tobytes(), digest_size=16).digest())
+            keys.append(_digest(before + tokens.tobytes()))
+
+
+def _weights_key(sequence: Sequence) -> bytes:
+    """What stands for all weights that a sequence runs on."""
+    adapters = b"".join(struct.pack("<Qd", *member) for member in sequence.stack.key)
+    return _digest(bytes([sequence.copy is not None]) + adapters)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()

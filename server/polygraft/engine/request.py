@@ -38,10 +38,16 @@ class LoraPath(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One adapter, by name; `generation` None means the newest."""
+    """One adapter, by name.
+
+    Args:
+        generation: None means the newest.
+        weight: what low-rank weights add is multiplied by it.
+    """
 
     name: str
     generation: int | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +153,14 @@ class Request:
     Args:
         id: unique among the running requests.
         prompt: text (tokenized with the model's special tokens), token ids, or a chat.
-        adapter: None is the base model.
+        adapters: in the order in which they act; none is the base model.
         path_required: whether `lora_path` must be had; otherwise, where an adapter can't be merged, the
             other path serves.
     """
 
     id: str
     prompt: str | tuple[int, ...] | Chat
-    adapter: AdapterRef | None = None
+    adapters: tuple[AdapterRef, ...] = ()
     lora_path: LoraPath = LoraPath.UNMERGED
     path_required: bool = False
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -170,7 +176,7 @@ class ScoreRequest:
         id: unique among the running requests.
         prompt: as a generation's, but text may be empty.
         continuations: text or token ids, at least one.
-        adapter: None is the base model.
+        adapters: as a generation's.
         lora_path: AUTO is UNMERGED, so that all continuations take the same.
         path_required: as a generation's.
         top_logprobs: so many of the likeliest tokens at each position, [0, 20].
@@ -179,7 +185,7 @@ class ScoreRequest:
     id: str
     prompt: str | tuple[int, ...] | Chat
     continuations: tuple[str | tuple[int, ...], ...]
-    adapter: AdapterRef | None = None
+    adapters: tuple[AdapterRef, ...] = ()
     lora_path: LoraPath = LoraPath.UNMERGED
     path_required: bool = False
     top_logprobs: int = 0
@@ -256,7 +262,7 @@ class Finished:
     """How a request ended.
 
     Args:
-        adapter_generation: the generation that served it; None for the base model.
+        adapter_generations: of the adapters that served it, in the request's order; none for the base model.
         stop_sequence: the stop sequence that ended it, for STOP_SEQUENCE.
         stop_token_id: the token that ended it, for STOP.
         preemptions: how often its blocks were taken away and recomputed.
@@ -267,7 +273,7 @@ class Finished:
     timings: Timings
     seed: int
     path: LoraPath
-    adapter_generation: int | None = None
+    adapter_generations: tuple[int, ...] = ()
     stop_sequence: str | None = None
     stop_token_id: int | None = None
     preemptions: int = 0

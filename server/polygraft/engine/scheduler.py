@@ -40,7 +40,7 @@ class Batch:
     """What one step runs, prefill chunks and decodes together.
 
     Args:
-        items: filled by the scheduler, ordered by adapter slot, so that an adapter's rows are neighbours.
+        items: filled by the scheduler, ordered by adapters, so that the rows of equal ones are neighbours.
         preempted: sequences that lost their blocks while it was put together.
         copy: the merged copy that all of it runs on; None is the base's own weights with side paths.
         waited: steps that its sequences had to leave to those of other copies since their last one.
@@ -145,7 +145,7 @@ class Scheduler:
                 budget -= count
         if not batch.preempted:  # what was just taken away would be given back at once
             self._admit(copy, budget, chosen)
-        batch.items = sorted(chosen.values(), key=lambda item: item.sequence.slot)
+        batch.items = sorted(chosen.values(), key=lambda item: item.sequence.runs)
         return batch
 
     def _reserve(self, sequence: Sequence, count: int) -> list[Sequence]:
@@ -175,14 +175,13 @@ class Scheduler:
                 continue
             prefix = None
             if sequence.wants_prefix:
-                assert sequence.adapter is not None
-                acquired = self.prefixes.acquire(sequence.adapter)
+                acquired = self.prefixes.acquire(sequence.stack)
                 if acquired is None:
                     self._blocked = sequence
                     return
                 if isinstance(acquired, SoftPromptSequence):
                     acquired.order = sequence.order
-                    acquired.adapter.pin()
+                    acquired.stack.pin()
                     self.waiting.insert(self.waiting.index(sequence), acquired)
                     budget -= self._start(acquired, None, budget, chosen)
                     continue
@@ -249,8 +248,7 @@ class Scheduler:
                 self._blocked = None
         if sequence.copy is not None and sequence.path is LoraPath.MERGED:
             sequence.copy.users -= 1
-        if sequence.adapter is not None:
-            sequence.adapter.release()
+        sequence.stack.release()
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
@@ -266,7 +264,7 @@ class Scheduler:
         self.pool.check_integrity(itertools.chain(own, self.prefixes.held_blocks()))
         assert all(not s.blocks and s.prefix is None and s.num_computed == 0 for s in self.waiting)
         self.prefixes.check_integrity(
-            Counter(s.prefix.adapter.generation for s in self.running if s.prefix is not None)
+            Counter(s.prefix.stack.key for s in self.running if s.prefix is not None)
         )
         for sequence in self.running:
             assert len(sequence.blocks) >= self.pool.blocks_for(sequence.num_computed)

@@ -28,7 +28,7 @@ from polygraft.engine.sequence import Sequence
 from polygraft.errors import PolygraftError, ResourceExhausted
 
 if TYPE_CHECKING:
-    from polygraft.adapters.registry import Adapter
+    from polygraft.adapters.stack import Stack
 
 
 class ScoreSequence(Sequence):
@@ -44,7 +44,7 @@ class ScoreSequence(Sequence):
     cacheable = True
 
     def __init__(self, job: ScoreJob, index: int, context: Rows[int], continuation: Rows[int]) -> None:
-        super().__init__(f"{job.id}/{index}", [*context, *continuation[:-1]], job.adapter)
+        super().__init__(f"{job.id}/{index}", [*context, *continuation[:-1]], job.stack)
         if job.request.lora_path is LoraPath.MERGED:
             self.path = LoraPath.MERGED
         self.job = job
@@ -77,18 +77,16 @@ class ScoreSequence(Sequence):
 
 
 class ScoreJob:
-    """A score request on its way. It holds one pin of its adapter; a sequence that runs holds another.
+    """A score request on its way. It holds one pin of its adapters; a sequence that runs holds another.
 
     Args:
         pairs: the tokens of prompt and continuation, for each continuation.
     """
 
-    def __init__(
-        self, request: ScoreRequest, adapter: Adapter | None, pairs: Rows[tuple[Rows[int], Rows[int]]]
-    ) -> None:
+    def __init__(self, request: ScoreRequest, stack: Stack, pairs: Rows[tuple[Rows[int], Rows[int]]]) -> None:
         self.id = request.id
         self.request = request
-        self.adapter = adapter
+        self.stack = stack
         self.sequences = [ScoreSequence(self, at, *pair) for at, pair in enumerate(pairs)]
         self.waiting = list(self.sequences)
         self.running: list[ScoreSequence] = []
@@ -127,8 +125,7 @@ class Scoring:
     def _start(self, job: ScoreJob, count: int) -> None:
         started, job.waiting = job.waiting[:count], job.waiting[count:]
         for sequence in started:
-            if job.adapter is not None:
-                job.adapter.pin()
+            job.stack.pin()
             job.running.append(sequence)
             self._paths.queue(sequence)
             self._scheduler.add(sequence)
@@ -149,7 +146,7 @@ class Scoring:
         if job.running:
             return []
         self._end(job)
-        texts = self._prompts.of(job.adapter).texts
+        texts = self._prompts.of(job.stack).texts
         scores = tuple(_score(sequence.found, texts) for sequence in job.sequences)
         return [RequestOutput(job.id, finished=_finished(job, FinishReason.SCORED), scores=scores)]
 
@@ -179,8 +176,7 @@ class Scoring:
         del self._jobs[job.id]
         for sequence in job.running:
             self._scheduler.remove(sequence)
-        if job.adapter is not None:
-            job.adapter.release()
+        job.stack.release()
 
 
 def _score(found: list[Likelihood], texts: TokenTexts) -> ContinuationScore:
@@ -199,7 +195,7 @@ def _finished(job: ScoreJob, reason: FinishReason) -> Finished:
             prompt_tokens=sum(sequence.context_tokens for sequence in job.sequences),
             completion_tokens=sum(len(sequence.continuation) for sequence in job.sequences),
             cached_tokens=sum(sequence.cached_tokens or 0 for sequence in job.sequences),
-            virtual_tokens=job.adapter.compiled.virtual_tokens if job.adapter else 0,
+            virtual_tokens=job.stack.virtual_tokens,
         ),
         timings=Timings(
             total=time.monotonic() - job.arrival,
@@ -209,5 +205,5 @@ def _finished(job: ScoreJob, reason: FinishReason) -> Finished:
         ),
         seed=0,
         path=job.sequences[0].path,
-        adapter_generation=job.adapter.generation if job.adapter else None,
+        adapter_generations=job.stack.generations,
     )

@@ -13,13 +13,13 @@ from polygraft.engine.request import FinishReason, LoraPath, Request
 from polygraft.engine.text_stream import TextStream
 
 if TYPE_CHECKING:
-    from polygraft.adapters.registry import Adapter
+    from polygraft.adapters.stack import Runs, Stack
     from polygraft.engine.merged_copies import MergedCopy
     from polygraft.engine.shared_prefix import SharedPrefix
 
 
 class Sequence:
-    """Tokens to run through the base under one adapter.
+    """Tokens to run through the base under adapters.
 
     The scheduler owns `order` (of arrival), `num_computed`, `blocks` and `prefix`; the last three are empty
     while it waits. The prefix cache owns `keys`, one for each full block of tokens so far.
@@ -30,16 +30,16 @@ class Sequence:
     Args:
         id: unique among the live sequences.
         token_ids: what is known so far; generated tokens are appended.
-        adapter: pinned for as long as the sequence lives; None is the base.
+        stack: its adapters, pinned for as long as the sequence lives.
     """
 
     cacheable: ClassVar[bool] = False
     """Whether its blocks may be shared with later sequences that begin with the same tokens."""
 
-    def __init__(self, id: str, token_ids: list[int], adapter: Adapter | None) -> None:
+    def __init__(self, id: str, token_ids: list[int], stack: Stack) -> None:
         self.id = id
         self.token_ids = token_ids
-        self.adapter = adapter
+        self.stack = stack
         self.order = 0
         self.num_computed = 0
         self.blocks: list[int] = []
@@ -71,13 +71,13 @@ class Sequence:
 
     @property
     def wants_prefix(self) -> bool:
-        """Whether its adapter's virtual tokens must be in the cache before it starts."""
-        return self.adapter is not None and self.adapter.compiled.prefix is not None
+        """Whether an adapter's virtual tokens must be in the cache before it starts."""
+        return self.stack.prefix is not None
 
     @property
-    def slot(self) -> int:
-        """The slot in the low-rank bank of its side paths; 0 is none."""
-        return 0 if self.adapter is None or self.copy is not None else self.adapter.slot
+    def runs(self) -> Runs:
+        """Its side paths."""
+        return () if self.copy is not None else self.stack.runs
 
     @property
     def embeddings(self) -> torch.Tensor | None:
@@ -89,11 +89,10 @@ class Sequence:
 
 
 class SoftPromptSequence(Sequence):
-    """A soft prompt on its way through the base; its blocks become the adapter's shared prefix."""
+    """A soft prompt on its way through the base and its stack; its blocks become their shared prefix."""
 
-    def __init__(self, id: str, adapter: Adapter, embeddings: torch.Tensor, target: SharedPrefix) -> None:
-        super().__init__(id, [0] * len(embeddings), adapter)
-        self.adapter: Adapter = adapter
+    def __init__(self, id: str, stack: Stack, embeddings: torch.Tensor, target: SharedPrefix) -> None:
+        super().__init__(id, [0] * len(embeddings), stack)
         self._embeddings = embeddings
         self.target = target
 
@@ -114,14 +113,14 @@ class SoftPromptSequence(Sequence):
 
 
 class CanarySequence(Sequence):
-    """A few tokens whose logits tell what an adapter does.
+    """A few tokens whose logits tell what adapters do.
 
     Args:
         positions: so many of its last tokens' logits are wanted.
     """
 
-    def __init__(self, id: str, token_ids: list[int], adapter: Adapter | None, *, positions: int = 1) -> None:
-        super().__init__(id, token_ids, adapter)
+    def __init__(self, id: str, token_ids: list[int], stack: Stack, *, positions: int = 1) -> None:
+        super().__init__(id, token_ids, stack)
         self._positions = positions
         self._parts: list[torch.Tensor] = []
 
@@ -164,12 +163,12 @@ class Generation(Sequence):
         self,
         request: Request,
         prompt_ids: list[int],
-        adapter: Adapter | None,
+        stack: Stack,
         text: TextStream,
         stop_token_ids: frozenset[int],
         max_new_tokens: int,
     ) -> None:
-        super().__init__(request.id, prompt_ids, adapter)
+        super().__init__(request.id, prompt_ids, stack)
         self.request = request
         self.prompt_tokens = len(prompt_ids)
         self.text = text

@@ -1,13 +1,19 @@
-"""Virtual tokens in the cache: read-only blocks, one copy for all requests of an adapter generation."""
+"""Virtual tokens in the cache: read-only blocks, one copy for all requests that may share it.
+
+A prefix is what its adapter's file says, whatever else acts on a request. What a soft prompt becomes depends
+on all adapters in force, so there is a copy for each such stack, known by generations and weights in their
+order; a stack with virtual tokens is never merged, so the path is always the same.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from polygraft.adapters.primitives import Prefix, SoftPrompt
 from polygraft.adapters.registry import Adapter
+from polygraft.adapters.stack import Stack
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.kv_cache import KVCache
 from polygraft.engine.sequence import SoftPromptSequence
@@ -15,15 +21,16 @@ from polygraft.engine.sequence import SoftPromptSequence
 
 @dataclass(eq=False, slots=True)
 class SharedPrefix:
-    """One adapter generation's virtual tokens.
+    """One copy of virtual tokens.
 
     Args:
+        stack: what they depend on.
         start: position of the first real token behind them.
         ready: False while a soft prompt is on its way through the base.
         users: sequences whose tables hold its blocks.
     """
 
-    adapter: Adapter
+    stack: Stack
     length: int
     start: int
     blocks: list[int] = field(default_factory=list)
@@ -38,24 +45,27 @@ class SharedPrefixes:
         self._pool = pool
         self._cache = cache
         self._ids = itertools.count()
-        # In order of last use: keys are generations, since a name may get other weights.
-        self._entries: dict[int, SharedPrefix] = {}
+        # In order of last use: keys are made of generations, since a name may get other weights.
+        self._entries: dict[Hashable, SharedPrefix] = {}
 
-    def acquire(self, adapter: Adapter) -> SharedPrefix | SoftPromptSequence | None:
-        """The adapter's prefix, with one more user if it is ready; or the sequence that must run before it
-        is, which is returned once; or None while there is no room for it."""
-        entry = self._entries.pop(adapter.generation, None)
+    def acquire(self, stack: Stack) -> SharedPrefix | SoftPromptSequence | None:
+        """The virtual tokens of one of a stack's adapters, with one more user if they are ready; or the
+        sequence that must run before they are, which is returned once; or None while there is no room."""
+        assert stack.prefix is not None
+        primitive = stack.prefix.compiled.prefix
+        assert primitive is not None
+        if isinstance(primitive, Prefix):
+            stack = Stack.of(stack.prefix)
+        entry = self._entries.pop(stack.key, None)
         if entry is not None:
-            self._entries[adapter.generation] = entry
+            self._entries[stack.key] = entry
             entry.users += entry.ready
             return entry
-        primitive = adapter.compiled.prefix
-        assert primitive is not None
         start = primitive.start if isinstance(primitive, Prefix) else primitive.virtual_tokens
-        entry = SharedPrefix(adapter, primitive.virtual_tokens, start)
+        entry = SharedPrefix(stack, primitive.virtual_tokens, start)
         if isinstance(primitive, SoftPrompt):
-            self._entries[adapter.generation] = entry
-            return SoftPromptSequence(f"soft-prompt-{next(self._ids)}", adapter, primitive.embeddings, entry)
+            self._entries[stack.key] = entry
+            return SoftPromptSequence(f"soft-prompt-{next(self._ids)}", stack, primitive.embeddings, entry)
         needed = self._pool.blocks_for(primitive.virtual_tokens)
         if not self.make_room(needed):
             return None
@@ -64,7 +74,7 @@ class SharedPrefixes:
             self._cache.write(layer, entry.blocks, keys, values)
         entry.ready = True
         entry.users = 1
-        self._entries[adapter.generation] = entry
+        self._entries[stack.key] = entry
         return entry
 
     def adopt(self, sequence: SoftPromptSequence) -> None:
@@ -88,21 +98,22 @@ class SharedPrefixes:
         return self._pool.free >= blocks
 
     def forget(self, adapter: Adapter) -> None:
-        """Drop an adapter that is gone."""
-        entry = self._entries.get(adapter.generation)
-        if entry is not None:
+        """Drop what depends on an adapter that is gone."""
+        for entry in [entry for entry in self._entries.values() if adapter in entry.stack.adapters]:
             assert entry.users == 0
             self._drop(entry)
 
     def _drop(self, entry: SharedPrefix) -> None:
-        del self._entries[entry.adapter.generation]
+        del self._entries[entry.stack.key]
         self._pool.release(entry.blocks)
 
     def held_blocks(self) -> Iterator[int]:
         """Every block of every prefix."""
         return itertools.chain.from_iterable(entry.blocks for entry in self._entries.values())
 
-    def check_integrity(self, users: dict[int, int]) -> None:
-        """Raise AssertionError unless each prefix has as many users as `users` counts by generation."""
-        for generation, entry in self._entries.items():
-            assert entry.users == users.get(generation, 0), f"prefix of generation {generation}: wrong users"
+    def check_integrity(self, users: Mapping[Hashable, int]) -> None:
+        """Raise AssertionError unless each prefix has as many users as `users` counts by its stack's key."""
+        for key, entry in self._entries.items():
+            assert entry.users == users.get(key, 0), (
+                f"virtual tokens of (generation, weight) {key}: wrong users"
+            )

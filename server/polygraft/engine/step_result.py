@@ -47,9 +47,9 @@ def step_stats(batch: Batch, seconds: float, *, switched: bool) -> StepStats:
         if isinstance(i.sequence, Generation) and i.start >= i.sequence.prompt_tokens
     )
     adapters = {
-        (i.sequence.adapter.name, i.sequence.adapter.compiled.kind): None
+        (adapter.name, adapter.compiled.kind): None
         for i in batch.items
-        if i.sequence.adapter is not None
+        for adapter in i.sequence.stack.adapters
     }
     return StepStats(
         seconds=seconds,
@@ -57,7 +57,7 @@ def step_stats(batch: Batch, seconds: float, *, switched: bool) -> StepStats:
         prefill_rows=batch.rows - decodes,
         decode_rows=decodes,
         adapters=tuple(adapters),
-        base_rows=any(i.sequence.adapter is None for i in batch.items),
+        base_rows=any(not i.sequence.stack.adapters for i in batch.items),
         preemptions=batch.preempted,
         waited=batch.waited,
         switched=switched,

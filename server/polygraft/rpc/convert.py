@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from typing import Literal
 
@@ -20,7 +19,7 @@ from polygraft.engine.request import (
     ScoreRequest,
     StoppingParams,
 )
-from polygraft.errors import InvalidRequest, NotSupported
+from polygraft.errors import InvalidRequest
 from polygraft_api.v1 import inference_pb2 as pb
 
 _Penalty = Literal["repetition_penalty", "presence_penalty", "frequency_penalty"]
@@ -33,43 +32,42 @@ _MAX_BIASES = 1024
 _MAX_BIAS = 100.0
 _MAX_TOP_LOGPROBS = 20
 _MAX_CONTINUATIONS = 256
+_MAX_ADAPTERS = 8
+_MAX_WEIGHT = 100.0
+
+_NamesAdapters = pb.GenerateRequest | pb.ScoreRequest | pb.TokenizeRequest | pb.DetokenizeRequest
 
 
 def generate_request(message: pb.GenerateRequest, request_id: str, model: ModelInfo) -> Request:
     """A generation with every value settled.
 
     Raises:
-        InvalidRequest: a field is wrong; all fields are checked before any NotSupported.
-        NotSupported: a field asks for what the contract names and this server doesn't serve.
+        InvalidRequest: a field is wrong.
     """
-    request = Request(
+    return Request(
         id=request_id,
         prompt=_input(message, model),
-        adapter=_adapter(message),
+        adapters=adapter_refs(message),
         lora_path=_lora_path(message.lora_path, model.default_lora_path),
         path_required=message.lora_path != pb.LORA_PATH_UNSPECIFIED,
         sampling=_sampling(message.sampling, model),
         stopping=_stopping(message.stopping, model),
         response=_response(message.response),
     )
-    _refuse_unserved(message)
-    return request
 
 
 def score_request(message: pb.ScoreRequest, request_id: str, model: ModelInfo) -> ScoreRequest:
     """Continuations to score. Raises: as `generate_request`."""
     prompt = "" if message.WhichOneof("input") == "prompt" and not message.prompt else _input(message, model)
-    request = ScoreRequest(
+    return ScoreRequest(
         id=request_id,
         prompt=prompt,
         continuations=_continuations(message, model),
-        adapter=_adapter(message),
+        adapters=adapter_refs(message),
         lora_path=_lora_path(message.lora_path, model.default_lora_path),
         path_required=message.lora_path != pb.LORA_PATH_UNSPECIFIED,
         top_logprobs=_top_logprobs("top_logprobs", message.top_logprobs),
     )
-    _refuse_unserved(message)
-    return request
 
 
 def _continuations(message: pb.ScoreRequest, model: ModelInfo) -> tuple[str | tuple[int, ...], ...]:
@@ -89,14 +87,14 @@ def _continuations(message: pb.ScoreRequest, model: ModelInfo) -> tuple[str | tu
     return tuple(texts) or tuple(tuple(tokens.ids) for tokens in ids)
 
 
-def tokenize_request(message: pb.TokenizeRequest) -> tuple[str | Chat, str | None]:
-    """The input to tokenize, and the adapter whose way it is. Raises InvalidRequest."""
-    adapter = check_name(message.adapter, "adapter") if message.adapter else None
+def tokenize_request(message: pb.TokenizeRequest) -> tuple[str | Chat, tuple[AdapterRef, ...]]:
+    """The input to tokenize, and the adapters whose way it is. Raises InvalidRequest."""
+    adapters = adapter_refs(message)
     match message.WhichOneof("input"):
         case "prompt":
-            return message.prompt, adapter
+            return message.prompt, adapters
         case "chat":
-            return _chat(message.chat), adapter
+            return _chat(message.chat), adapters
     raise InvalidRequest("input", "one of prompt and chat must be set")
 
 
@@ -126,17 +124,21 @@ def _chat(chat: pb.Chat) -> Chat:
     return Chat(tuple(ChatMessage(turn.role, turn.content) for turn in chat.messages))
 
 
-def _adapter(message: pb.GenerateRequest | pb.ScoreRequest) -> AdapterRef | None:
+def adapter_refs(message: _NamesAdapters) -> tuple[AdapterRef, ...]:
+    """The adapters that a message names, in their order. Raises InvalidRequest."""
     if message.adapter and message.adapters:
         raise InvalidRequest("adapters", "must be empty where adapter is set: it is the short form")
     if message.adapter:
-        return AdapterRef(check_name(message.adapter, "adapter"))
+        return (AdapterRef(check_name(message.adapter, "adapter")),)
+    count = len(message.adapters)
+    _check("adapters", count <= _MAX_ADAPTERS, f"at most {_MAX_ADAPTERS} elements", count)
     refs = []
     for index, ref in enumerate(message.adapters):
         name = check_name(ref.name, f"adapters[{index}].name")
-        _finite(f"adapters[{index}].weight", ref.weight)
-        refs.append(AdapterRef(name, ref.generation or None))
-    return refs[0] if refs else None
+        weight = ref.weight if ref.HasField("weight") else 1.0
+        _check(f"adapters[{index}].weight", -_MAX_WEIGHT <= weight <= _MAX_WEIGHT, "in [-100, 100]", weight)
+        refs.append(AdapterRef(name, ref.generation or None, weight))
+    return tuple(refs)
 
 
 def _lora_path(value: int, default: LoraPath) -> LoraPath:
@@ -232,13 +234,6 @@ def _stopping(options: pb.StoppingOptions, model: ModelInfo) -> StoppingParams:
     )
 
 
-def _refuse_unserved(message: pb.GenerateRequest | pb.ScoreRequest) -> None:
-    if len(message.adapters) > 1:
-        raise NotSupported("adapters", "more than one adapter in a request is not served yet")
-    if message.adapters and message.adapters[0].HasField("weight") and message.adapters[0].weight != 1:
-        raise NotSupported("adapters[0].weight", "a weight other than 1 is not served yet")
-
-
 def _check_token_ids(field: str, ids: tuple[int, ...], model: ModelInfo) -> None:
     size = model.vocabulary_size
     if ids and max(ids) >= size:
@@ -250,8 +245,3 @@ def _check(field: str, fits: bool, accepted: str, value: float) -> None:
     """Comparisons with NaN are false, so a range that is stated as one refuses it."""
     if not fits:
         raise InvalidRequest(field, f"must be {accepted}, got {value}")
-
-
-def _finite(field: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise InvalidRequest(field, f"must be finite, got {value}")

@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 
-from polygraft.adapters.names import check_name
 from polygraft.engine.handle import EngineHandle
 from polygraft.errors import Draining
 from polygraft.rpc import convert, messages
@@ -87,13 +86,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to token ids."""
-        prompt, adapter = convert.tokenize_request(request)
-        return pb.TokenizeResponse(token_ids=self._handle.tokenize(prompt, adapter))
+        prompt, adapters = convert.tokenize_request(request)
+        return pb.TokenizeResponse(token_ids=self._handle.tokenize(prompt, adapters))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
         """Token ids to text."""
-        adapter = check_name(request.adapter, "adapter") if request.adapter else None
-        return pb.DetokenizeResponse(text=self._handle.detokenize(request.token_ids, adapter))
+        adapters = convert.adapter_refs(request)
+        return pb.DetokenizeResponse(text=self._handle.detokenize(request.token_ids, adapters))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         """What is being served."""

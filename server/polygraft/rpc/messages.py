@@ -38,13 +38,14 @@ def summary(finished: Finished, request_id: str) -> pb.GenerateSummary:
         finish_reason=pb.FinishReason.Value(f"FINISH_REASON_{finished.reason.value}"),
         usage=_usage(finished),
         timings=_timings(finished),
-        adapter_generation=finished.adapter_generation or 0,
+        adapter_generation=next(iter(finished.adapter_generations), 0),
         lora_path=pb.LoraPath.Value(f"LORA_PATH_{finished.path.value}"),
         seed=finished.seed,
         stop_sequence=finished.stop_sequence or "",
         stop_token_id=finished.stop_token_id,
         preemptions=finished.preemptions,
         request_id=request_id,
+        adapter_generations=finished.adapter_generations,
     )
 
 
@@ -77,9 +78,10 @@ def scores(output: RequestOutput, finished: Finished, request_id: str) -> pb.Sco
         ],
         usage=_usage(finished),
         timings=_timings(finished),
-        adapter_generation=finished.adapter_generation or 0,
+        adapter_generation=next(iter(finished.adapter_generations), 0),
         lora_path=pb.LoraPath.Value(f"LORA_PATH_{finished.path.value}"),
         request_id=request_id,
+        adapter_generations=finished.adapter_generations,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from polygraft.adapters.stack import STACK
+
 BASE = ""
 """The base model's adapter label; no adapter can have it for a name."""
 OTHER = "_other"
@@ -9,7 +11,10 @@ OTHER = "_other"
 
 
 class AdapterLabels:
-    """Gives the first `limit` adapter names in use a label of their own, and the rest a common one."""
+    """Gives the first `limit` adapter names in use a label of their own, and the rest a common one.
+
+    Requests of several adapters have a common one too, whatever the adapters are.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -17,7 +22,7 @@ class AdapterLabels:
 
     def label(self, name: str) -> str:
         """The label to count `name` under."""
-        if name == BASE or name in self._names:
+        if name in (BASE, STACK) or name in self._names:
             return name
         if len(self._names) < self._limit:
             self._names.add(name)

@@ -1,0 +1,143 @@
+"""The adapters of one request: their order and weights, and which of them have a meaning together.
+
+On a module of the base they act in the order of the request, each on what those before it have left, as
+PEFT's layers do for `set_adapter([...])` (peft/tuners/lora/layer.py, Linear.forward; tuners/ia3/layer.py):
+with factors s, low-rank weights A, B and bias c, an adapter of weight w makes `s * out + w * (B A x + c)` of
+`out`. So LoRAs add up, and are what `add_weighted_adapter(..., combination_type="cat")` makes of them;
+factors multiply what stands before them, and nothing behind them. Virtual tokens stand before the prompt
+wherever their adapter is named; those of a soft prompt run through the base with all the others in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.adapters.registry import Adapter
+from polygraft.errors import InvalidRequest
+
+STACK = "_stack"
+"""What metrics call several adapters of one request; no adapter can have it for a name."""
+STACK_KIND = "stack"
+"""Their kind."""
+
+Runs = tuple[tuple[int, float], ...]
+"""Slot in the bank and weight of each adapter that has side paths, in the order in which they act."""
+
+# What a stack knows how to combine. Anything else may be in one if no other adapter is.
+_COMBINED = {"low_rank", "scale", "bottleneck", "coupling", "prefix", "soft_prompt"}
+
+
+class Stack:
+    """Adapters that act together, in this order; without any it is the base model.
+
+    Args:
+        members: adapters and their weights.
+    """
+
+    def __init__(self, members: Sequence[tuple[Adapter, float]] = ()) -> None:
+        self.adapters = tuple(adapter for adapter, _ in members)
+        self.runs: Runs = tuple((adapter.slot, weight) for adapter, weight in members if adapter.slot)
+        self.key = tuple((adapter.generation, weight) for adapter, weight in members)
+        """What nothing else has that acts otherwise: generations, with their weights, in their order."""
+        self.prefix = next((adapter for adapter in self.adapters if adapter.compiled.prefix), None)
+        """The one that has virtual tokens."""
+        alone = len(members) == 1 and members[0][1] == 1.0
+        self.only = self.adapters[0] if alone else None
+        """The adapter, if it is alone and as it is: others can't be merged."""
+
+    @classmethod
+    def of(cls, adapter: Adapter | None) -> Stack:
+        """One adapter as it is, or the base."""
+        return cls() if adapter is None else cls([(adapter, 1.0)])
+
+    def pin(self) -> None:
+        """One more sequence holds them all."""
+        for adapter in self.adapters:
+            adapter.pin()
+
+    def release(self) -> None:
+        """One sequence less."""
+        for adapter in self.adapters:
+            adapter.release()
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Keys that they add to the context."""
+        return 0 if self.prefix is None else self.prefix.compiled.virtual_tokens
+
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """Of its adapters, in their order."""
+        return tuple(adapter.generation for adapter in self.adapters)
+
+    @property
+    def label(self) -> str:
+        """What metrics call it: the adapter's name, `STACK` for several, "" for the base."""
+        return STACK if len(self.adapters) > 1 else "".join(adapter.name for adapter in self.adapters)
+
+    @property
+    def kind(self) -> str:
+        """Its kind in metrics: the adapter's, `STACK_KIND` for several, "" for the base."""
+        if len(self.adapters) > 1:
+            return STACK_KIND
+        return "".join(adapter.compiled.kind for adapter in self.adapters)
+
+
+BASE = Stack()
+
+
+def check_stack(members: Sequence[tuple[Adapter, float]]) -> None:
+    """Refuse weights and combinations that have no defined meaning.
+
+    Raises:
+        InvalidRequest: names the element of `adapters`, and says why.
+    """
+    for at, (adapter, weight) in enumerate(members):
+        if weight != 1.0 and adapter.compiled.primitives != ("low_rank",):
+            raise InvalidRequest(
+                f"adapters[{at}].weight",
+                f"must be 1 for {adapter.name!r}: a weight is a factor on low-rank weights that are added to "
+                f"the base's, and {adapter.compiled.kind} has {' and '.join(adapter.compiled.primitives)}",
+            )
+    for at, (adapter, _) in enumerate(members):
+        for before, _ in members[:at]:
+            if before.name == adapter.name:
+                raise InvalidRequest(f"adapters[{at}].name", f"{adapter.name!r} is named twice")
+            problem = _conflict(before.compiled, adapter.compiled)
+            if problem:
+                raise InvalidRequest(f"adapters[{at}]", f"{adapter.name!r} after {before.name!r}: {problem}")
+
+
+def _conflict(before: CompiledAdapter, after: CompiledAdapter) -> str | None:
+    """Why the second can't act behind the first; None if it can."""
+    unknown = {*before.primitives, *after.primitives} - _COMBINED
+    if unknown:
+        return f"what {sorted(unknown)[0]} means beside another adapter isn't defined"
+    if before.prefix and after.prefix:
+        return "both have virtual tokens, and these are trained to stand before the prompt alone"
+    if before.coupling and after.coupling:
+        return "both are invertible adapters around all layers, and one inside another isn't defined"
+    sites = before.bottlenecks.keys() & after.bottlenecks.keys()
+    if sites:
+        return f"both have a bottleneck at {min(sites)}, and which of them reads the other's isn't defined"
+    both = _magnitudes(before) & _magnitudes(after)
+    if both:
+        return (
+            f"both are DoRA on {min(both)}, and each one's magnitude is a norm of the base's weights with "
+            "its own change alone"
+        )
+    read = sorted(name for name, scale in after.scales.items() if scale.input is not None)
+    late = next((name for name in read if name in before.low_rank), None)
+    if late is not None:
+        return (
+            f"it scales what {late} reads, which the low-rank weights before it would have to read scaled; "
+            "name it first"
+        )
+    return None
+
+
+def _magnitudes(compiled: CompiledAdapter) -> set[str]:
+    """Modules whose rows an adapter brings to norms of its own."""
+    scaled = {name for name, scale in compiled.scales.items() if scale.output is not None}
+    return scaled & compiled.low_rank.keys()
