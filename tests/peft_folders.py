@@ -105,12 +105,13 @@ def prune(model: PeftModel) -> None:
         }
 
 
-def save_adapter(folder: Path, model_folder: Path, architecture: str, kind: str, seed: int = 0) -> Path:
+def save_adapter(
+    folder: Path, model_folder: Path, architecture: str, kind: str | PeftConfig, seed: int = 0
+) -> Path:
     """Make a random adapter that visibly changes the model's output, and save it."""
     torch.manual_seed(seed)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), KINDS[kind](architecture)
-    )
+    config = KINDS[kind](architecture) if isinstance(kind, str) else kind
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = next((SCALES[part] for part in SCALES if part in name), None)

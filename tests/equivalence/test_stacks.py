@@ -1,0 +1,269 @@
+"""Several adapters in one request equal what PEFT makes of them, among rows that have others.
+
+PEFT combines adapters of one kind itself (`set_adapter([...])`, `add_weighted_adapter`) and some of different
+kinds (`PeftMixedModel`). Where it doesn't, the reference is made of its pieces: what is merged into the base
+stands for an adapter named earlier.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftMixedModel, PeftModel
+
+from polygraft.engine.engine import Engine
+from polygraft.engine.request import AdapterRef, Request, StoppingParams
+from tests.engines import forced_logits, make_engine, run_greedy
+from tests.equivalence.reference import Reference, forced, generate, load_reference
+from tests.peft_folders import KINDS, save_adapter
+from tests.tiny import CONFIGS
+
+STEPS = 6
+TOLERANCE = 1e-4
+Build = Callable[[torch.nn.Module, Path], torch.nn.Module]
+
+
+def together(*names: str) -> Build:
+    """PEFT's own `set_adapter([...])`."""
+
+    def build(base: torch.nn.Module, store: Path) -> torch.nn.Module:
+        model = PeftModel.from_pretrained(base, str(store / names[0]), adapter_name=names[0])
+        for name in names[1:]:
+            model.load_adapter(str(store / name), name)
+        model.base_model.set_adapter(list(names))
+        return model
+
+    return build
+
+
+def weighted(**weights: float) -> Build:
+    """PEFT's own `add_weighted_adapter`."""
+
+    def build(base: torch.nn.Module, store: Path) -> torch.nn.Module:
+        names = [name.replace("_", "-") for name in weights]
+        model = together(*names)(base, store)
+        model.add_weighted_adapter(names, list(weights.values()), "all", combination_type="cat")
+        model.set_adapter("all")
+        return model
+
+    return build
+
+
+def mixed(*names: str) -> Build:
+    """PEFT's own adapters of several kinds."""
+
+    def build(base: torch.nn.Module, store: Path) -> torch.nn.Module:
+        model = PeftMixedModel.from_pretrained(base, str(store / names[0]), adapter_name=names[0])
+        for name in names[1:]:
+            model.load_adapter(str(store / name), name)
+        model.set_adapter(list(names))
+        return model
+
+    return build
+
+
+def after(first: Build, name: str) -> Build:
+    """An adapter over a model that has others merged into it."""
+
+    def build(base: torch.nn.Module, store: Path) -> torch.nn.Module:
+        return PeftModel.from_pretrained(first(base, store).merge_and_unload(), str(store / name))
+
+    return build
+
+
+@dataclass(frozen=True)
+class Case:
+    """Adapters with their weights, and what PEFT makes of them."""
+
+    members: tuple[str | tuple[str, float], ...]
+    build: Build
+
+    @property
+    def refs(self) -> tuple[AdapterRef, ...]:
+        return tuple(
+            AdapterRef(member) if isinstance(member, str) else AdapterRef(member[0], weight=member[1])
+            for member in self.members
+        )
+
+
+one = together
+# Modules whose outputs (IA)^3 scales, and not those whose inputs it does.
+ATTENTION = {
+    "llama": ["k_proj"],
+    "qwen2": ["k_proj", "v_proj"],
+    "gemma3_text": ["q_proj"],
+    "gpt2": ["c_attn"],
+}
+
+CASES = {
+    "two": Case(("lora", "lora-regex"), together("lora", "lora-regex")),
+    "the other way round": Case(("lora-regex", "lora"), together("lora-regex", "lora")),
+    "three with biases and patterns": Case(
+        ("lora-bias", "rslora-patterns", "lora-all-linear"),
+        together("lora-bias", "rslora-patterns", "lora-all-linear"),
+    ),
+    "weighted": Case((("lora", 0.5), ("lora-layers", -1.25)), weighted(lora=0.5, lora_layers=-1.25)),
+    "weighted with a head": Case(
+        (("lora-head", 2.0), ("lora", 0.0), ("lora-layers", 0.75)),
+        weighted(lora_head=2.0, lora=0.0, lora_layers=0.75),
+    ),
+    "one, weighted": Case((("lora", 0.3),), weighted(lora=0.3)),
+    "DoRA first": Case(("dora", "lora"), together("dora", "lora")),
+    "DoRA last": Case(("lora-all-linear", "dora"), together("lora-all-linear", "dora")),
+    "several kinds": Case(("loha", "lora"), mixed("loha", "lora")),
+    "more kinds": Case(("adalora", "vera", "lora"), after(after(one("adalora"), "vera"), "lora")),
+    "prompt": Case(("lora-all-linear", "prompt"), after(one("lora-all-linear"), "prompt")),
+    "prompt named first": Case(("p-tuning", "lora-all-linear"), after(one("lora-all-linear"), "p-tuning")),
+    "prompt, weighted": Case(
+        (("lora", 0.5), "prompt", ("lora-layers", -1.25)),
+        after(weighted(lora=0.5, lora_layers=-1.25), "prompt"),
+    ),
+    "prefix": Case(("lora-all-linear", "prefix"), after(one("lora-all-linear"), "prefix")),
+    "prefix and another": Case(("prefix", "lora"), after(one("lora"), "prefix")),
+    "cartridge": Case(("cartridge", "dora"), after(one("dora"), "cartridge")),
+    "factors, then LoRA": Case(("ia3", "lora"), after(one("ia3"), "lora")),
+    "LoRA, then factors": Case(("lora-attention", "ia3"), after(one("lora-attention"), "ia3")),
+    "factors, LoRA and a prompt": Case(("ia3", "lora", "prompt"), after(after(one("ia3"), "lora"), "prompt")),
+    "factors twice": Case(("ia3", "ia3-more"), together("ia3", "ia3-more")),
+}
+
+ALONE = ("lora", "dora", "ia3", "prompt", "prefix")
+"""Rows beside them, of adapters that are in some of them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A request, and the reference's answer to it."""
+
+    prompt: list[int]
+    refs: tuple[AdapterRef, ...]
+    expected: Reference
+
+
+@dataclass(frozen=True)
+class Served:
+    """One architecture: the engine, all rows, and what comes of them in the same steps."""
+
+    engine: Engine
+    rows: dict[str, Row]
+
+    def request(self, name: str) -> Request:
+        row = self.rows[name]
+        stopping = StoppingParams(max_new_tokens=STEPS, ignore_eos=True)
+        return Request(name, tuple(row.prompt), row.refs, stopping=stopping)
+
+    def forced(self, *names: str) -> torch.Tensor:
+        """Logits [rows, STEPS, vocabulary] along the references' tokens, all in the same steps."""
+        rows = [self.rows[name] for name in names]
+        asked = [(row.prompt + row.expected.tokens[:k], row.refs) for row in rows for k in range(STEPS)]
+        return forced_logits(self.engine, asked).view(len(rows), STEPS, -1)
+
+    @functools.cached_property
+    def mixed_tokens(self) -> dict[str, list[int]]:
+        answers = run_greedy(self.engine, [self.request(name) for name in self.rows])
+        return dict(zip(self.rows, answers, strict=True))
+
+    @functools.cached_property
+    def mixed_logits(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.rows, self.forced(*self.rows), strict=True))
+
+
+def random_prompt(at: int) -> list[int]:
+    generator = torch.Generator().manual_seed(at)
+    return torch.randint(0, 250, (2 + 9 * at % 41,), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module")
+def served(
+    tiny_model: Callable[[str], Path],
+    adapter_store: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, bool], Served]:
+    @functools.cache
+    def store_of(architecture: str) -> Path:
+        store = tmp_path_factory.mktemp(f"{architecture}-stacks")
+        names = {ref.name for case in CASES.values() for ref in case.refs}
+        for name in sorted(names.intersection(KINDS)):
+            shutil.copytree(adapter_store(architecture) / name, store / name)
+        model = tiny_model(architecture)
+        save_adapter(store / "ia3-more", model, architecture, "ia3", seed=98)
+        narrow = LoraConfig(r=3, target_modules=ATTENTION[architecture], task_type="CAUSAL_LM")
+        save_adapter(store / "lora-attention", model, architecture, narrow, seed=99)
+        return store
+
+    @functools.cache
+    def rows_of(architecture: str) -> dict[str, Row]:
+        model, store = tiny_model(architecture), store_of(architecture)
+        rows = {}
+        for at, (name, case) in enumerate(CASES.items()):
+            reference = case.build(load_reference(model, None, "float32"), store).eval()
+            rows[name] = Row(random_prompt(at), case.refs, generate(reference, random_prompt(at), STEPS))
+        for at, alone in enumerate((None, *ALONE)):
+            reference = load_reference(model, None if alone is None else store / alone, "float32")
+            refs = () if alone is None else (AdapterRef(alone),)
+            rows[f"alone {alone}"] = Row(
+                random_prompt(at), refs, generate(reference, random_prompt(at), STEPS)
+            )
+        return rows
+
+    @functools.cache
+    def get(architecture: str, native: bool = True) -> Served:
+        engine = make_engine(tiny_model(architecture), store_of(architecture), native=native)
+        assert [info.problems for info in engine.adapters.registry.list() if info.problems] == []
+        return Served(engine, rows_of(architecture))
+
+    return get
+
+
+@pytest.mark.parametrize("name", [*CASES, "alone None", *(f"alone {name}" for name in ALONE)])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_stack_gives_the_references_tokens(
+    served: Callable[[str], Served], architecture: str, name: str
+) -> None:
+    this = served(architecture)
+    expected = this.rows[name].expected
+    assert run_greedy(this.engine, [this.request(name)]) == [expected.tokens]
+    assert this.mixed_tokens[name] == expected.tokens
+    assert (this.mixed_logits[name] - expected.logits).abs().max() < TOLERANCE
+    assert (this.forced(name)[0] - expected.logits).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_the_operators_in_torch_do_the_same(served: Callable[[str, bool], Served], architecture: str) -> None:
+    this = served(architecture, False)
+    for name, row in this.rows.items():
+        assert this.mixed_tokens[name] == row.expected.tokens
+        assert (this.mixed_logits[name] - row.expected.logits).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_member_and_its_weight_matters(served: Callable[[str], Served], architecture: str) -> None:
+    this = served(architecture)
+    for name, case in CASES.items():
+        tokens, refs = this.rows[name].prompt, case.refs
+        others = [tuple(ref for ref in refs if ref is not left) for left in refs if left.weight != 0]
+        unweighted = tuple(AdapterRef(ref.name) for ref in refs)
+        others += [unweighted] if unweighted != refs else []
+        whole, *rest = forced_logits(this.engine, [(tokens, these) for these in (refs, *others)])
+        for other, logits in zip(others, rest, strict=True):
+            assert (whole - logits).abs().max() > 10 * TOLERANCE, (name, other)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["two", "three with biases and patterns", "weighted", "factors twice"])
+def test_bfloat16_is_as_near_as_peft(
+    tiny_model: Callable[[str], Path], served: Callable[[str], Served], architecture: str, name: str
+) -> None:
+    this, model = served(architecture), tiny_model(architecture)
+    row, store = this.rows[name], Path(str(this.engine.config.adapters))
+    peft = CASES[name].build(load_reference(model, None, "bfloat16"), store).eval()
+    theirs = forced(peft, row.prompt, row.expected.tokens) - row.expected.logits
+    engine = make_engine(model, store, precision="bfloat16")
+    ours = Served(engine, this.rows).mixed_logits[name] - row.expected.logits
+    assert ours.square().mean().sqrt() <= 1.5 * theirs.square().mean().sqrt()
