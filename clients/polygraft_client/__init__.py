@@ -31,6 +31,7 @@ from polygraft_client._exceptions import (
 )
 from polygraft_client._models import (
     Adapter,
+    AdapterRef,
     AdapterState,
     ChatMessage,
     Chunk,
@@ -56,6 +57,7 @@ from polygraft_client._streams import AsyncStream, Stream
 
 __all__ = [
     "Adapter",
+    "AdapterRef",
     "AdapterState",
     "Adapters",
     "AlreadyExists",

@@ -11,6 +11,7 @@ import grpc
 from polygraft_client import _calls
 from polygraft_client._adapters import AsyncAdapters
 from polygraft_client._models import Generation, Health, LoraPath, Model, Score
+from polygraft_client._requests import Adapters as AdapterRefs
 from polygraft_client._requests import Chat, Continuations, GenerateOptions, split_timeout
 from polygraft_client._streams import AsyncStream
 from polygraft_client._transport import AsyncTransport, Endpoint
@@ -60,6 +61,7 @@ class AsyncClient:
         token_ids: Sequence[int] | None = None,
         chat: Chat | None = None,
         adapter: str | None = None,
+        adapters: AdapterRefs = (),
         lora_path: LoraPath | None = None,
         top_logprobs: int = 0,
         timeout: float | None = None,
@@ -71,6 +73,7 @@ class AsyncClient:
             token_ids=token_ids,
             chat=chat,
             adapter=adapter,
+            adapters=adapters,
             lora_path=lora_path,
             top_logprobs=top_logprobs,
         )
@@ -82,16 +85,22 @@ class AsyncClient:
         *,
         chat: Chat | None = None,
         adapter: str | None = None,
+        adapters: AdapterRefs = (),
         timeout: float | None = None,
     ) -> tuple[int, ...]:
         """Token ids of a text or of a conversation, as `generate` would use them for the adapter."""
-        return await self._transport.run(_calls.tokenize(prompt, chat, adapter), timeout)
+        return await self._transport.run(_calls.tokenize(prompt, chat, adapter, adapters), timeout)
 
     async def detokenize(
-        self, token_ids: Iterable[int], *, adapter: str | None = None, timeout: float | None = None
+        self,
+        token_ids: Iterable[int],
+        *,
+        adapter: str | None = None,
+        adapters: AdapterRefs = (),
+        timeout: float | None = None,
     ) -> str:
         """Text of token ids, without special tokens."""
-        return await self._transport.run(_calls.detokenize(token_ids, adapter), timeout)
+        return await self._transport.run(_calls.detokenize(token_ids, adapter, adapters), timeout)
 
     async def model(self, *, timeout: float | None = None) -> Model:
         """What is being served: the base model, its limits and its defaults."""

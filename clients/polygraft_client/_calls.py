@@ -15,7 +15,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client import _requests, _responses
 from polygraft_client._models import Adapter, Chunk, Generation, Health, Model, Score
-from polygraft_client._requests import Chat, Continuations
+from polygraft_client._requests import Adapters, Chat, Continuations
 
 _INFERENCE = "/polygraft.v1.InferenceService/"
 _ADAPTERS = "/polygraft.v1.AdapterService/"
@@ -63,15 +63,17 @@ def score(prompt: str | None, continuations: Continuations, **options: Any) -> C
     return Call(f"{_INFERENCE}Score", request, inference_pb2.ScoreResponse, _responses.score_from)
 
 
-def tokenize(prompt: str | None, chat: Chat | None, adapter: str | None) -> Call[tuple[int, ...]]:
+def tokenize(
+    prompt: str | None, chat: Chat | None, adapter: str | None, adapters: Adapters
+) -> Call[tuple[int, ...]]:
     """Text or a conversation to token ids."""
-    request = _requests.tokenize_request(prompt, chat=chat, adapter=adapter)
+    request = _requests.tokenize_request(prompt, chat=chat, adapter=adapter, adapters=adapters)
     return Call(f"{_INFERENCE}Tokenize", request, inference_pb2.TokenizeResponse, _responses.token_ids_from)
 
 
-def detokenize(token_ids: Iterable[int], adapter: str | None) -> Call[str]:
+def detokenize(token_ids: Iterable[int], adapter: str | None, adapters: Adapters) -> Call[str]:
     """Token ids to text."""
-    request = _requests.detokenize_request(token_ids, adapter=adapter)
+    request = _requests.detokenize_request(token_ids, adapter=adapter, adapters=adapters)
     return Call(f"{_INFERENCE}Detokenize", request, inference_pb2.DetokenizeResponse, _responses.text_from)
 
 

@@ -11,6 +11,7 @@ import grpc
 from polygraft_client import _calls
 from polygraft_client._adapters import Adapters
 from polygraft_client._models import Generation, Health, LoraPath, Model, Score
+from polygraft_client._requests import Adapters as AdapterRefs
 from polygraft_client._requests import Chat, Continuations, GenerateOptions, split_timeout
 from polygraft_client._streams import Stream
 from polygraft_client._transport import Endpoint, Transport
@@ -81,6 +82,7 @@ class Client:
         token_ids: Sequence[int] | None = None,
         chat: Chat | None = None,
         adapter: str | None = None,
+        adapters: AdapterRefs = (),
         lora_path: LoraPath | None = None,
         top_logprobs: int = 0,
         timeout: float | None = None,
@@ -102,6 +104,7 @@ class Client:
             token_ids=token_ids,
             chat=chat,
             adapter=adapter,
+            adapters=adapters,
             lora_path=lora_path,
             top_logprobs=top_logprobs,
         )
@@ -113,16 +116,22 @@ class Client:
         *,
         chat: Chat | None = None,
         adapter: str | None = None,
+        adapters: AdapterRefs = (),
         timeout: float | None = None,
     ) -> tuple[int, ...]:
         """Token ids of a text or of a conversation, as `generate` would use them for the adapter."""
-        return self._transport.run(_calls.tokenize(prompt, chat, adapter), timeout)
+        return self._transport.run(_calls.tokenize(prompt, chat, adapter, adapters), timeout)
 
     def detokenize(
-        self, token_ids: Iterable[int], *, adapter: str | None = None, timeout: float | None = None
+        self,
+        token_ids: Iterable[int],
+        *,
+        adapter: str | None = None,
+        adapters: AdapterRefs = (),
+        timeout: float | None = None,
     ) -> str:
         """Text of token ids, without special tokens."""
-        return self._transport.run(_calls.detokenize(token_ids, adapter), timeout)
+        return self._transport.run(_calls.detokenize(token_ids, adapter, adapters), timeout)
 
     def model(self, *, timeout: float | None = None) -> Model:
         """What is being served: the base model, its limits and its defaults."""

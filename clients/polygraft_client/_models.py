@@ -71,6 +71,20 @@ class ChatMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One adapter of a request.
+
+    Args:
+        weight: factor on what low-rank weights add, in [-100, 100]; None is 1.
+        generation: of an adapter that was loaded again; None is the newest.
+    """
+
+    name: str
+    weight: float | None = None
+    generation: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens counted for one request.
 
@@ -137,12 +151,13 @@ class Generation:
         text: without special tokens and stop sequences; begins with the prompt if `echo` was asked for.
         token_ids: empty unless asked for with `return_token_ids`; begins with the prompt's for `echo`.
         seed: the request's own, or the one that the server drew.
-        adapter_generation: what served it; 0 for the base model.
+        adapter_generation: what served it, of several adapters the first; 0 for the base model.
         stop_sequence: what ended it, for STOP_SEQUENCE; else "".
         stop_token_id: what ended it, for STOP; else None.
         preemptions: how often its place in the cache was taken away and recomputed.
         request_id: the id under which the server's log knows it.
         logprobs: of the tokens, if asked for; begins with the prompt's for `echo`.
+        adapter_generations: of all its adapters, in the request's order.
     """
 
     text: str
@@ -158,6 +173,7 @@ class Generation:
     preemptions: int
     request_id: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    adapter_generations: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +210,8 @@ class Score:
     Args:
         continuations: in the order in which they were given.
         usage: of all of them together; `completion_tokens` are theirs.
-        adapter_generation: what served it; 0 for the base model.
+        adapter_generation: what served it, of several adapters the first; 0 for the base model.
+        adapter_generations: of all its adapters, in the request's order.
     """
 
     continuations: tuple[ContinuationScore, ...]
@@ -203,6 +220,7 @@ class Score:
     adapter_generation: int
     lora_path: LoraPath
     request_id: str
+    adapter_generations: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

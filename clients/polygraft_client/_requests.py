@@ -9,10 +9,12 @@ from google.protobuf.message import Message
 
 from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client._exceptions import InvalidRequest
-from polygraft_client._models import ChatMessage, LoraPath
+from polygraft_client._models import AdapterRef, ChatMessage, LoraPath
 
 Chat = Sequence[ChatMessage | Mapping[str, str]]
 """A conversation: `ChatMessage`s, or dicts with the keys "role" and "content"."""
+Adapters = Sequence[AdapterRef | str | tuple[str, float]]
+"""Several adapters: `AdapterRef`s, names, or names with weights."""
 Continuations = Sequence[str] | Sequence[Sequence[int]]
 """What to score: texts, or token ids."""
 
@@ -32,6 +34,8 @@ class GenerateOptions(TypedDict, total=False):
     """The input as a conversation, instead of `prompt`; rendered through the model's chat template."""
     adapter: str | None
     """Name of the adapter; None is the base model."""
+    adapters: Adapters
+    """Several adapters instead, at most 8, in the order in which they act; or one with a weight."""
     lora_path: LoraPath
     """How low-rank weights are applied."""
     temperature: float | None
@@ -88,6 +92,7 @@ def generate_request(
     token_ids: Sequence[int] | None = None,
     chat: Chat | None = None,
     adapter: str | None = None,
+    adapters: Adapters = (),
     lora_path: LoraPath | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -114,6 +119,7 @@ def generate_request(
         inference_pb2.GenerateRequest,
         **_input(prompt=prompt, token_ids=token_ids, chat=chat),
         adapter=adapter,
+        adapters=_adapters(adapters),
         lora_path=None if lora_path is None else f"LORA_PATH_{lora_path}",
         sampling=_fill(
             inference_pb2.SamplingOptions,
@@ -153,6 +159,7 @@ def score_request(
     token_ids: Sequence[int] | None = None,
     chat: Chat | None = None,
     adapter: str | None = None,
+    adapters: Adapters = (),
     lora_path: LoraPath | None = None,
     top_logprobs: int = 0,
 ) -> inference_pb2.ScoreRequest:
@@ -165,6 +172,7 @@ def score_request(
         continuations=texts if as_text else None,
         continuation_token_ids=None if as_text else [_ids(at, ids) for at, ids in enumerate(texts)],
         adapter=adapter,
+        adapters=_adapters(adapters),
         lora_path=None if lora_path is None else f"LORA_PATH_{lora_path}",
         top_logprobs=top_logprobs,
     )
@@ -177,17 +185,56 @@ def _ids(at: int, ids: Any) -> inference_pb2.TokenIds:
 
 
 def tokenize_request(
-    prompt: str | None = None, *, chat: Chat | None = None, adapter: str | None = None
+    prompt: str | None = None,
+    *,
+    chat: Chat | None = None,
+    adapter: str | None = None,
+    adapters: Adapters = (),
 ) -> inference_pb2.TokenizeRequest:
     """Build the request of Tokenize; raises InvalidRequest."""
-    return _fill(inference_pb2.TokenizeRequest, **_input(prompt=prompt, chat=chat), adapter=adapter)
+    return _fill(
+        inference_pb2.TokenizeRequest,
+        **_input(prompt=prompt, chat=chat),
+        adapter=adapter,
+        adapters=_adapters(adapters),
+    )
 
 
 def detokenize_request(
-    token_ids: Iterable[int], *, adapter: str | None = None
+    token_ids: Iterable[int], *, adapter: str | None = None, adapters: Adapters = ()
 ) -> inference_pb2.DetokenizeRequest:
     """Build the request of Detokenize; raises InvalidRequest."""
-    return _fill(inference_pb2.DetokenizeRequest, token_ids=list(token_ids), adapter=adapter)
+    return _fill(
+        inference_pb2.DetokenizeRequest,
+        token_ids=list(token_ids),
+        adapter=adapter,
+        adapters=_adapters(adapters),
+    )
+
+
+def _adapters(adapters: Adapters) -> list[inference_pb2.AdapterRef]:
+    """The contract's references, as long as they can be told apart; the server checks what they say."""
+    if isinstance(adapters, str):
+        raise InvalidRequest("adapters", "expected several; a single name is `adapter`")
+    refs = []
+    for at, given in enumerate(adapters):
+        ref: Any = given
+        if isinstance(ref, str):
+            ref = AdapterRef(ref)
+        elif isinstance(ref, tuple) and len(ref) == 2:
+            ref = AdapterRef(*ref)
+        if not isinstance(ref, AdapterRef):
+            raise InvalidRequest(f"adapters[{at}]", "expected an AdapterRef, a name, or a name and a weight")
+        refs.append(
+            _fill(
+                inference_pb2.AdapterRef,
+                name=ref.name,
+                generation=ref.generation,
+                weight=ref.weight,
+                path=f"adapters[{at}].",
+            )
+        )
+    return refs
 
 
 def unload_request(name: str, *, wait: bool) -> adapters_pb2.UnloadAdapterRequest:

@@ -51,6 +51,7 @@ def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
         preemptions=summary.preemptions,
         request_id=summary.request_id,
         logprobs=_logprobs(response.logprobs),
+        adapter_generations=tuple(summary.adapter_generations),
     )
 
 
@@ -96,6 +97,7 @@ def score_from(response: inference_pb2.ScoreResponse) -> Score:
         adapter_generation=response.adapter_generation,
         lora_path=_named(LoraPath, "LORA_PATH_", inference_pb2.LoraPath.Name, response.lora_path),
         request_id=response.request_id,
+        adapter_generations=tuple(response.adapter_generations),
     )
 
 

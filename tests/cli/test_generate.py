@@ -17,6 +17,29 @@ def test_prints_the_answer_and_nothing_else(call: Invoke) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, "MOOD one two three\n", "")
 
 
+def test_several_adapters_and_weights(call: Invoke, script: Script) -> None:
+    call("generate", "Hello", "--adapter", "mood", "--adapter", "headline:0.5")
+    call("generate", "Hello", "--adapter", "mood:-2")
+    call("generate", "Hello", "--adapter", "mood")
+    call("score", "Hello", "a", "--adapter", "mood:1", "--adapter", "headline")
+    ref = inference_pb2.AdapterRef
+    requests = [request for request in script.requests if hasattr(request, "adapters")]
+    assert [(request.adapter, list(request.adapters)) for request in requests] == [
+        ("", [ref(name="mood"), ref(name="headline", weight=0.5)]),
+        ("", [ref(name="mood", weight=-2)]),
+        ("mood", []),
+        ("", [ref(name="mood", weight=1), ref(name="headline")]),
+    ]
+
+
+@pytest.mark.parametrize("adapter", ["mood:", "mood:much", "mood:0.5:1"])
+def test_a_weight_that_is_none(call: Invoke, script: Script, adapter: str) -> None:
+    result = call("generate", "Hello", "--adapter", adapter)
+    assert result.exit_code == 2
+    assert "--adapter" in result.stderr
+    assert script.requests == []
+
+
 def test_streaming_prints_the_same(call: Invoke) -> None:
     plain, streamed = call("generate", "Hello", "--no-stream"), call("generate", "Hello", "--stream")
     assert streamed.stdout == plain.stdout == "one two three\n"

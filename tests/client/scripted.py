@@ -128,6 +128,7 @@ class Script:
                 stop_token_id=2,
                 preemptions=1,
                 request_id="r-1",
+                adapter_generations=[3 + at for at in range(len(request.adapters))],
             ),
         )
 

@@ -8,6 +8,7 @@ import pytest
 
 from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client import (
+    AdapterRef,
     AdapterState,
     AsyncClient,
     ChatMessage,
@@ -191,6 +192,11 @@ def test_chat_as_dicts_or_messages(client: Client, script: Script) -> None:
         ({"prompt": "a", "lora_path": LoraPath.UNKNOWN}, "lora_path"),
         ({"prompt": "a", "lora_path": "sideways"}, "lora_path"),
         ({"prompt": "a", "adapter": 3}, "adapter"),
+        ({"prompt": "a", "adapters": "mood"}, "adapters"),
+        ({"prompt": "a", "adapters": ["mood", 3]}, r"adapters\[1\]"),
+        ({"prompt": "a", "adapters": [("mood", 0.5, 1)]}, r"adapters\[0\]"),
+        ({"prompt": "a", "adapters": [("mood", "much")]}, r"adapters\[0\].weight"),
+        ({"prompt": "a", "adapters": [AdapterRef("mood", generation=-1)]}, r"adapters\[0\].generation"),
         ({"prompt": "a", "logit_bias": {-1: 1.0}}, "logit_bias"),
         ({"prompt": "a", "top_logprobs": -1}, "top_logprobs"),
         ({"prompt": "a", "presence_penalty": "much"}, "presence_penalty"),
@@ -200,6 +206,23 @@ def test_what_cannot_be_sent_is_named(client: Client, script: Script, arguments:
     with pytest.raises(InvalidRequest, match=f"^{names}: "):
         client.generate(**arguments)
     assert script.requests == []
+
+
+def test_several_adapters_reach_the_server(client: Client, script: Script) -> None:
+    given = ["mood", ("headline", 0.5), AdapterRef("other", generation=4), AdapterRef("last", -1.0)]
+    sent = [
+        inference_pb2.AdapterRef(name="mood"),
+        inference_pb2.AdapterRef(name="headline", weight=0.5),
+        inference_pb2.AdapterRef(name="other", generation=4),
+        inference_pb2.AdapterRef(name="last", weight=-1.0),
+    ]
+    answer = client.generate("a", adapters=given)
+    client.score("a", ["b"], adapters=given)
+    client.tokenize("a", adapters=given)
+    client.detokenize([97], adapters=given)
+    assert [list(request.adapters) for request in script.requests] == [sent] * 4
+    assert all(request.adapter == "" for request in script.requests)
+    assert answer.adapter_generations == (3, 4, 5, 6)
 
 
 def test_unknown_options_are_refused(client: Client) -> None:

@@ -61,6 +61,10 @@ def stopping(**options: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt="hi", stopping=pb.StoppingOptions(**options))
 
 
+def several(*names: str, **options: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(prompt="hi", adapters=[pb.AdapterRef(name=name) for name in names], **options)
+
+
 NAN = float("nan")
 BAD_REQUESTS: dict[str, tuple[pb.GenerateRequest, grpc.StatusCode, str]] = {
     "unknown adapter": (pb.GenerateRequest(prompt="hi", adapter="nobody"), Code.NOT_FOUND, ""),
@@ -129,10 +133,23 @@ BAD_REQUESTS: dict[str, tuple[pb.GenerateRequest, grpc.StatusCode, str]] = {
         Code.FAILED_PRECONDITION,
         "",
     ),
-    "two adapters": (
-        pb.GenerateRequest(prompt="hi", adapters=[pb.AdapterRef(name="lora"), pb.AdapterRef(name="prefix")]),
-        Code.UNIMPLEMENTED,
-        "",
+    "an adapter and adapters": (
+        pb.GenerateRequest(prompt="hi", adapter="lora", adapters=[pb.AdapterRef(name="lora")]),
+        Code.INVALID_ARGUMENT,
+        "adapters",
+    ),
+    "an adapter twice": (several("lora", "lora"), Code.INVALID_ARGUMENT, "adapters[1].name"),
+    "two with virtual tokens": (several("lora", "prefix", "prompt"), Code.INVALID_ARGUMENT, "adapters[2]"),
+    "one that isn't there": (several("lora", "nobody"), Code.NOT_FOUND, ""),
+    "a weight without a meaning": (
+        pb.GenerateRequest(prompt="hi", adapters=[pb.AdapterRef(name="prefix", weight=0.5)]),
+        Code.INVALID_ARGUMENT,
+        "adapters[0].weight",
+    ),
+    "several merged": (
+        several("lora", "lora-bias", lora_path=pb.LORA_PATH_MERGED),
+        Code.INVALID_ARGUMENT,
+        "lora_path",
     ),
 }
 

@@ -397,7 +397,7 @@ def test_usage_and_timings(engine: Engine, clock: Clock) -> None:
     assert end is not None
     assert (end.usage.prompt_tokens, end.usage.completion_tokens) == (len(PROMPT), 3)
     assert (end.usage.virtual_tokens, end.usage.cached_tokens) == (17, 0)
-    assert end.adapter_generation == engine.adapters.registry.get("p-tuning").generation
+    assert end.adapter_generations == (engine.adapters.registry.get("p-tuning").generation,)
     timings = end.timings
     assert timings.queue is not None
     assert timings.queue >= 1.0
@@ -407,7 +407,7 @@ def test_usage_and_timings(engine: Engine, clock: Clock) -> None:
 
 def test_the_base_has_no_generation(engine: Engine) -> None:
     [(_, _, finished)] = run(engine, request(max_new_tokens=1))
-    assert (finished.adapter_generation, finished.path) == (None, LoraPath.UNMERGED)
+    assert (finished.adapter_generations, finished.path) == ((), LoraPath.UNMERGED)
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,19 @@ async def test_a_message_beyond_the_limit_is_refused_and_others_go_on(serve_with
         assert len(served.engine.requests) == 2
 
 
+async def test_several_adapters_are_all_named_in_the_end(served: Served) -> None:
+    both = [pb.AdapterRef(name="json", generation=3), pb.AdapterRef(name="shout", weight=0.5)]
+    answer = await served.inference.Generate(ask(adapters=both))
+    expected = (AdapterRef("json", 3), AdapterRef("shout", weight=0.5))
+    assert served.engine.requests[-1].adapters == expected
+    assert (answer.summary.adapter_generation, list(answer.summary.adapter_generations)) == (7, [7, 8])
+    score = await served.inference.Score(pb.ScoreRequest(prompt="a", continuations=["b"], adapters=both))
+    assert served.engine.scores[-1].adapters == expected
+    assert (score.adapter_generation, list(score.adapter_generations)) == (7, [7, 8])
+    base = await served.inference.Generate(ask())
+    assert (base.summary.adapter_generation, list(base.summary.adapter_generations)) == (0, [])
+
+
 async def test_tokens_in_an_adapters_own_way(served: Served) -> None:
     await served.inference.Tokenize(pb.TokenizeRequest(prompt="hi", adapter="json"))
     assert served.engine.asked_for == (AdapterRef("json"),)

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from polygraft.adapters.info import AdapterInfo, AdapterState
+from polygraft.adapters.stack import STACK
 from polygraft.engine.handle import ModelInfo, Occupancy, StepStats
 from polygraft.engine.request import Finished, FinishReason, LoraPath, SamplingParams, Timings, Usage
 from polygraft.telemetry.labels import OTHER, AdapterLabels
@@ -23,7 +24,7 @@ FINISHED = Finished(
     timings=Timings(total=2.0, queue=0.2, prefill=0.3, time_to_first_token=0.5),
     seed=0,
     path=LoraPath.UNMERGED,
-    adapter_generation=1,
+    adapter_generations=(1,),
 )
 STEP = StepStats(
     seconds=0.05,
@@ -216,7 +217,8 @@ def test_adapter_labels_are_bounded(metrics: Metrics) -> None:
     for number in range(50):
         use(metrics, f"a{number}")
     use(metrics, "")
-    assert adapter_labels(metrics) == {"a0", "a1", OTHER, ""}
+    use(metrics, STACK)
+    assert adapter_labels(metrics) == {"a0", "a1", OTHER, "", STACK}
     assert value(metrics, "prompt_tokens_total", adapter=OTHER, kind="lora") == 480
 
 

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, print_logprobs, to_json
+from polygraft.cli.options import (
+    DEFAULT_SERVER,
+    AdapterNames,
+    AsJson,
+    Server,
+    adapter_refs,
+    print_logprobs,
+    to_json,
+)
 from polygraft_client import Client, GenerateOptions, Generation, LoraPath, Stream
 
 STANDARD_INPUT = "-"
@@ -15,7 +23,7 @@ STANDARD_INPUT = "-"
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    adapter: Annotated[str | None, typer.Option(help="Adapter to use. [default: the base model]")] = None,
+    adapter: AdapterNames = None,
     lora_path: Annotated[
         LoraPath | None,
         typer.Option(
@@ -79,8 +87,10 @@ def generate(
 ) -> None:
     """Generate an answer and print it."""
     text = sys.stdin.read() if prompt == STANDARD_INPUT else prompt
+    single, several = adapter_refs(adapter)
     options: GenerateOptions = {
-        "adapter": adapter,
+        "adapter": single,
+        "adapters": several,
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
         "temperature": temperature,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from polygraft_client import TokenLogprob
+from polygraft_client import AdapterRef, TokenLogprob
 
 PIPED_WIDTH = 160  # columns of a table that isn't shown on a terminal
 
@@ -22,9 +22,33 @@ Token = Annotated[
     str | None,
     typer.Option("--token", envvar="POLYGRAFT_ADMIN_TOKEN", help="The server's admin token, if it has one."),
 ]
+AdapterNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME[:WEIGHT]",
+        help="Adapter to use; repeatable, in the order in which they act. [default: the base model]",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DEFAULT_SERVER = "127.0.0.1:50051"
+
+
+def adapter_refs(given: Sequence[str] | None) -> tuple[str | None, tuple[AdapterRef, ...]]:
+    """A single adapter's name, or else several adapters or one with a weight; raises BadParameter."""
+    refs = []
+    for text in given or ():
+        name, separator, weight = text.partition(":")
+        try:
+            refs.append(AdapterRef(name, float(weight) if separator else None))
+        except ValueError:
+            raise typer.BadParameter(
+                f"expected NAME[:WEIGHT], got {text!r}", param_hint="--adapter"
+            ) from None
+    if len(refs) == 1 and refs[0].weight is None:
+        return refs[0].name, ()
+    return None, tuple(refs)
 
 
 def console() -> Console:

@@ -6,14 +6,22 @@ from typing import Annotated
 
 import typer
 
-from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, print_logprobs, to_json
+from polygraft.cli.options import (
+    DEFAULT_SERVER,
+    AdapterNames,
+    AsJson,
+    Server,
+    adapter_refs,
+    print_logprobs,
+    to_json,
+)
 from polygraft_client import Client
 
 
 def score(
     prompt: Annotated[str, typer.Argument(help="What is conditioned on; may be empty.")],
     continuations: Annotated[list[str], typer.Argument(metavar="CONTINUATION...", help="What to score.")],
-    adapter: Annotated[str | None, typer.Option(help="Adapter to use. [default: the base model]")] = None,
+    adapter: AdapterNames = None,
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="The prompt as a user's message, or as bare text.")
     ] = False,
@@ -28,12 +36,14 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Print each continuation's log-likelihood; * marks what greedy decoding would have produced."""
+    single, several = adapter_refs(adapter)
     with Client(server, timeout=timeout) as client:
         answer = client.score(
             None if chat else prompt,
             continuations,
             chat=[{"role": "user", "content": prompt}] if chat else None,
-            adapter=adapter,
+            adapter=single,
+            adapters=several,
             top_logprobs=top_logprobs,
         )
     if as_json:
