@@ -255,6 +255,19 @@ def test_every_member_and_its_weight_matters(served: Callable[[str], Served], ar
             assert (whole - logits).abs().max() > 10 * TOLERANCE, (name, other)
 
 
+def test_what_docs_say_of_linear_combinations(llama: Path, llama_store: Path, tmp_path: Path) -> None:
+    model = together("lora", "lora-layers")(load_reference(llama, None, "float32"), llama_store)
+    model.add_weighted_adapter(["lora", "lora-layers"], [0.5, 0.75], "linear", combination_type="linear")
+    model.save_pretrained(str(tmp_path), selected_adapters=["linear"])
+    model.set_adapter("linear")
+    expected = generate(model.eval(), random_prompt(1), STEPS)
+    engine = make_engine(llama, tmp_path)
+    [logits] = forced_logits(engine, [(random_prompt(1), "linear")])
+    assert (logits - expected.logits[0]).abs().max() < TOLERANCE
+    cat = weighted(lora=0.5, lora_layers=0.75)(load_reference(llama, None, "float32"), llama_store)
+    assert (logits - generate(cat.eval(), random_prompt(1), 1).logits[0]).abs().max() > 10 * TOLERANCE
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["two", "three with biases and patterns", "weighted", "factors twice"])
 def test_bfloat16_is_as_near_as_peft(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import get_activation
 
 from polygraft.adapters.primitives import Bottleneck, CompiledAdapter, Coupling, CouplingLayers, NormAfter
-from polygraft.adapters.registry import Adapter
+from polygraft.adapters.stack import Stack, check_stack
 from polygraft.engine.engine import Engine
 from polygraft.engine.sequence import CanarySequence
 from polygraft.layers.activations import ACTIVATIONS
@@ -24,7 +24,9 @@ from polygraft.layers.decoder_layer import FusedDecoderLayer
 from polygraft.layers.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import DTYPES, load_kernels
 from polygraft.layers.step import Segments, StepContext
+from tests.engine.stores import copy_of
 from tests.engines import make_engine
+from tests.equivalence.reference import load_reference
 from tests.tiny import CONFIGS
 
 HIDDEN, ROWS = 50, 21
@@ -236,30 +238,56 @@ def reference(folder: Path, compiled: CompiledAdapter, engine: Engine, tokens: l
         return model(torch.tensor([tokens])).logits[0, -1]
 
 
+def stacked(*stacks: Stack) -> Stack:
+    """Several adapters, each as it is."""
+    members = [(adapter, 1.0) for stack in stacks for adapter in stack.adapters]
+    check_stack(members)
+    return Stack(members)
+
+
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_mixed_rows_equal_hooks_on_the_model(
-    tiny_model: Callable[[str], Path], architecture: str, native: bool
+    tiny_model: Callable[[str], Path],
+    adapter_store: Callable[[str], Path],
+    tmp_path: Path,
+    architecture: str,
+    native: bool,
 ) -> None:
-    engine = make_engine(tiny_model(architecture), native=native)
+    store = copy_of(adapter_store(architecture), tmp_path / "store", "lora")
+    engine = make_engine(tiny_model(architecture), store, native=native)
     fused = [isinstance(m.forward, FusedDecoderLayer) for m in engine.base.model.modules()]
     assert any(fused) == (native and architecture != "gpt2" and load_kernels() is not None)
     bank, registry = engine.runner._bank, engine.adapters.registry
     made = adapters(engine)
-    served: dict[str, Adapter | None] = {"base": None}
+    served: dict[str, Stack] = {"base": Stack()}
     for name, compiled in made.items():
-        served[name] = registry.new_adapter(name, compiled.without_layer_weights(), bank.install(compiled))
+        slot = bank.install(compiled)
+        served[name] = Stack.of(registry.new_adapter(name, compiled.without_layer_weights(), slot))
+    made["two"] = replace(
+        made["coupled"], bottlenecks={**made["second"].bottlenecks, **made["coupled"].bottlenecks}
+    )
+    served["two"] = stacked(served["second"], served["coupled"])
+    # Those with a LoRA run over a model that has it merged.
+    merged = tmp_path / "merged"
+    lora = load_reference(tiny_model(architecture), store / "lora", "float32")
+    lora.merge_and_unload().save_pretrained(merged)
+    beside = Stack.of(registry.current("lora"))
+    for name in ("base", "all", "two"):
+        served[f"{name} and lora"] = stacked(served[name], beside)
+    served["lora and all"] = stacked(beside, served["all"])
     prompts = {name: list(range(5 + at, 30 + 3 * at)) for at, name in enumerate(served)}
     sequences = {name: CanarySequence(name, prompts[name], served[name]) for name in served}
     for sequence in sequences.values():
-        if sequence.adapter is not None:
-            sequence.adapter.pin()
+        sequence.stack.pin()
         engine.scheduler.add(sequence)
     while engine.scheduler.has_work:
         engine.step()
     empty = CompiledAdapter("none", 0)
     for name, sequence in sequences.items():
-        expected = reference(tiny_model(architecture), made.get(name, empty), engine, prompts[name])
+        folder = merged if "lora" in name else tiny_model(architecture)
+        [of] = {*name.split(" and ")} - {"lora"}
+        expected = reference(folder, made.get(of, empty), engine, prompts[name])
         base = reference(tiny_model(architecture), empty, engine, prompts[name])
         assert sequence.logits is not None
         assert (sequence.logits[0] - expected).abs().max() < 1e-4
