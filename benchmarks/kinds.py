@@ -42,8 +42,8 @@ class Steps:
             ids.append(str(self._sent))
             prompt = tuple(1000 + (self._sent * 7919 + i) % 30_000 for i in range(CONTEXT))
             stopping = StoppingParams(max_new_tokens=CONTEXT + STEPS, ignore_eos=True)
-            ref = None if name is None else AdapterRef(name)
-            self.engine.submit(Request(ids[-1], prompt, adapter=ref, stopping=stopping))
+            adapters = () if name is None else (AdapterRef(name),)
+            self.engine.submit(Request(ids[-1], prompt, adapters=adapters, stopping=stopping))
         seconds: list[float] = []
         while len(seconds) < STEPS:
             started = time.perf_counter()
