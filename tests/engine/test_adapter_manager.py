@@ -392,7 +392,7 @@ def test_whatever_goes_wrong_in_a_load_the_engine_lives(
     bank = engine.adapters._bank
     real = bank.install
 
-    def fail(low_rank: object, scales: object) -> int:
+    def fail(compiled: object) -> int:
         raise RuntimeError("out of something")
 
     monkeypatch.setattr(bank, "install", fail)
