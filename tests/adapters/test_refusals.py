@@ -48,7 +48,7 @@ def test_every_kind_of_peft_is_served_or_refused_with_a_reason(
 # What other values than the default mean for an answer, and is served.
 HONOURED = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "use_rslora", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "lora_bias", "use_dora", "init_lora_weights", "bias",
+    "rank_pattern", "alpha_pattern", "lora_bias", "use_dora", "init_lora_weights", "bias", "alora_invocation_tokens",
 }  # fmt: skip
 OF_TRAINING = {
     "lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core", "loftq_config", "eva_config",

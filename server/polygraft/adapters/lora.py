@@ -2,7 +2,9 @@
 
 PEFT computes `result + lora_B(lora_A(x)) * scaling` (peft/tuners/lora/layer.py, Linear.forward) with
 scaling = alpha / r, or alpha / sqrt(r) with `use_rslora`; `lora_bias` is lora_B's own bias, so it is scaled
-as well. QLoRA (2305.14314) is the same on a base with its weights in nf4.
+as well. QLoRA (2305.14314) is the same on a base with its weights in nf4. An activated LoRA (2504.12397) acts
+from the last occurrence of its invocation tokens in the prompt on (peft/tuners/lora/variants.py,
+calculate_alora_offsets).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from polygraft.adapters.per_module import (
     refuse_trained_biases,
 )
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
-from polygraft.adapters.reader import FolderReader
+from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import BAD_PATTERN, target_modules
 from polygraft.base.spec import BaseSpec
 
@@ -42,6 +44,9 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     dora = reader.option("use_dora", bool, False)
     if dora and has_bias:
         reader.problems.append("lora_bias with use_dora has no meaning in PEFT")
+    invocation = _invocation(reader, base.vocabulary_size)
+    if dora and invocation:
+        reader.problems.append("alora_invocation_tokens with use_dora has no meaning in PEFT")
     _check_init(reader)
     refuse_trained_biases(reader)
     reader.ignore(*TRAINING_ONLY)
@@ -76,7 +81,19 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
             reader.problems.append(f"scaling {scaling} makes weights of {module} infinite")
             continue
         primitives[module] = LowRank(a.to(dtype).contiguous(), scaled, bias, magnitude)
-    return CompiledAdapter("lora", reader.parameters, low_rank=primitives)
+    return CompiledAdapter("lora", reader.parameters, low_rank=primitives, invocation=invocation)
+
+
+def _invocation(reader: FolderReader, vocabulary: int) -> tuple[int, ...]:
+    """The tokens that activate it, none for a plain LoRA."""
+    tokens = reader.option("alora_invocation_tokens", list, [])
+    for token in tokens:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
+            reader.problems.append(
+                f"alora_invocation_tokens holds {shown(token)}, which is no token of the base"
+            )
+            return ()
+    return tuple(tokens)
 
 
 def _check_init(reader: FolderReader) -> None:

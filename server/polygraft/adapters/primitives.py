@@ -188,6 +188,7 @@ class CompiledAdapter:
         low_rank, scales: by the name of the base's module.
         bottlenecks: by the name of the base's residual site.
         coupling: around all layers.
+        invocation: tokens at whose last occurrence in a prompt it begins to act; empty: from the start.
         parameters: in the file.
         warnings: it works, but.
     """
@@ -198,6 +199,7 @@ class CompiledAdapter:
     scales: Mapping[str, Scale] = field(default_factory=dict)
     bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
     coupling: Coupling | None = None
+    invocation: tuple[int, ...] = ()
     prefix: Prefix | SoftPrompt | None = None
     warnings: tuple[str, ...] = ()
 
@@ -222,7 +224,7 @@ class CompiledAdapter:
     @property
     def mergeable(self) -> bool:
         """Whether all of it folds into the base's weights."""
-        beside = self.prefix or self.bottlenecks or self.coupling
+        beside = self.prefix or self.bottlenecks or self.coupling or self.invocation
         return bool(self.low_rank or self.scales) and not beside
 
     @property

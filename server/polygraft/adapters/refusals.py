@@ -13,7 +13,7 @@ _OPTIONS: Mapping[str, str] = {
     "trainable_token_indices": "it replaces rows of the base's embeddings, which no primitive does",
     "target_parameters": "it adapts parameters without a linear module around them, such as experts' weights",
     "layer_replication": "it makes the base deeper, and there is one base for all adapters",
-    "alora_invocation_tokens": "an activated LoRA begins inside a prompt, adapters here cover all of it",
+    "alora_invocation_tokens": "only plain LoRA begins inside a prompt, PEFT ignores it here; remove it",
     "use_qalora": "QA-LoRA pools its input in groups before lora_A, which no primitive does",
     "use_bdlora": "block-diagonal factors have shapes of their own; save them as plain lora_A and lora_B",
     "arrow_config": "Arrow chooses among several LoRAs for each token; load the one that is wanted by itself",

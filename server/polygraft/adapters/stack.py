@@ -61,6 +61,15 @@ class Stack:
         for adapter in self.adapters:
             adapter.release()
 
+    def acts_from(self, prompt: Sequence[int]) -> int | None:
+        """The first of a prompt's tokens that they act on; None if they don't, for want of an invocation."""
+        invocation = self.adapters[0].compiled.invocation if self.adapters else ()
+        if not invocation:
+            return 0
+        several = len(invocation)
+        starts = range(len(prompt) - several, -1, -1)
+        return next((at for at in starts if tuple(prompt[at : at + several]) == invocation), None)
+
     @property
     def virtual_tokens(self) -> int:
         """Keys that they add to the context."""
@@ -114,6 +123,8 @@ def _conflict(before: CompiledAdapter, after: CompiledAdapter) -> str | None:
     unknown = {*before.primitives, *after.primitives} - _COMBINED
     if unknown:
         return f"what {sorted(unknown)[0]} means beside another adapter isn't defined"
+    if before.invocation or after.invocation:
+        return "an activated LoRA begins inside a prompt, and others beside it aren't defined"
     if before.prefix and after.prefix:
         return "both have virtual tokens, and these are trained to stand before the prompt alone"
     if before.coupling and after.coupling:

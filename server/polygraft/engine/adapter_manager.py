@@ -212,7 +212,12 @@ class AdapterManager:
 
     def _check_room(self, name: str, compiled: CompiledAdapter) -> None:
         pool = self._scheduler.pool
-        if compiled.virtual_tokens >= self._context_length - _CANARY_TOKENS:
+        canary = _CANARY_TOKENS + len(compiled.invocation)
+        if canary > self._context_length:
+            raise AdapterInvalid(
+                name, [f"{len(compiled.invocation)} invocation tokens don't fit the context"]
+            )
+        if compiled.virtual_tokens >= self._context_length - canary:
             raise AdapterInvalid(
                 name,
                 [
@@ -220,7 +225,7 @@ class AdapterManager:
                     f"{self._context_length}"
                 ],
             )
-        needed = pool.blocks_for(compiled.virtual_tokens) + pool.blocks_for(_CANARY_TOKENS)
+        needed = pool.blocks_for(compiled.virtual_tokens) + pool.blocks_for(canary)
         if needed > pool.num_blocks:
             raise AdapterInvalid(
                 name,
@@ -230,19 +235,23 @@ class AdapterManager:
 
     def _canary(self, adapter: Adapter) -> Generator[bool | None, None, list[str]]:
         """Run a few tokens with the adapter and without; returns warnings, raises AdapterInvalid."""
-        logits = yield from self._canary_logits(adapter)
+        invocation = adapter.compiled.invocation
+        logits = yield from self._canary_logits(adapter, invocation)
         if not torch.isfinite(logits).all():
             raise AdapterInvalid(adapter.name, ["its logits are not finite"])
         if self._base_canary is None:
             self._base_canary = yield from self._canary_logits(None)
-        if torch.equal(logits, self._base_canary):
+        base = (yield from self._canary_logits(None, invocation)) if invocation else self._base_canary
+        if torch.equal(logits, base):
             return ["it changes nothing: its logits are the base's"]
         return []
 
-    def _canary_logits(self, adapter: Adapter | None) -> Generator[bool | None, None, torch.Tensor]:
+    def _canary_logits(
+        self, adapter: Adapter | None, ending: tuple[int, ...] = ()
+    ) -> Generator[bool | None, None, torch.Tensor]:
         vocabulary = self._base.vocabulary_size
         tokens = [(31 + 7919 * i) % vocabulary for i in range(_CANARY_TOKENS)]
-        logits = yield from self._canaries.logits(tokens, adapter)
+        logits = yield from self._canaries.logits([*tokens, *ending], adapter)
         return logits[0]
 
     def unload(self, name: str, done: Future[AdapterInfo], *, wait: bool) -> None:

@@ -44,6 +44,7 @@ class Intake:
         prompts = self._prompts.of(stack)
         try:
             prompt_ids = list(prompts.token_ids(request.prompt))
+            self._check_invocation(stack, prompt_ids)
             self._check_copy(request, stack)
             max_new_tokens = self._check_length(request, len(prompt_ids), stack)
             prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
@@ -68,6 +69,7 @@ class Intake:
             pairs = self._prompts.of(stack).pairs(request.prompt, request.continuations)
             self._check_copy(request, stack)
             for at, (context, continuation) in enumerate(pairs):
+                self._check_invocation(stack, context)
                 self._check_score_length(f"continuations[{at}]", len(context), len(continuation), stack)
         except PolygraftError:
             stack.release()
@@ -110,6 +112,17 @@ class Intake:
         """Raise AdapterUnavailable where MERGED is demanded of an adapter that can't be merged."""
         if request.lora_path is LoraPath.MERGED and request.path_required and stack.only is not None:
             self._copies.check(stack.only)
+
+    @staticmethod
+    def _check_invocation(stack: Stack, prompt: Sequence[int]) -> None:
+        """Raise InvalidRequest where an activated LoRA would never act."""
+        if stack.acts_from(prompt) is None:
+            adapter = stack.adapters[0]
+            tokens = list(adapter.compiled.invocation)
+            raise InvalidRequest(
+                "prompt",
+                f"doesn't hold the tokens {tokens} that invoke {adapter.name!r}: it would do nothing",
+            )
 
     def _check_score_length(self, field: str, prompt: int, tokens: int, stack: Stack) -> None:
         """Raises ContextLengthExceeded unless all but the last token, which isn't run, fit."""

@@ -54,8 +54,8 @@ class ModelRunner:
         ids, positions = self._rows(items)
         self._step.begin(
             self._attention_plan(items, starts),
-            self._bank.segments(*_runs([(item.sequence.runs, item.count) for item in items])),
-            self._bank.segments(*_runs([(item.sequence.runs, len(item.logit_rows)) for item in items])),
+            self._bank.segments(*_runs([run for item in items for run in item.runs(range(item.count))])),
+            self._bank.segments(*_runs([run for item in items for run in item.runs(item.logit_rows)])),
             rows=len(ids),
         )
         inputs = {"input_ids": ids[None].to(device)}

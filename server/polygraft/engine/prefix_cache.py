@@ -56,15 +56,19 @@ class PrefixCache:
     def _extend_keys(self, sequence: Sequence, count: int) -> None:
         size = self._pool.block_size
         keys = sequence.keys
+        # What stands before an activated LoRA's invocation is the base's, for all to find.
+        first = sequence.acts_from // size
         for at in range(len(keys), count):
-            before = keys[-1] if keys else _weights_key(sequence)
+            before = keys[-1] if keys else _weights_key(sequence, acting=first == 0)
+            if at == first > 0:
+                before = _digest(before + _weights_key(sequence, acting=True))
             tokens = array("q", sequence.token_ids[at * size : (at + 1) * size])
             keys.append(_digest(before + tokens.tobytes()))
 
 
-def _weights_key(sequence: Sequence) -> bytes:
-    """What stands for all weights that a sequence runs on."""
-    adapters = b"".join(struct.pack("<Qd", *member) for member in sequence.stack.key)
+def _weights_key(sequence: Sequence, *, acting: bool) -> bytes:
+    """What stands for all weights that a sequence runs on, before or after its adapters act."""
+    adapters = b"".join(struct.pack("<Qd", *member) for member in sequence.stack.key if acting)
     return _digest(bytes([sequence.copy is not None]) + adapters)
 
 

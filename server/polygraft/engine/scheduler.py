@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.merged_copies import MergedCopy
@@ -14,6 +15,9 @@ from polygraft.engine.prefix_cache import PrefixCache
 from polygraft.engine.request import LoraPath
 from polygraft.engine.sequence import Generation, Sequence, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefix, SharedPrefixes
+
+if TYPE_CHECKING:
+    from polygraft.adapters.stack import Runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,12 @@ class Scheduled:
     def logit_rows(self) -> range:
         """Which of these tokens, counted from the first, logits are wanted behind."""
         return range(max(0, self.sequence.logits_from - self.start), self.count)
+
+    def runs(self, rows: range) -> list[tuple[Runs, int]]:
+        """The side paths of some of these tokens in order, and how many have them."""
+        before = min(max(0, self.sequence.acts_from - self.start - rows.start), len(rows))
+        acting = (self.sequence.runs, len(rows) - before)
+        return [((), before), acting] if before else [acting]
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from polygraft.engine.request import (
     Usage,
 )
 from polygraft.engine.scheduler import Scheduler
-from polygraft.engine.sequence import Sequence
+from polygraft.engine.sequence import NEVER, Sequence
 from polygraft.errors import PolygraftError, ResourceExhausted
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class ScoreSequence(Sequence):
         super().__init__(f"{job.id}/{index}", [*context, *continuation[:-1]], job.stack)
         if job.request.lora_path is LoraPath.MERGED:
             self.path = LoraPath.MERGED
+        acts_from = job.stack.acts_from(context)
+        self.acts_from = NEVER if acts_from is None else acts_from
         self.job = job
         self.context_tokens = len(context)
         self.continuation = continuation

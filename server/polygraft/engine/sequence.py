@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from polygraft.engine.shared_prefix import SharedPrefix
 
 
+NEVER = sys.maxsize
+"""What `acts_from` is where adapters don't act at all."""
+
+
 class Sequence:
     """Tokens to run through the base under adapters.
 
@@ -27,9 +32,11 @@ class Sequence:
     `path` is AUTO until it is admitted, if the server is to decide; what it is admitted with it keeps, since
     its keys and values belong to it. `copy` is the merged copy it runs on, None being the base's own weights.
 
+    `acts_from` is the first token that its adapters act on: an activated LoRA begins inside the prompt.
+
     Args:
         id: unique among the live sequences.
-        token_ids: what is known so far; generated tokens are appended.
+        token_ids: what is known so far, the prompt; generated tokens are appended.
         stack: its adapters, pinned for as long as the sequence lives.
     """
 
@@ -40,6 +47,8 @@ class Sequence:
         self.id = id
         self.token_ids = token_ids
         self.stack = stack
+        acts_from = stack.acts_from(token_ids)
+        self.acts_from = NEVER if acts_from is None else acts_from
         self.order = 0
         self.num_computed = 0
         self.blocks: list[int] = []
