@@ -1,0 +1,143 @@
+"""Compiles an AdapterHub folder: the methods of its configuration, one or a union, put together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from polygraft.adapters.adapterhub.bottleneck import compile_bottlenecks
+from polygraft.adapters.adapterhub.coupling import inverts_before_head
+from polygraft.adapters.adapterhub.layers import base_layers
+from polygraft.adapters.adapterhub.lora import compile_lora
+from polygraft.adapters.adapterhub.options import Options
+from polygraft.adapters.adapterhub.prefix import compile_prefix
+from polygraft.adapters.adapterhub.source import Method, Parts, Source
+from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.adapters.reader import FolderReader, shown
+from polygraft.base.spec import BaseSpec
+
+UNION = "union"
+METHODS: Mapping[str | None, Method] = {
+    None: compile_bottlenecks,  # the library's configuration of bottlenecks has no name of its own
+    "prefix_tuning": compile_prefix,
+    "lora": compile_lora,
+}
+"""By `architecture`."""
+KINDS = ("bottleneck", "ia3", "lora", "prefix_tuning", "union", "vera")
+"""What compiled ones are called."""
+_WHY_NOT: Mapping[str, str] = {
+    "prompt_tuning": "the library runs it on no decoder-only model",
+    "reft": "it changes tokens by their place from both ends of a prompt, which no primitive does",
+    "mtl_lora": "it has weights for each of several tasks, which no primitive chooses among",
+}
+_VERSION = re.compile(r"adapters\.(\d+)\.(\d+)")
+
+
+def compile_adapterhub(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
+    """Compile a folder of AdapterHub's; yields between modules. Problems are noted in the reader."""
+    config = reader.option("config", dict, {})
+    if not config:
+        reader.problems.append("config must hold a method's options")
+    source = _take_source(reader, base, config)
+    blocks = config.get("configs") if config.get("architecture") == UNION else None
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        blocks = None
+    kind, whole = "", Parts(UNION)
+    if source is not None and config:
+        named = {"config": config} if blocks is None else dict(_named(blocks))
+        for where, block in named.items():
+            parts = yield from _compile_block(source, Options(reader, block, where))
+            if parts is not None:
+                kind = parts.kind
+                _join(reader, whole, parts)
+        kind = kind if blocks is None else UNION
+    if not reader.problems and _is_empty(whole):
+        reader.problems.append("it has weights for nothing in the base")
+    return CompiledAdapter(
+        kind,
+        reader.parameters,
+        low_rank=whole.low_rank,
+        scales=whole.scales,
+        bottlenecks=whole.bottlenecks,
+        coupling=whole.coupling,
+        prefix=whole.prefix,
+    )
+
+
+def _named(blocks: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return [(f"config.configs[{at}]", block) for at, block in enumerate(blocks)]
+
+
+def _take_source(reader: FolderReader, base: BaseSpec, config: dict[str, Any]) -> Source | None:
+    """Take what the folder says of itself and of its base; None after noting a problem."""
+    name = reader.option("name", str, "")
+    model_type = reader.option("model_type", str, base.architecture)
+    hidden = reader.option("hidden_size", int, base.hidden_size)
+    version = reader.option("version", str, "")
+    model_class = reader.option("model_class", str, "")
+    reader.check_base_name(base.name, reader.option("model_name", str, ""))
+    reader.ignore("type")  # of task, in old versions
+    if not name:
+        reader.problems.append("name is missing, which is part of the tensors' names")
+    if hidden != base.hidden_size:
+        reader.problems.append(f"hidden_size is {hidden}, the base has {base.hidden_size}")
+    if model_type != base.architecture:
+        # Where adapters act depends on it.
+        reader.problems.append(f"model_type is {shown(model_type)}, the base is {base.architecture!r}")
+    layers = base_layers(base)
+    if layers is None:
+        reader.problems.append("the base's layers aren't one list, as AdapterHub's adapters need")
+    if reader.problems or layers is None:
+        return None
+    match = _VERSION.match(version)
+    return Source(
+        reader,
+        base,
+        layers,
+        name,
+        old_activations=not version,
+        # adapters/loading.py, _fix_backward_compat
+        unscaled_lora=bool(match)
+        and (int(match[1]), int(match[2])) < (1, 1)
+        and config.get("architecture") == "lora",
+        inverts=inverts_before_head(model_type, model_class),
+    )
+
+
+def _compile_block(source: Source, options: Options) -> Generator[None, None, Parts | None]:
+    architecture = options.take("architecture", str, None)
+    method = METHODS.get(architecture)
+    if method is None:
+        why = _WHY_NOT.get(architecture, "")
+        served = ", ".join(sorted(name for name in METHODS if name))
+        options.refuse("architecture", architecture, f"isn't served{why and f', {why}'} ({served}, {UNION} are)")
+        return None
+    parts = yield from method(source, options)
+    options.finish()
+    return parts
+
+
+Item = TypeVar("Item")
+
+
+def _join(reader: FolderReader, whole: Parts, parts: Parts) -> None:
+    """Add a method's parts to those of the methods before it; the library too takes one for each place."""
+
+    def join(have: dict[str, Item], more: dict[str, Item]) -> None:
+        for name in have.keys() & more.keys():
+            reader.problems.append(f"two methods have weights for {name}")
+        have.update(more)
+
+    join(whole.low_rank, parts.low_rank)
+    join(whole.scales, parts.scales)
+    join(whole.bottlenecks, parts.bottlenecks)
+    if (whole.coupling and parts.coupling) or (whole.prefix and parts.prefix):
+        reader.problems.append("two methods have an invertible adapter or a prefix")
+    whole.coupling = whole.coupling or parts.coupling
+    whole.prefix = whole.prefix or parts.prefix
+
+
+def _is_empty(parts: Parts) -> bool:
+    return not (parts.low_rank or parts.scales or parts.bottlenecks or parts.coupling or parts.prefix)
