@@ -15,11 +15,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from polygraft.adapters.adapterhub.form import (
+    ADAPTERHUB_PICKLE,
+    ADAPTERHUB_WEIGHTS,
+    HAS_HEAD,
+    HEAD_CONFIG,
+    is_adapterhub,
+)
 from polygraft.errors import AdapterInvalid, InvalidRequest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PICKLES = ("adapter_model.bin", "pytorch_adapter.bin", "adapter_model.pt")
+PICKLES = ("adapter_model.bin", ADAPTERHUB_PICKLE, "adapter_model.pt")
 MAX_CONFIG_BYTES = 2**20
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -36,6 +43,7 @@ class AdapterFolder:
             under a mapping kills the process.
         content_hash: SHA-256 over configuration, weights and texts, in hexadecimal.
         texts: those of `TOKENIZER_FILES` that it has.
+        weights_file: name of the file with the weights.
     """
 
     name: str
@@ -43,6 +51,7 @@ class AdapterFolder:
     weights: bytes
     content_hash: str
     texts: Mapping[str, bytes] = field(default_factory=dict)
+    weights_file: str = WEIGHTS
 
     @property
     def disk_bytes(self) -> int:
@@ -54,7 +63,7 @@ class AdapterFolder:
         try:
             return load_safetensors(self.weights)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise AdapterInvalid(self.name, [f"{WEIGHTS} can't be read: {error}"]) from None
+            raise AdapterInvalid(self.name, [f"{self.weights_file} can't be read: {error}"]) from None
 
 
 class AdapterStore:
@@ -111,7 +120,7 @@ class AdapterStore:
 
 
 def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> AdapterFolder:
-    """Read configuration and weights of a PEFT folder.
+    """Read configuration and weights of a folder that PEFT or AdapterHub's library saved.
 
     Args:
         check: called with each file's path before it is opened; raises to refuse it.
@@ -126,17 +135,21 @@ def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> A
         raise AdapterInvalid(name, [f"{CONFIG} is not JSON: {error}"]) from None
     if not isinstance(config, dict):
         raise AdapterInvalid(name, [f"{CONFIG} must hold an object"])
-    if not os.path.exists(folder / WEIGHTS):
+    weights_file = ADAPTERHUB_WEIGHTS if is_adapterhub(config) else WEIGHTS
+    if weights_file == ADAPTERHUB_WEIGHTS and os.path.exists(folder / HEAD_CONFIG):
+        raise AdapterInvalid(name, [HAS_HEAD])
+    if not os.path.exists(folder / weights_file):
         for pickle in PICKLES:
             if os.path.exists(folder / pickle):
                 raise AdapterInvalid(
                     name,
                     [
-                        f"{pickle} is a pickle, which can run code when it is read; save the adapter "
-                        "again with safe_serialization=True"
+                        f"{pickle} is a pickle, which can run code when it is read; convert the folder with "
+                        "`polygraft adapters convert FOLDER OUT`, or save the adapter again with "
+                        f"{'use_safetensors' if is_adapterhub(config) else 'safe_serialization'}=True"
                     ],
                 )
-    weights = _read_file(name, folder / WEIGHTS, max_bytes, check)
+    weights = _read_file(name, folder / weights_file, max_bytes, check)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(weights)
     texts = {
@@ -147,7 +160,7 @@ def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> A
     for file, content in texts.items():
         digest.update(file.encode())
         digest.update(content)
-    return AdapterFolder(name, config, weights, digest.hexdigest(), texts)
+    return AdapterFolder(name, config, weights, digest.hexdigest(), texts, weights_file)
 
 
 def _read_file(name: str, path: Path, max_bytes: int, check: Any) -> bytes:

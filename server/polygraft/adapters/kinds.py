@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from polygraft.adapters.adalora import compile_adalora
+from polygraft.adapters.adapterhub.compile import KINDS as ADAPTERHUB_KINDS
+from polygraft.adapters.adapterhub.compile import compile_adapterhub
+from polygraft.adapters.adapterhub.form import is_adapterhub
 from polygraft.adapters.cpt import compile_cpt
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.ia3 import compile_ia3
@@ -70,12 +73,7 @@ def compile_adapter(
         AdapterInvalid: with everything that is wrong.
     """
     reader = FolderReader(folder, limits.dtype, limits.rank, limits.compiled_bytes)
-    peft_type = folder.config.get("peft_type")
-    compiler = KINDS.get(peft_type) if isinstance(peft_type, str) else None
-    if compiler is None:
-        why = why_not_kind(peft_type)
-        problem = f"peft_type {shown(peft_type)} isn't served{f': {why}' if why else ''}"
-        raise AdapterInvalid(folder.name, [f"{problem}; served are {', '.join(sorted(KINDS))}"])
+    compiler = _compiler(folder)
     reader.check_base_name(base.name)
     compiled = yield from compiler(reader, base)
     if compiled.rank > limits.rank:
@@ -94,6 +92,20 @@ def compile_adapter(
         )
     reader.finish()
     return dataclasses.replace(compiled, warnings=tuple(reader.warnings))
+
+
+def _compiler(folder: AdapterFolder) -> Compiler:
+    """Of the folder's kind. Raises AdapterInvalid if it isn't served."""
+    if is_adapterhub(folder.config):
+        return compile_adapterhub
+    peft_type = folder.config.get("peft_type")
+    compiler = KINDS.get(peft_type) if isinstance(peft_type, str) else None
+    if compiler is None:
+        why = why_not_kind(peft_type)
+        problem = f"peft_type {shown(peft_type)} isn't served{f': {why}' if why else ''}"
+        served = f"served are {', '.join(sorted(KINDS))}, and AdapterHub's {', '.join(ADAPTERHUB_KINDS)}"
+        raise AdapterInvalid(folder.name, [f"{problem}; {served}"])
+    return compiler
 
 
 def run_to_end(job: Generator[None, None, CompiledAdapter]) -> CompiledAdapter:

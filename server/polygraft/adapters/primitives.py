@@ -117,11 +117,13 @@ class Coupling:
     Args:
         f, g: their layers.
         activation: one of `layers.activations.ACTIVATIONS`.
+        inverted: whether it is; some models only have the coupling behind the embeddings.
     """
 
     f: CouplingLayers
     g: CouplingLayers
     activation: str
+    inverted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,8 @@ class Prefix:
     """Keys and values that every layer sees before a request's own.
 
     Args:
-        keys: for each layer [virtual_tokens, kv_heads, head_dim], as they lie in the cache.
+        keys: for each layer [virtual_tokens, kv_heads, head_dim], as they lie in the cache; without rows for
+            a layer that has no prefix.
         values: likewise, [virtual_tokens, kv_heads, value_dim].
         start: position of the first real token.
     """
@@ -158,7 +161,12 @@ class Prefix:
     @property
     def virtual_tokens(self) -> int:
         """Keys that it adds to the context."""
-        return self.keys[0].shape[0]
+        return max(len(keys) for keys in self.keys)
+
+    @property
+    def bare_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have no prefix."""
+        return tuple(layer for layer, keys in enumerate(self.keys) if not len(keys))
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,14 +58,15 @@ class FolderReader:
         for key in _PROVENANCE:
             self._config.pop(key, None)
 
-    def check_base_name(self, name: str) -> None:
-        """Warn where the adapter names another base: names are often local paths, shapes decide."""
-        if (
-            self._base_name
-            and name
-            and self._base_name.rstrip("/").split("/")[-1] != name.rstrip("/").split("/")[-1]
-        ):
-            self.warnings.append(f"it was trained on {self._base_name!r}, the base is {name!r}")
+    def check_base_name(self, name: str, trained_on: str = "") -> None:
+        """Warn where the adapter names another base: names are often local paths, shapes decide.
+
+        Args:
+            trained_on: what it names, where that isn't in PEFT's option.
+        """
+        trained_on = trained_on or self._base_name
+        if trained_on and name and trained_on.rstrip("/").split("/")[-1] != name.rstrip("/").split("/")[-1]:
+            self.warnings.append(f"it was trained on {trained_on!r}, the base is {name!r}")
 
     def option(self, key: str, expected: type | tuple[type, ...], default: Any) -> Any:
         """Take a configuration value; one of the wrong type is a problem, and the default serves on."""
@@ -86,6 +87,10 @@ class FolderReader:
     def names(self) -> list[str]:
         """Names of the tensors that haven't been taken."""
         return list(self._tensors)
+
+    def holds(self, name: str) -> bool:
+        """Whether there is such a tensor that hasn't been taken."""
+        return name in self._tensors
 
     def take(self, name: str, shape: tuple[int | None, ...], *, wide: bool = False) -> torch.Tensor | None:
         """Take a tensor, in the type that adapters are kept in; None after noting what is wrong.

@@ -24,6 +24,7 @@ class LinearShape:
     in_features: int
     out_features: int
     is_head: bool = False
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,8 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
         shape = linear_shape(module)
         rows = [x.numel() // x.shape[-1] for x in inputs.get(module, ())]
         if shape and rows == [1 if module is head else _PROBE_ROWS]:
-            linears[path] = LinearShape(*shape, is_head=module is head)
+            has_bias = getattr(module, "bias", None) is not None
+            linears[path] = LinearShape(*shape, is_head=module is head, has_bias=has_bias)
             # An id stands for one tensor, since all of them are still held.
             key = id(inputs[module][0])
             same_input[key] = (*same_input.get(key, ()), path)

@@ -56,7 +56,7 @@ class Couplings:
         x = x.clone()
         for first, last, slot, _, _ in segments.host:
             coupling = self._couplings.get(slot)
-            if coupling is not None:
+            if coupling is not None and (coupling.inverted or not inverse):
                 x[..., first:last, :] = couple(coupling, x[..., first:last, :].float(), inverse=inverse).to(x)
         return x
 

@@ -17,6 +17,7 @@ from polygraft.adapters.adapterhub.source import Method, Parts, Source
 from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.base.spec import BaseSpec
+from polygraft.errors import AdapterInvalid
 
 UNION = "union"
 METHODS: Mapping[str | None, Method] = {
@@ -36,23 +37,27 @@ _VERSION = re.compile(r"adapters\.(\d+)\.(\d+)")
 
 
 def compile_adapterhub(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
-    """Compile a folder of AdapterHub's; yields between modules. Problems are noted in the reader."""
+    """Compile a folder of AdapterHub's; yields between modules. Problems are noted in the reader.
+
+    Raises:
+        AdapterInvalid: it doesn't tell what it is, or is another base's.
+    """
     config = reader.option("config", dict, {})
     if not config:
         reader.problems.append("config must hold a method's options")
     source = _take_source(reader, base, config)
+    if source is None:  # nothing else can be told apart without it
+        raise AdapterInvalid(reader.name, reader.problems)
     blocks = config.get("configs") if config.get("architecture") == UNION else None
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
         blocks = None
     kind, whole = "", Parts(UNION)
-    if source is not None and config:
-        named = {"config": config} if blocks is None else dict(_named(blocks))
-        for where, block in named.items():
-            parts = yield from _compile_block(source, Options(reader, block, where))
-            if parts is not None:
-                kind = parts.kind
-                _join(reader, whole, parts)
-        kind = kind if blocks is None else UNION
+    named = {"config": config} if blocks is None else dict(_named(blocks))
+    for where, block in named.items():
+        parts = yield from _compile_block(source, Options(reader, block, where))
+        if parts is not None:
+            kind = parts.kind if blocks is None else UNION
+            _join(reader, whole, parts)
     if not reader.problems and _is_empty(whole):
         reader.problems.append("it has weights for nothing in the base")
     return CompiledAdapter(

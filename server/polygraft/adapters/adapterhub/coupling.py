@@ -40,6 +40,9 @@ def take_coupling(source: Source, options: Options, activation: str | None) -> C
     if block != "nice":
         options.refuse("inv_adapter", block, "isn't known")
         return None
+    if not source.base.residual:
+        options.refuse("inv_adapter", block, "isn't served on a base whose layers don't add up their parts")
+        return None
     if source.base.architecture in _SCALED_LATER:
         options.refuse("inv_adapter", block, "isn't served on a base that scales its embeddings afterwards")
         return None

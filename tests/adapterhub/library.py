@@ -1,0 +1,36 @@
+"""What AdapterHub's own library saved and computed, as `make_fixtures.py` left it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ARCHITECTURES = ("llama", "gpt2", "qwen2")
+_PROMPT = json.loads((FIXTURES / "prompt.json").read_text())
+PROMPT: list[int] = _PROMPT["tokens"]
+ROWS: list[int] = _PROMPT["rows"]
+"""Those of the prompt that logits are stored of."""
+
+
+def base_folder(architecture: str) -> Path:
+    """The tiny model that an architecture's adapters are for."""
+    return FIXTURES / architecture / "base"
+
+
+def keys(architecture: str) -> list[str]:
+    """Names of an architecture's adapters."""
+    return sorted(key for key in expected(architecture) if key != "base")
+
+
+@functools.cache
+def expected(architecture: str) -> dict[str, torch.Tensor]:
+    """The library's logits [ROWS, vocabulary] by adapter, the base's own as "base"."""
+    return load_file(FIXTURES / architecture / "expected.safetensors")
+
+
+CASES = [(architecture, key) for architecture in ARCHITECTURES for key in keys(architecture)]
