@@ -33,4 +33,11 @@ def expected(architecture: str) -> dict[str, torch.Tensor]:
     return load_file(FIXTURES / architecture / "expected.safetensors")
 
 
+@functools.cache
+def bfloat16_errors(architecture: str) -> dict[str, float]:
+    """The library's own error in bfloat16 by adapter, root mean square over all rows of the prompt."""
+    errors: dict[str, float] = json.loads((FIXTURES / architecture / "bfloat16.json").read_text())
+    return errors
+
+
 CASES = [(architecture, key) for architecture in ARCHITECTURES for key in keys(architecture)]

@@ -8,8 +8,8 @@ It runs in an environment of its own, since `adapters` pins an older transformer
 
 `fixtures/ARCHITECTURE/base` is a tiny model that transformers 5 reads as well; beside it lie a folder for
 each of its adapters and `expected.safetensors`, the float32 logits of some of `PROMPT`'s rows under each of
-them, [ROWS, vocabulary], with eager attention, which is what the library's prefix tuning is made for. Where the
-library can't save safetensors, since tensors are shared, one copy of each is saved here; two such folders
+them, [ROWS, vocabulary], with eager attention, which is what the library's prefix tuning is made for.
+`bfloat16.json` holds the library's own error in bfloat16, root mean square over all rows. Where the library can't save safetensors, since tensors are shared, one copy of each is saved here; two such folders
 are also kept as the pickles that it writes, for `polygraft adapters convert`.
 """
 
@@ -248,11 +248,32 @@ def save(model: PreTrainedModel, name: str, folder: Path) -> None:
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    """[ROWS, vocabulary] of the prompt."""
-    return model(torch.tensor([PROMPT]), use_cache=False).logits[0, ROWS].float().contiguous()
+    """Of the prompt, [prompt, vocabulary]."""
+    return model(torch.tensor([PROMPT]), use_cache=False).logits[0].float().contiguous()
 
 
-def run(model: PreTrainedModel, key: str, config: AdapterConfig, folder: Path) -> torch.Tensor:
+def bfloat16_error(model: PreTrainedModel, exact: torch.Tensor) -> float:
+    """Of the logits in bfloat16, root mean square; the model is left as it was."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    frequencies = {name: tensor.clone() for name, tensor in model.named_buffers() if "inv_freq" in name}
+
+    def restore() -> None:  # they stay in float32 when a model is loaded in bfloat16
+        for name, tensor in frequencies.items():
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, tensor)
+
+    model.bfloat16()
+    restore()
+    error = logits(model) - exact
+    model.float()
+    restore()
+    model.load_state_dict(weights)
+    return error.square().mean().sqrt().item()
+
+
+def run(
+    model: PreTrainedModel, key: str, config: AdapterConfig, folder: Path, errors: dict[str, float]
+) -> torch.Tensor:
     """Add an adapter, save it and return the logits under it."""
     name = "".join(c if c.isalnum() else "_" for c in key)
     torch.manual_seed(sum(map(ord, key)))
@@ -262,6 +283,8 @@ def run(model: PreTrainedModel, key: str, config: AdapterConfig, folder: Path) -
         visible(model, name)
     model.set_active_adapters(name)
     out = logits(model)
+    errors[key] = bfloat16_error(model, out)
+    assert torch.equal(logits(model), out)
     save(model, name, folder / key)
     if key in PICKLES and folder.name == "llama":
         pickles = folder.parent / "llama-pickles" / key
@@ -281,16 +304,18 @@ def make(architecture: str) -> None:
     plain.config._name_or_path = f"tiny-{architecture}"
     plain.set_attn_implementation("eager")
     expected = {"base": logits(plain)}
+    errors: dict[str, float] = {}
     adapters.init(plain)
     for key, config in ALL[architecture].items():
-        expected[key] = run(plain, key, config, folder)
+        expected[key] = run(plain, key, config, folder, errors)
     if architecture != "qwen2":
         flexible = AutoAdapterModel.from_pretrained(folder / "base", attn_implementation="eager").eval()
         flexible.config._name_or_path = f"tiny-{architecture}"
         assert torch.equal(logits(flexible), expected["base"])
         for key, config in FLEXIBLE.items():
-            expected[key] = run(flexible, key, config, folder)
-    save_file(expected, folder / "expected.safetensors")
+            expected[key] = run(flexible, key, config, folder, errors)
+    save_file({key: out[ROWS].contiguous() for key, out in expected.items()}, folder / "expected.safetensors")
+    (folder / "bfloat16.json").write_text(json.dumps(errors, indent=1) + "\n")
     for key, out in expected.items():
         distance = (out - expected["base"]).abs().max().item()
         print(f"{architecture:6} {key:24} {distance:8.3f}")

@@ -15,16 +15,20 @@ from polygraft.layers.attention import AttentionSite, PagedAttention, Probe, att
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import AttentionPlan, StepContext
 
+LAYER = 3
+"""Index of the layer under test."""
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence of a step: `new` rows behind `past` keys of its own behind `prefix` shared ones."""
+    """One sequence of a step: `new` rows behind `past` keys of its own behind `prefix` shared ones, which the
+    layer doesn't have if it is `bare`."""
 
     new: int
     past: int = 0
     prefix: int = 0
+    bare: bool = False
 
 
 def site(
@@ -82,6 +86,8 @@ class Case:
                 real = position - row.prefix
                 block = shared[position // size] if real < 0 else own[real // size]
                 offset = position % size if real < 0 else real % size
+                if real < 0 and row.bare:
+                    continue
                 if real >= row.past:
                     slots.append(block * size + offset)
                 else:
@@ -97,7 +103,16 @@ class Case:
             context_lens=torch.tensor([len(keys) for keys in self.keys], dtype=torch.int32),
             prefix_lens=torch.tensor([row.prefix for row in self.rows], dtype=torch.int32),
             block_tables=table,
+            bare=self._bare(),
         )
+
+    def _bare(self) -> torch.Tensor | None:
+        """What the plan says of `LAYER`; of the other layers the contrary, so that none is mistaken for it."""
+        if not any(row.bare for row in self.rows):
+            return None
+        wanted = torch.tensor([[row.bare] for row in self.rows]).expand(-1, LAYER + 2)
+        own = torch.arange(LAYER + 2) == LAYER
+        return torch.where(own, wanted, ~wanted).to(torch.uint8).contiguous()
 
     def new(self, of: list[torch.Tensor]) -> torch.Tensor:
         """[1, heads, rows, dim], as a module passes its projections: a view of [rows, heads * dim]."""
@@ -108,7 +123,7 @@ class Case:
         """Output [rows, heads, value_dim] and the cache behind it."""
         step = StepContext(attention=self.plan)
         keys, values = self.key_cache.clone(), self.value_cache.clone()
-        attention = PagedAttention(self.site, keys, values, step, load_kernels() if native else None)
+        attention = PagedAttention(self.site, keys, values, step, load_kernels() if native else None, LAYER)
         assert (attention.kernels is not None) == native
         q, k, v = self.new(self.queries), self.new(self.keys), self.new(self.values)
         if strided:
@@ -131,6 +146,7 @@ class Case:
             for r in range(row.new):
                 high = row.prefix + row.past + r + 1
                 low = max(0, high - self.site.window) if self.site.window else 0
+                low = max(low, row.prefix) if row.bare else low
                 scores = torch.einsum("hd,khd->hk", q[r].double(), keys[low:high]) * self.site.scaling
                 if self.site.softcap:
                     scores = self.site.softcap * torch.tanh(scores / self.site.softcap)
@@ -154,7 +170,11 @@ class Case:
 
 
 rows = st.builds(
-    Row, new=st.one_of(st.just(1), st.integers(1, 40)), past=st.integers(0, 70), prefix=st.integers(0, 40)
+    Row,
+    new=st.one_of(st.just(1), st.integers(1, 40)),
+    past=st.integers(0, 70),
+    prefix=st.integers(0, 40),
+    bare=st.booleans(),
 )
 
 
@@ -190,13 +210,16 @@ def test_any_step(
 
 
 DECODES = [Row(1, past=30), Row(1, past=15), Row(1, past=16), Row(1)]
-STEPS = {
+STEPS: dict[str, list[Row]] = {
     "decodes": DECODES,
     "prefill": [Row(5), Row(37), Row(1)],
     "chunk of a longer prompt": [Row(20, past=45)],
     "decodes beside chunks": [*DECODES, Row(33, past=7), Row(16)],
     "prefix that ends in a block": [Row(1, past=20, prefix=5), Row(9, prefix=5), Row(3, past=2, prefix=17)],
     "prefix that fills its blocks": [Row(1, past=20, prefix=32), Row(9, prefix=16)],
+    "layers without the prefix": [
+        Row(1, past=20, prefix=5, bare=True), Row(9, prefix=32, bare=True), Row(4, past=2, prefix=17), Row(3),
+    ],
     "more rows than a task has": [Row(130, past=3, prefix=3)],
 }
 

@@ -52,7 +52,7 @@ class KVCache:
             )
         self.bytes = self.num_blocks * token_bytes * block_size
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name, site in sites.items():
+        for index, (name, site) in enumerate(sites.items()):
             # Left as the system gives it: pages that no sequence reaches are never touched.
             keys = torch.empty(
                 self.num_blocks, site.kv_heads, site.head_dim, block_size, dtype=dtype, device=device
@@ -61,7 +61,7 @@ class KVCache:
                 self.num_blocks, site.kv_heads, block_size, site.value_dim, dtype=dtype, device=device
             )
             self._layers.append((keys, values))
-            attach(model, name, PagedAttention(site, keys, values, step, kernels))
+            attach(model, name, PagedAttention(site, keys, values, step, kernels, index))
 
     def write(self, layer: int, blocks: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put a prefix's keys and values [tokens, kv_heads, dim] into blocks, from the first slot on."""

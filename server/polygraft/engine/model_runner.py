@@ -11,6 +11,7 @@ import torch
 from polygraft.adapters.stack import Runs
 from polygraft.base.loader import Base
 from polygraft.engine.scheduler import Batch, Scheduled
+from polygraft.engine.sequence import Sequence
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.low_rank_bank import Run
 from polygraft.layers.merging import WeightSwitch
@@ -123,7 +124,18 @@ class ModelRunner:
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
             prefix_lens=torch.tensor(prefixes, dtype=torch.int32, device=device),
             block_tables=torch.from_numpy(table).to(device),
+            bare=self._bare([item.sequence for item in items]),
         )
+
+    def _bare(self, sequences: list[Sequence]) -> torch.Tensor | None:
+        """Layers that have nothing of each sequence's prefix, as `AttentionPlan` wants them."""
+        if not any(sequence.prefix and sequence.prefix.bare for sequence in sequences):
+            return None
+        bare = torch.zeros(len(sequences), len(self._base.spec.attention), dtype=torch.uint8)
+        for row, sequence in enumerate(sequences):
+            if sequence.prefix:
+                bare[row, list(sequence.prefix.bare)] = 1
+        return bare.to(self._base.device)
 
 
 def _runs(items: Sequence[tuple[Runs, int]]) -> list[list[Run]]:

@@ -26,6 +26,7 @@ class SharedPrefix:
     Args:
         stack: what they depend on.
         start: position of the first real token behind them.
+        bare: indices of the layers that have none of them.
         ready: False while a soft prompt is on its way through the base.
         users: sequences whose tables hold its blocks.
     """
@@ -33,6 +34,7 @@ class SharedPrefix:
     stack: Stack
     length: int
     start: int
+    bare: tuple[int, ...] = ()
     blocks: list[int] = field(default_factory=list)
     ready: bool = False
     users: int = 0
@@ -61,11 +63,11 @@ class SharedPrefixes:
             self._entries[stack.key] = entry
             entry.users += entry.ready
             return entry
-        start = primitive.start if isinstance(primitive, Prefix) else primitive.virtual_tokens
-        entry = SharedPrefix(stack, primitive.virtual_tokens, start)
         if isinstance(primitive, SoftPrompt):
+            entry = SharedPrefix(stack, primitive.virtual_tokens, start=primitive.virtual_tokens)
             self._entries[stack.key] = entry
             return SoftPromptSequence(f"soft-prompt-{next(self._ids)}", stack, primitive.embeddings, entry)
+        entry = SharedPrefix(stack, primitive.virtual_tokens, primitive.start, primitive.bare_layers)
         needed = self._pool.blocks_for(primitive.virtual_tokens)
         if not self.make_room(needed):
             return None

@@ -71,6 +71,7 @@ class PagedAttention:
         key_cache: [blocks, kv_heads, head_dim, block_size]
         value_cache: [blocks, kv_heads, block_size, value_dim]
         kernels: None runs the operator in torch.
+        index: among the attention layers.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class PagedAttention:
         value_cache: torch.Tensor,
         step: StepContext,
         kernels: Kernels | None,
+        index: int = 0,
     ) -> None:
         self.site = site
+        self.index = index
         self.key_cache = key_cache
         self.value_cache = value_cache
         self.step = step
@@ -90,6 +93,7 @@ class PagedAttention:
         self._struct = LayerStruct(
             key_cache.data_ptr(), value_cache.data_ptr(), site.heads, site.kv_heads, site.head_dim,
             site.value_dim, key_cache.shape[3], site.window, None, site.scaling, site.softcap,
+            index,
         )  # fmt: skip
         self._sinks: torch.Tensor | None = None
 
@@ -113,7 +117,7 @@ class PagedAttention:
         if self.kernels is None or q.dtype != dtype or k.dtype != dtype or v.dtype != dtype:
             out = paged_attention_torch(
                 q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1),
-                self.key_cache, self.value_cache, plan, self.site, sinks,
+                self.key_cache, self.value_cache, plan, self.site, sinks, self.index,
             )  # fmt: skip
             return out[None].to(q.dtype)
         if sinks is not None and self._sinks is None:
@@ -138,12 +142,14 @@ def paged_attention_torch(
     plan: AttentionPlan,
     site: AttentionSite,
     sinks: torch.Tensor | None,
+    layer: int = 0,
 ) -> torch.Tensor:
     """The operator in torch: reference for the C++ one, and what other devices run.
 
     Args:
         q: [rows, heads, head_dim]; k: [rows, kv_heads, head_dim]; v: [rows, kv_heads, value_dim].
         sinks: [heads], logits of a key without a value.
+        layer: its index among the attention layers.
 
     Returns:
         float32 [rows, heads, value_dim].
@@ -164,7 +170,9 @@ def paged_attention_torch(
         # [kv_heads, blocks * block_size, dim], then without the gap behind the prefix.
         keys = key_cache[table].permute(1, 0, 3, 2).flatten(1, 2)
         values = value_cache[table].permute(1, 0, 2, 3).flatten(1, 2)
-        keep = torch.cat([torch.arange(prefix), torch.arange(context - prefix) + shared * size]).to(q.device)
+        first_key = prefix if plan.bare is not None and plan.bare[s, layer] else 0
+        own_slots = torch.arange(context - prefix) + shared * size
+        keep = torch.cat([torch.arange(first_key, prefix), own_slots]).to(q.device)
         group = site.heads // site.kv_heads
         keys = keys[:, keep].float().repeat_interleave(group, 0)
         values = values[:, keep].float().repeat_interleave(group, 0)
@@ -172,7 +180,7 @@ def paged_attention_torch(
         if site.softcap:
             scores = site.softcap * torch.tanh(scores / site.softcap)
         own = torch.arange(context - (last - first), context, device=q.device)[:, None]
-        other = torch.arange(context, device=q.device)[None, :]
+        other = torch.arange(first_key, context, device=q.device)[None, :]
         hidden = other > own
         if site.window:
             hidden |= other <= own - site.window

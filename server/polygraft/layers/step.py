@@ -28,6 +28,8 @@ class AttentionPlan:
         context_lens: [sequences] keys visible to a sequence's last row, its prefix included.
         prefix_lens: [sequences] keys in shared prefix blocks.
         block_tables: [sequences, max_blocks] prefix blocks first, then the sequence's own.
+        bare: uint8 [sequences, layers], 1 where a layer has nothing of the sequence's prefix, whose slots there
+            nobody has written; None if there is no such layer.
     """
 
     slot_mapping: torch.Tensor
@@ -35,6 +37,7 @@ class AttentionPlan:
     context_lens: torch.Tensor
     prefix_lens: torch.Tensor
     block_tables: torch.Tensor
+    bare: torch.Tensor | None = None
     _native: PlanStruct | None = None
 
     def native(self) -> PlanStruct:
@@ -49,6 +52,8 @@ class AttentionPlan:
                 self.block_tables.shape[1],
                 self.context_lens.shape[0],
                 self.slot_mapping.shape[0],
+                None if self.bare is None else self.bare.data_ptr(),
+                0 if self.bare is None else self.bare.shape[1],
             )
         return self._native
 

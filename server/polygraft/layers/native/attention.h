@@ -21,6 +21,8 @@ struct Plan {  // one step; layers/attention.py fills it
   int64_t max_blocks;
   int64_t num_sequences;
   int64_t num_rows;
+  const uint8_t* bare;  // [sequences, layers] 1 where a layer has nothing of the sequence's prefix, or null
+  int64_t num_layers;
 };
 
 struct Layer {  // one attention layer; layers/attention.py fills it
@@ -31,6 +33,7 @@ struct Layer {  // one attention layer; layers/attention.py fills it
   int64_t window;     // keys visible to a row, itself included; 0: all
   const float* sinks; // [heads] logits of a key with no value (gpt-oss), or null
   float scaling, softcap;
+  int64_t index;      // among the attention layers
 };
 
 struct Strides {
@@ -110,10 +113,12 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
   const int64_t prefix = plan.prefix_lens[sequence];
   const int64_t prefix_blocks = (prefix + bs - 1) / bs;
   const int32_t* table = plan.block_tables + sequence * plan.max_blocks;
+  const bool bare = plan.bare && plan.bare[sequence * plan.num_layers + layer.index];
+  const int64_t first_key = bare ? prefix : 0;  // nobody has written the prefix's slots in a bare layer
   // Row r sees keys [low(r), high(r)); the last row of the sequence sees all of the context.
   auto high = [&](int64_t row) { return context - (sequence_end - 1 - row); };
   auto low = [&](int64_t row) {
-    return layer.window > 0 ? std::max<int64_t>(0, high(row) - layer.window) : int64_t(0);
+    return layer.window > 0 ? std::max<int64_t>(first_key, high(row) - layer.window) : first_key;
   };
   const int64_t begin = low(first_row), end = high(last_row - 1);
   const int64_t stride = (end + 2 * bs + kLanes) / kLanes * kLanes;

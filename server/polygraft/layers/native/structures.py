@@ -20,6 +20,8 @@ class PlanStruct(ctypes.Structure):
         ("max_blocks", ctypes.c_int64),
         ("num_sequences", ctypes.c_int64),
         ("num_rows", ctypes.c_int64),
+        ("bare", ctypes.c_void_p),
+        ("num_layers", ctypes.c_int64),
     )
 
 
@@ -38,6 +40,7 @@ class LayerStruct(ctypes.Structure):
         ("sinks", ctypes.c_void_p),
         ("scaling", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        ("index", ctypes.c_int64),
     )
 
 
