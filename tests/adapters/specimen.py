@@ -20,19 +20,20 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 @dataclass
 class Specimen:
-    """An adapter as PEFT saved it, to be changed and saved again."""
+    """An adapter as its library saved it, to be changed and saved again."""
 
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
+    weights: str = WEIGHTS
 
     @classmethod
-    def load(cls, folder: Path) -> Specimen:
-        return cls(json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS))
+    def load(cls, folder: Path, weights: str = WEIGHTS) -> Specimen:
+        return cls(json.loads((folder / CONFIG).read_text()), load_file(folder / weights), weights)
 
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(self.config))
-        save_file(self.tensors, folder / WEIGHTS)
+        save_file(self.tensors, folder / self.weights)
         return folder
 
 

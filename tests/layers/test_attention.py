@@ -218,7 +218,10 @@ STEPS: dict[str, list[Row]] = {
     "prefix that ends in a block": [Row(1, past=20, prefix=5), Row(9, prefix=5), Row(3, past=2, prefix=17)],
     "prefix that fills its blocks": [Row(1, past=20, prefix=32), Row(9, prefix=16)],
     "layers without the prefix": [
-        Row(1, past=20, prefix=5, bare=True), Row(9, prefix=32, bare=True), Row(4, past=2, prefix=17), Row(3),
+        Row(1, past=20, prefix=5, bare=True),
+        Row(9, prefix=32, bare=True),
+        Row(4, past=2, prefix=17),
+        Row(3),
     ],
     "more rows than a task has": [Row(130, past=3, prefix=3)],
 }

@@ -128,13 +128,7 @@ def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> A
     Raises:
         AdapterInvalid: a file is missing, too large, not what it should be, or a pickle.
     """
-    raw_config = _read_file(name, folder / CONFIG, MAX_CONFIG_BYTES, check)
-    try:
-        config = json.loads(raw_config)
-    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a number of 5000 digits
-        raise AdapterInvalid(name, [f"{CONFIG} is not JSON: {error}"]) from None
-    if not isinstance(config, dict):
-        raise AdapterInvalid(name, [f"{CONFIG} must hold an object"])
+    config, _ = read_config(name, folder, check)
     weights_file = ADAPTERHUB_WEIGHTS if is_adapterhub(config) else WEIGHTS
     if weights_file == ADAPTERHUB_WEIGHTS and os.path.exists(folder / HEAD_CONFIG):
         raise AdapterInvalid(name, [HAS_HEAD])
@@ -149,11 +143,11 @@ def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> A
                         f"{'use_safetensors' if is_adapterhub(config) else 'safe_serialization'}=True"
                     ],
                 )
-    weights = _read_file(name, folder / weights_file, max_bytes, check)
+    weights = read_file(name, folder / weights_file, max_bytes, check)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(weights)
     texts = {
-        file: _read_file(name, folder / file, MAX_TOKENIZER_BYTES, check)
+        file: read_file(name, folder / file, MAX_TOKENIZER_BYTES, check)
         for file in TOKENIZER_FILES
         if os.path.exists(folder / file)
     }
@@ -163,7 +157,25 @@ def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> A
     return AdapterFolder(name, config, weights, digest.hexdigest(), texts, weights_file)
 
 
-def _read_file(name: str, path: Path, max_bytes: int, check: Any) -> bytes:
+def read_config(name: str, folder: Path, check: Any = None) -> tuple[dict[str, Any], bytes]:
+    """A folder's configuration, parsed and as it is. Raises AdapterInvalid if there is none."""
+    raw = read_file(name, folder / CONFIG, MAX_CONFIG_BYTES, check)
+    try:
+        config = json.loads(raw)
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a number of 5000 digits
+        raise AdapterInvalid(name, [f"{CONFIG} is not JSON: {error}"]) from None
+    if not isinstance(config, dict):
+        raise AdapterInvalid(name, [f"{CONFIG} must hold an object"])
+    return config, raw
+
+
+def read_file(name: str, path: Path, max_bytes: int, check: Any) -> bytes:
+    """A file's content, if it is a file of at most so many bytes; else raises AdapterInvalid.
+
+    Args:
+        name: the adapter's, for the error.
+        check: called with the path before it is opened; raises to refuse it.
+    """
     if check is not None:
         check(path)
     try:

@@ -116,6 +116,25 @@ def check(
     raise typer.Exit(0 if report.fits else 1)
 
 
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="The adapter's folder, whose weights are a pickle.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, which mustn't exist.")],
+    max_bytes: Annotated[
+        int, typer.Option(min=1, help="Most bytes of the pickle, and of its tensors together.")
+    ] = 2**30,
+    as_json: AsJson = False,
+) -> None:
+    """Write a folder with its pickle as safetensors; a process of its own reads that, tensors alone."""
+    from polygraft.adapters.convert import convert_folder  # it imports torch
+
+    done = convert_folder(folder, out, max_bytes)
+    if as_json:
+        print(to_json(done))
+    else:
+        print(f"{done.folder} holds {done.tensors} tensors in {done.weights}, {done.bytes:,} bytes")
+
+
 def _print(adapter: Adapter, as_json: bool) -> None:
     if as_json:
         print(to_json(adapter))

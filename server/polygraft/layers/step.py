@@ -28,8 +28,8 @@ class AttentionPlan:
         context_lens: [sequences] keys visible to a sequence's last row, its prefix included.
         prefix_lens: [sequences] keys in shared prefix blocks.
         block_tables: [sequences, max_blocks] prefix blocks first, then the sequence's own.
-        bare: uint8 [sequences, layers], 1 where a layer has nothing of the sequence's prefix, whose slots there
-            nobody has written; None if there is no such layer.
+        bare: uint8 [sequences, layers], 1 where a layer has nothing of the sequence's prefix: nobody has
+            written its slots there. None if there is no such layer.
     """
 
     slot_mapping: torch.Tensor

@@ -35,6 +35,7 @@ from polygraft.adapters.adapterhub.source import Parts, Source
 from polygraft.adapters.per_module import is_alpha
 from polygraft.adapters.primitives import Bottleneck, NormAfter
 from polygraft.base.residual_sites import ATTENTION, FEED_FORWARD
+from polygraft.errors import AdapterInvalid
 
 _PLACES = {
     "mh_adapter": (ATTENTION, "attention_adapters"),
@@ -46,7 +47,11 @@ _MAX_WIDTH = 2**31
 
 
 def compile_bottlenecks(source: Source, options: Options) -> Generator[None, None, Parts]:
-    """Compile a method of bottleneck adapters; yields between them. Problems are noted in the reader."""
+    """Compile a method of bottleneck adapters; yields between them. Problems are noted in the reader.
+
+    Raises:
+        AdapterInvalid: the base has no place for them.
+    """
     settings = _Settings.take(source, options)
     parts = Parts("bottleneck", coupling=take_coupling(source, options, settings.activation))
     left_out = options.layers_left_out()
@@ -57,8 +62,9 @@ def compile_bottlenecks(source: Source, options: Options) -> Generator[None, Non
         for place, module in wanted:
             yield
             if place not in layer.places:
-                _refuse_place(source, layer, place)
-                return parts
+                raise AdapterInvalid(
+                    source.reader.name, [*source.reader.problems, _why_not(source, layer, place)]
+                )
             width = settings.width(layer.index, source.base.hidden_size, options)
             if width is None or settings.activation is None:
                 return parts
@@ -69,12 +75,15 @@ def compile_bottlenecks(source: Source, options: Options) -> Generator[None, Non
     return parts
 
 
-def _refuse_place(source: Source, layer: Layer, place: str) -> None:
+def _why_not(source: Source, layer: Layer, place: str) -> str:
+    """Why a place of a layer has no bottlenecks."""
     if layer.site(place) in source.base.residual:
-        why = "its layers normalize a part's output before they add it, and the adapters would act before that"
+        why = (
+            "its layers normalize a part's output before they add it, and the adapters would act before that"
+        )
     else:
         why = "its layers don't add one part's output to the residual stream and then another's"
-    source.reader.problems.append(f"bottleneck adapters aren't served on this base: {why}")
+    return f"bottleneck adapters aren't served on this base: {why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +143,14 @@ class _Settings:
         factor = self.factor
         if isinstance(factor, Mapping):
             factor = factor.get(str(layer), factor.get("default"))
-        if is_alpha(factor) and 0 < factor and hidden / factor < _MAX_WIDTH:
+        if is_alpha(factor) and factor > 0 and hidden / factor < _MAX_WIDTH:
             return max(1, int(hidden // factor))
         options.refuse("reduction_factor", self.factor, f"makes no sense for layer {layer}")
         return None
 
 
 def _take_scaling(options: Options) -> float | str | None:
-    scaling = options.take("scaling", (int, float, str), 1.0)
+    scaling: float | str = options.take("scaling", (int, float, str), 1.0)
     if scaling in ("learned", "channel") or is_alpha(scaling):
         return scaling
     options.refuse("scaling", scaling, "must be a number, 'learned' or 'channel'")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from polygraft.adapters.adapterhub.bottleneck import compile_bottlenecks
@@ -40,7 +39,7 @@ def compile_adapterhub(reader: FolderReader, base: BaseSpec) -> Generator[None, 
     """Compile a folder of AdapterHub's; yields between modules. Problems are noted in the reader.
 
     Raises:
-        AdapterInvalid: it doesn't tell what it is, or is another base's.
+        AdapterInvalid: it doesn't tell what it is, is another base's, or a method isn't served.
     """
     config = reader.option("config", dict, {})
     if not config:
@@ -55,9 +54,8 @@ def compile_adapterhub(reader: FolderReader, base: BaseSpec) -> Generator[None, 
     named = {"config": config} if blocks is None else dict(_named(blocks))
     for where, block in named.items():
         parts = yield from _compile_block(source, Options(reader, block, where))
-        if parts is not None:
-            kind = parts.kind if blocks is None else UNION
-            _join(reader, whole, parts)
+        kind = parts.kind if blocks is None else UNION
+        _join(reader, whole, parts)
     if not reader.problems and _is_empty(whole):
         reader.problems.append("it has weights for nothing in the base")
     return CompiledAdapter(
@@ -96,7 +94,6 @@ def _take_source(reader: FolderReader, base: BaseSpec, config: dict[str, Any]) -
         reader.problems.append("the base's layers aren't one list, as AdapterHub's adapters need")
     if reader.problems or layers is None:
         return None
-    match = _VERSION.match(version)
     return Source(
         reader,
         base,
@@ -104,21 +101,25 @@ def _take_source(reader: FolderReader, base: BaseSpec, config: dict[str, Any]) -
         name,
         old_activations=not version,
         # adapters/loading.py, _fix_backward_compat
-        unscaled_lora=bool(match)
-        and (int(match[1]), int(match[2])) < (1, 1)
-        and config.get("architecture") == "lora",
+        unscaled_lora=_is_before_1_1(version) and config.get("architecture") == "lora",
         inverts=inverts_before_head(model_type, model_class),
     )
 
 
-def _compile_block(source: Source, options: Options) -> Generator[None, None, Parts | None]:
+def _is_before_1_1(version: str) -> bool:
+    match = _VERSION.match(version)
+    return match is not None and (int(match[1]), int(match[2])) < (1, 1)
+
+
+def _compile_block(source: Source, options: Options) -> Generator[None, None, Parts]:
+    """Raises AdapterInvalid if the method isn't served."""
     architecture = options.take("architecture", str, None)
     method = METHODS.get(architecture)
     if method is None:
-        why = _WHY_NOT.get(architecture, "")
+        why = f", {_WHY_NOT[architecture]}" if architecture in _WHY_NOT else ""
         served = ", ".join(sorted(name for name in METHODS if name))
-        options.refuse("architecture", architecture, f"isn't served{why and f', {why}'} ({served}, {UNION} are)")
-        return None
+        options.refuse("architecture", architecture, f"isn't served{why} ({served} and {UNION} are)")
+        raise AdapterInvalid(source.reader.name, source.reader.problems)
     parts = yield from method(source, options)
     options.finish()
     return parts

@@ -1,9 +1,9 @@
 """Invertible adapters (arXiv 2005.00052): NICE's coupling, compiled to Coupling.
 
 `a += F(b); b += G(a)` behind the embeddings, and back before the head, where F and G are a linear layer, the
-bottlenecks' activation and another one (adapters/methods/modeling.py, NICECouplingBlock). The inverse belongs
-to the library's classes with flexible heads, such as LlamaAdapterModel, and to models that it serves by hooks,
-such as Qwen2ForCausalLM (adapters/methods/invertible.py). LlamaForCausalLM, MistralForCausalLM and
+bottlenecks' activation and another one (adapters/methods/modeling.py, NICECouplingBlock). The inverse
+belongs to the library's classes with flexible heads, such as LlamaAdapterModel, and to models that it serves
+by hooks, such as Qwen2ForCausalLM (adapters/methods/invertible.py). LlamaForCausalLM, MistralForCausalLM and
 GPT2LMHeadModel don't have it there: adapters from these run without.
 """
 

@@ -1,5 +1,5 @@
-"""AdapterHub's LoRA (arXiv 2106.09685), (IA)^3 (2205.05638), VeRA (2310.11454) and DoRA (2402.09353), compiled
-to LowRank and Scale.
+"""AdapterHub's LoRA (arXiv 2106.09685), (IA)^3 (2205.05638), VeRA (2310.11454) and DoRA (2402.09353),
+compiled to LowRank and Scale.
 
 LoRA adds `B A x alpha / r`; (IA)^3 multiplies an output, its bias included, by `B alpha`; VeRA adds
 `(b B) (d A) x alpha / r` with matrices b and d of each module's own (adapters/methods/lora.py). A projection
@@ -28,7 +28,7 @@ _COMPOSITIONS = ("add", "scale")
 
 
 def compile_lora(source: Source, options: Options) -> Generator[None, None, Parts]:
-    """Compile a method of AdapterHub's LoRA family; yields between modules. Problems are noted in the reader."""
+    """Compile a method of the LoRA family; yields between modules. Problems are noted in the reader."""
     options.ignore(*_TRAINING_ONLY)
     settings = _Settings.take(source, options)
     attention = options.flag("selfattn_lora", True)
@@ -140,7 +140,7 @@ class _Modules:
     def _check_number(self, layer: Layer, what: str, found: list[str], expected: int) -> None:
         if len(found) != expected:
             self._source.reader.problems.append(
-                f"{layer.name} has LoRA weights for {len(found)} {what}, the configuration asks for {expected}"
+                f"{layer.name} has weights for {len(found)} {what}, the configuration asks for {expected}"
             )
 
     def scale(self, module: str, is_fused: bool) -> Scale | None:
@@ -241,7 +241,7 @@ class _Modules:
         if outputs % 3 == 0 and self._settings.letters:
             return outputs // 3
         self._source.reader.problems.append(
-            f"{module} isn't fused from queries, keys and values of one size, or attn_matrices names none of them"
+            f"{module} isn't fused from queries, keys and values of one size, or none of them is adapted"
         )
         return None
 

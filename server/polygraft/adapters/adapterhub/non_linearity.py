@@ -44,7 +44,7 @@ _OLD: Mapping[str, str] = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 
 def take_non_linearity(source: Source, options: Options, default: str | None = None) -> str | None:
-    """Take `non_linearity`: one of `layers.activations.ACTIVATIONS` or `PRELU`; None after noting a problem."""
+    """Take `non_linearity`: one of `layers.activations.ACTIVATIONS`, or `PRELU`; None after a problem."""
     given = options.take("non_linearity", str, default)
     if given is None:
         options.refuse("non_linearity", None, "is missing")
@@ -65,7 +65,7 @@ def take_slope(source: Source, *modules: str) -> float | None:
 def without_prelu(
     down: torch.Tensor, down_bias: torch.Tensor | None, up: torch.Tensor, slope: float
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The same function with relu in the place of a PReLU: down [2 width, in], its bias, up [out, 2 width]."""
+    """The same function with relu for a PReLU: down [2 width, in], its bias, up [out, 2 width]."""
     negative_up = (-slope * up.float()).to(up.dtype)
     return (
         torch.cat([down, -down]),

@@ -65,6 +65,4 @@ class Options:
         for key, value in sorted(self._values.items()):
             if value not in _NEVER:
                 why = f": {_WHY[key]}" if key in _WHY else ""
-                self._reader.problems.append(
-                    f"{self._where}.{key[:200]}={shown(value)} isn't served{why}"
-                )
+                self._reader.problems.append(f"{self._where}.{key[:200]}={shown(value)} isn't served{why}")

@@ -39,7 +39,7 @@ def compile_prefix(source: Source, options: Options) -> Generator[None, None, Pa
         reader.problems.append("the base's layers have keys and values of different shapes")
     if any(site.window for site in sites):
         reader.problems.append(
-            "the base has sliding windows, and in AdapterHub every row sees the whole prefix, however long ago"
+            "the base has sliding windows, and in AdapterHub every row sees the whole prefix"
         )
     if tokens < 1:
         options.refuse("prefix_length", tokens, "must be at least 1")
@@ -87,7 +87,9 @@ def _take_rows(
     up_bias = source.take_any(names("control_trans.2.bias"), (columns,), wide=True)
     slope = 0.0
     if activation == PRELU:
-        taken = take_slope(source, *(name.removesuffix(".f.weight") for name in names("control_trans.1.f.weight")))
+        taken = take_slope(
+            source, *(name.removesuffix(".f.weight") for name in names("control_trans.1.f.weight"))
+        )
         if taken is None:
             return None
         slope = taken
