@@ -11,7 +11,6 @@ import torch
 from polygraft.adapters.stack import Runs
 from polygraft.base.loader import Base
 from polygraft.engine.scheduler import Batch, Scheduled
-from polygraft.engine.sequence import Sequence
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.low_rank_bank import Run
 from polygraft.layers.merging import WeightSwitch
@@ -124,17 +123,17 @@ class ModelRunner:
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
             prefix_lens=torch.tensor(prefixes, dtype=torch.int32, device=device),
             block_tables=torch.from_numpy(table).to(device),
-            bare=self._bare([item.sequence for item in items]),
+            bare=self._bare(items),
         )
 
-    def _bare(self, sequences: list[Sequence]) -> torch.Tensor | None:
+    def _bare(self, items: list[Scheduled]) -> torch.Tensor | None:
         """Layers that have nothing of each sequence's prefix, as `AttentionPlan` wants them."""
-        if not any(sequence.prefix and sequence.prefix.bare for sequence in sequences):
+        layers = [item.sequence.prefix.bare if item.sequence.prefix else () for item in items]
+        if not any(layers):
             return None
-        bare = torch.zeros(len(sequences), len(self._base.spec.attention), dtype=torch.uint8)
-        for row, sequence in enumerate(sequences):
-            if sequence.prefix:
-                bare[row, list(sequence.prefix.bare)] = 1
+        bare = torch.zeros(len(items), len(self._base.spec.attention), dtype=torch.uint8)
+        for row, without in enumerate(layers):
+            bare[row, list(without)] = 1
         return bare.to(self._base.device)
 
 
