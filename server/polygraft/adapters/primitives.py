@@ -24,12 +24,14 @@ class LowRank:
         bias: [out_features] or None
         magnitude: [out_features], the norm that each row of the base's weight plus B A is brought to, or None
             (DoRA); it becomes a scale when the base's weights are at hand.
+        through_base: b is [in_features, rank] and stands for W b, W being the base's weight (HRA); likewise.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    through_base: bool = False
 
     @property
     def rank(self) -> int:

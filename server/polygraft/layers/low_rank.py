@@ -87,7 +87,8 @@ class LowRankSlots:
         """What an adapter has for the module, as the operators read it."""
         a = b = bias = out_scale = None
         if primitive is not None:
-            assert primitive.magnitude is None, "to be resolved against the base's weights first"
+            resolved = primitive.magnitude is None and not primitive.through_base
+            assert resolved, "to be resolved against the base's weights first"
             width = primitive.b.shape[0]
             panel = self._panel or width
             b = nn.functional.pad(primitive.b.to(self._device), (0, 0, 0, -width % panel))
