@@ -153,7 +153,7 @@ def test_what_the_others_compile_to(
         "oft": ("rotation",),
         "oft-constrained": ("rotation",),
         "boft": ("scale", "rotation"),
-        "hra": ("low_rank",),
+        "hra": ("reflection",),
     }
     q = "model.layers.0.self_attn.q_proj"
     assert made["oft"].rotations[q].blocks.shape == (4, 16, 16)

@@ -215,6 +215,8 @@ class CompiledAdapter:
         low_rank, scales, krons, rotations: by the name of the base's module.
         bottlenecks: by the name of the base's residual site.
         coupling: around all layers.
+        reflects: its low-rank weights are what reflections take from the base's (HRA), so they are no summand
+            beside others'.
         parameters: in the file.
         warnings: it works, but.
     """
@@ -227,6 +229,7 @@ class CompiledAdapter:
     rotations: Mapping[str, Rotation] = field(default_factory=dict)
     bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
     coupling: Coupling | None = None
+    reflects: bool = False
     prefix: Prefix | SoftPrompt | None = None
     warnings: tuple[str, ...] = ()
 
@@ -235,7 +238,7 @@ class CompiledAdapter:
         """Names of the primitives it is made of."""
         names = []
         if self.low_rank:
-            names.append("low_rank")
+            names.append("reflection" if self.reflects else "low_rank")
         if self.scales or any(primitive.magnitude is not None for primitive in self.low_rank.values()):
             names.append("scale")
         if self.krons:
