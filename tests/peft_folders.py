@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 from peft import (
     AdaLoraConfig,
+    BOFTConfig,
     CartridgeConfig,
     CPTConfig,
+    HRAConfig,
     IA3Config,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MultitaskPromptTuningConfig,
+    OFTConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -22,6 +26,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft.tuners.boft import layer as boft_layer
 from transformers import AutoModelForCausalLM
 
 # The last name of a module: attention input, attention value or its like, MLP.
@@ -44,8 +49,16 @@ IA3 = {
     "gemma3_text": (["q_proj", "v_proj", "down_proj"], ["down_proj"]),
     "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
 }
-# LoHa knows no Conv1D, of which all of GPT-2's layers are made.
-LOHA_TARGETS = {**TARGETS, "gpt2": ["lm_head"]}
+# Feed-forward modules that share their input with another.
+IA3_SHARED = {
+    "llama": (["q_proj", "up_proj"], ["up_proj"]),
+    "qwen2": (["v_proj", "gate_proj"], ["v_proj"]),
+    "gemma3_text": (["k_proj", "up_proj"], ["k_proj", "up_proj"]),
+    "gpt2": (["c_attn", "c_fc"], ["c_attn", "c_fc"]),
+}
+# Some kinds know no Conv1D, of which all of GPT-2's layers are made.
+NO_CONV1D = {**TARGETS, "gpt2": ["lm_head"]}
+NO_CONV1D_ALL = {**dict.fromkeys(TARGETS, "all-linear"), "gpt2": ["lm_head"]}
 CAUSAL = {"task_type": "CAUSAL_LM"}
 
 KINDS: dict[str, Callable[[str], PeftConfig]] = {
@@ -74,7 +87,7 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "p-tuning": lambda a: PromptEncoderConfig(num_virtual_tokens=17, encoder_hidden_size=32, **CAUSAL),
     "adalora": lambda a: AdaLoraConfig(init_r=6, total_step=10, target_modules=TARGETS[a], **CAUSAL),
     "loha": lambda a: LoHaConfig(
-        r=3, alpha=5, target_modules=LOHA_TARGETS[a], rank_pattern={LOHA_TARGETS[a][0]: 2}, **CAUSAL
+        r=3, alpha=5, target_modules=NO_CONV1D[a], rank_pattern={NO_CONV1D[a][0]: 2}, **CAUSAL
     ),
     "vera": lambda a: VeraConfig(
         r=16, target_modules=TARGETS[a], save_projection=False, projection_prng_key=7, **CAUSAL
@@ -89,9 +102,53 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
         **CAUSAL,
     ),
     "cartridge": lambda a: CartridgeConfig(num_virtual_tokens=9, num_frozen_tokens=2, **CAUSAL),
+    "lokr": lambda a: LoKrConfig(r=20, alpha=12, target_modules=NO_CONV1D_ALL[a], **CAUSAL),
+    "lokr-products": lambda a: LoKrConfig(
+        r=2, alpha=3, decompose_both=True, decompose_factor=8, target_modules=NO_CONV1D[a], **CAUSAL
+    ),
+    "oft": lambda a: OFTConfig(oft_block_size=16, target_modules=NO_CONV1D_ALL[a], **CAUSAL),
+    "oft-constrained": lambda a: OFTConfig(
+        r=4,
+        oft_block_size=0,
+        coft=True,
+        eps=0.7,
+        block_share=True,
+        use_cayley_neumann=False,
+        target_modules=NO_CONV1D[a],
+        **CAUSAL,
+    ),
+    "boft": lambda a: BOFTConfig(
+        boft_block_size=4, boft_n_butterfly_factor=3, target_modules=NO_CONV1D[a], **CAUSAL
+    ),
+    "hra": lambda a: HRAConfig(r=4, target_modules=NO_CONV1D[a], **CAUSAL),
+    "hra-orthogonal": lambda a: HRAConfig(r=3, apply_GS=True, target_modules=NO_CONV1D[a], **CAUSAL),
+    "ia3-shared-input": lambda a: IA3Config(
+        target_modules=IA3_SHARED[a][0], feedforward_modules=IA3_SHARED[a][1], **CAUSAL
+    ),
 }
 # Parameters that are multiplied by each other are larger, so that the product is as large as the others.
-SCALES = {"lora_E": 1.0, "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "prefix_task_": 1.0}
+SCALES = {
+    "lora_E": 1.0,
+    "lora_": 0.15,
+    "hada_": 0.3,
+    "vera_lambda_": 0.5,
+    "prefix_task_": 1.0,
+    "lokr_": 0.3,
+    "oft_R": 0.1,
+    "boft_R": 0.3,
+    "hra_u": 1.0,
+}
+
+
+class BlockDiagonal:
+    """In the place of PEFT's CUDA extension, without which it leaves all of BOFT's factors but one out."""
+
+    def forward(self, blocks: torch.Tensor) -> list[torch.Tensor]:
+        """[n, blocks, size, size] to [n, blocks * size, blocks * size]."""
+        return [torch.stack([torch.block_diag(*each) for each in blocks])]
+
+
+boft_layer._FBD_CUDA = BlockDiagonal()
 
 
 def prune(model: PeftModel) -> None:
@@ -119,7 +176,7 @@ def save_adapter(
                 parameter.normal_(std=scale)
             elif "magnitude" in name:
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
-            elif "ia3_" in name:
+            elif "ia3_" in name or "boft_s" in name:
                 parameter.normal_(mean=1.0, std=0.4)
             elif parameter.requires_grad and "prompt_encoder" in name:
                 parameter.normal_(std=0.4)

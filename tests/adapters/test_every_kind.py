@@ -16,7 +16,8 @@ from polygraft.errors import AdapterInvalid
 from tests.adapters.specimen import Specimen, compile_folder
 from tests.peft_folders import KINDS
 
-ON_MODULES = [kind for kind in KINDS if "lora" in kind or kind in ("dora", "ia3", "loha", "vera")]
+FAMILIES = ("lora", "dora", "ia3", "loha", "lokr", "oft", "hra", "vera")
+ON_MODULES = [kind for kind in KINDS if any(family in kind for family in FAMILIES)]
 # The same tensor with the same meaning, whatever it is called.
 ALIKE = {"PREFIX_TUNING": "CARTRIDGE", "CARTRIDGE": "PREFIX_TUNING"}
 NO_TYPES = ["", "LORA ", "BONE", "lora", 7, None, ["LORA"], {"LORA": 1}]

@@ -8,16 +8,24 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.hra import HRALinear
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.loha import LoHaLayer
+from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from polygraft.layers.merging import dense_weight
 
-# What PEFT can't do: LoHa takes a packed weight's shape for the module's, and AdaLoRA over eight bits returns
-# float32 from its modules, which attention refuses beside the others' bfloat16.
-CANT = {PeftType.LOHA: ("nf4", "fp4"), PeftType.ADALORA: ("int8",)}
+# What PEFT can't do: LoHa and LoKr take a packed weight's shape for the module's, HRA multiplies by what a
+# quantized module keeps as if that were its weight, and AdaLoRA over eight bits returns float32 from its modules,
+# which attention refuses beside the others' bfloat16.
+CANT = {
+    PeftType.LOHA: ("nf4", "fp4"),
+    PeftType.LOKR: ("nf4", "fp4"),
+    PeftType.HRA: ("int8", "nf4", "fp4"),
+    PeftType.ADALORA: ("int8",),
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,10 @@ def load_reference(model_folder: Path, adapter_folder: Path | None, precision: s
 def _add_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
     """Add what a kind adds in float32 behind the modules of a quantized model, as PEFT's layers would."""
     for name, layer in exact.base_model.model.named_modules():
-        if isinstance(layer, LoHaLayer | AdaLoraLayer):
+        if isinstance(layer, LoHaLayer | LoKrLayer | AdaLoraLayer | HRALinear):
             delta = layer.get_delta_weight("default").detach()
+            if isinstance(layer, HRALinear):  # a factor of the weight, not what it gains
+                delta = dense_weight(model.get_submodule(name)).float() @ (delta - torch.eye(len(delta)))
             if getattr(layer, "fan_in_fan_out", False):
                 delta = delta.T
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel
+from peft.tuners.lokr import LoKrLayer
 
 from polygraft.engine.engine import Engine
 from polygraft.engine.request import AdapterRef, Request, StoppingParams
@@ -77,6 +78,30 @@ def after(first: Build, name: str) -> Build:
     return build
 
 
+def over(first: Build, name: str) -> Build:
+    """An adapter over a model that has others beside its weights: a tied head can't have them merged."""
+
+    def build(base: torch.nn.Module, store: Path) -> torch.nn.Module:
+        model = first(base, store).base_model.model
+        del model.peft_config
+        return PeftModel.from_pretrained(model, str(store / name))
+
+    return build
+
+
+def half_lokr(whole: Build) -> Build:
+    """With half of what LoKr adds."""
+
+    def build(base: torch.nn.Module, store: Path) -> torch.nn.Module:
+        model = whole(base, store)
+        for module in model.modules():
+            if isinstance(module, LoKrLayer):
+                module.scaling["lokr"] *= 0.5
+        return model
+
+    return build
+
+
 @dataclass(frozen=True)
 class Case:
     """Adapters with their weights, and what PEFT makes of them."""
@@ -130,6 +155,12 @@ CASES = {
     "factors, then LoRA": Case(("ia3", "lora"), after(one("ia3"), "lora")),
     "LoRA, then factors": Case(("lora-attention", "ia3"), after(one("lora-attention"), "ia3")),
     "factors, LoRA and a prompt": Case(("ia3", "lora", "prompt"), after(after(one("ia3"), "lora"), "prompt")),
+    "Kronecker products, weighted": Case((("lokr", 0.5), "lora"), half_lokr(mixed("lokr", "lora"))),
+    "rotation, then LoRA": Case(("oft", "lora"), mixed("oft", "lora")),
+    "two rotations": Case(("oft", "oft-constrained"), together("oft", "oft-constrained")),
+    "rotation and factors, then LoRA": Case(("boft", "lora"), over(one("boft"), "lora")),
+    "reflections, then LoRA": Case(("hra", "lora"), over(one("hra"), "lora")),
+    "rotation and a prompt": Case(("prompt", "oft"), over(one("oft"), "prompt")),
     "factors twice": Case(("ia3", "ia3-more"), together("ia3", "ia3-more")),
 }
 

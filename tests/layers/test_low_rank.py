@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from polygraft.adapters.primitives import LowRank
-from polygraft.layers.low_rank import AdaptedLinear, LowRankSlots, together
+from polygraft.layers.low_rank import AdaptedLinear, LowRankSlots
 from polygraft.layers.low_rank_bank import LowRankBank, Run
 from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.packed_adapter import together
 from polygraft.layers.step import AttentionPlan, StepContext
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from polygraft.adapters.primitives import CompiledAdapter, LowRank, Scale
+from polygraft.layers.base_dependent import resolve_against_base
 from polygraft.layers.linear import LinearGroup, PackedLinear
 from polygraft.layers.low_rank_bank import LowRankBank, Run
-from polygraft.layers.magnitudes import resolve_magnitudes
 from polygraft.layers.merging import WeightSwitch, merge
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import NO_SEGMENTS, AttentionPlan, StepContext
@@ -172,7 +172,7 @@ def test_a_magnitude_brings_each_row_to_its_norm(make: str) -> None:
     weights = LowRank(random(5, IN, seed=5), random(OUT, 5, seed=6), magnitude=magnitude)
     compiled = CompiledAdapter("lora", 1, low_rank={"layer": weights})
     assert compiled.primitives == ("low_rank", "scale")
-    resolving = resolve_magnitudes(compiled, served.bank)
+    resolving = resolve_against_base(compiled, served.bank)
     with pytest.raises(StopIteration) as end:
         while True:
             next(resolving)

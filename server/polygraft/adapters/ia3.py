@@ -21,7 +21,6 @@ def compile_ia3(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
     """Compile an (IA)^3 folder; yields between modules. Problems are noted in the reader."""
     feedforward = reader.option("feedforward_modules", (str, list), [])
     reader.ignore("init_ia3_weights", "fan_in_fan_out")
-    partners = {name: len(group) for group in base.same_input for name in group}
     scales: dict[str, Scale] = {}
     for module in target_modules(reader, base):
         yield
@@ -33,11 +32,6 @@ def compile_ia3(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
                 f"feedforward_modules is not a regular expression that can be matched: {error}"
             )
             break
-        if of_input and partners[module] > 1:
-            reader.problems.append(
-                f"feedforward module {module} shares its input with others of the base, and scaling it "
-                "for one of them alone isn't served"
-            )
         size = (1, shape.in_features) if of_input else (shape.out_features, 1)
         vector = reader.take(f"{_PREFIX}{module}.ia3_l", size)
         if vector is None:

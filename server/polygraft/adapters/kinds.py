@@ -15,12 +15,16 @@ from polygraft.adapters.adalora import compile_adalora
 from polygraft.adapters.adapterhub.compile import KINDS as ADAPTERHUB_KINDS
 from polygraft.adapters.adapterhub.compile import compile_adapterhub
 from polygraft.adapters.adapterhub.form import is_adapterhub
+from polygraft.adapters.boft import compile_boft
 from polygraft.adapters.cpt import compile_cpt
 from polygraft.adapters.folder import AdapterFolder
+from polygraft.adapters.hra import compile_hra
 from polygraft.adapters.ia3 import compile_ia3
 from polygraft.adapters.loha import compile_loha
+from polygraft.adapters.lokr import compile_lokr
 from polygraft.adapters.lora import compile_lora
 from polygraft.adapters.multitask_prompt_tuning import compile_multitask_prompt_tuning
+from polygraft.adapters.oft import compile_oft
 from polygraft.adapters.prefix_tuning import compile_cartridge, compile_prefix_tuning
 from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.adapters.reader import FolderReader, shown
@@ -37,7 +41,11 @@ KINDS: Mapping[str, Compiler] = {
     "IA3": compile_ia3,
     "ADALORA": compile_adalora,
     "LOHA": compile_loha,
+    "LOKR": compile_lokr,
     "VERA": compile_vera,
+    "OFT": compile_oft,
+    "BOFT": compile_boft,
+    "HRA": compile_hra,
     "PREFIX_TUNING": compile_prefix_tuning,
     "CARTRIDGE": compile_cartridge,
     "PROMPT_TUNING": compile_prompt_tuning,

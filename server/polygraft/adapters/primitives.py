@@ -24,12 +24,14 @@ class LowRank:
         bias: [out_features] or None
         magnitude: [out_features], the norm that each row of the base's weight plus B A is brought to, or None
             (DoRA); it becomes a scale when the base's weights are at hand.
+        through_base: b is [in_features, rank] and stands for W b, W being the base's weight (HRA); likewise.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    through_base: bool = False
 
     @property
     def rank(self) -> int:
@@ -42,7 +44,7 @@ class Scale:
     """Multiplies what a module of the base reads or gives; a `LowRank` beside it sees the input as it was.
 
     Args:
-        input: [in_features] or None; only for a module that reads its input alone.
+        input: [in_features] or None.
         output: [out_features] or None.
         after_bias: whether the output is scaled with the module's bias in it.
     """
@@ -50,6 +52,31 @@ class Scale:
     input: torch.Tensor | None = None
     output: torch.Tensor | None = None
     after_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kron:
+    """Adds `x @ kron(w1, w2).T` to a module's output, never multiplied out; the scaling is folded into w1.
+
+    Args:
+        w1: float32 [o1, i1]
+        w2: float32 [o2, i2], with o1 o2 outputs and i1 i2 inputs.
+    """
+
+    w1: torch.Tensor
+    w2: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Multiplies what a module of the base reads by a block-diagonal matrix; side paths see x as it was.
+
+    Args:
+        blocks: float32 [blocks, size, size], for all inputs; or [1, size, size], the same for each block. A
+            block R turns its inputs x into `x @ R`.
+    """
+
+    blocks: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +220,12 @@ class CompiledAdapter:
 
     Args:
         kind: PEFT's name for the method in lower case.
-        low_rank, scales: by the name of the base's module.
+        low_rank, scales, krons, rotations: by the name of the base's module.
         bottlenecks: by the name of the base's residual site.
         coupling: around all layers.
         invocation: tokens at whose last occurrence in a prompt it begins to act; empty: from the start.
+        reflects: its low-rank weights are what reflections take from the base's (HRA), so they are no summand
+            beside others'.
         parameters: in the file.
         warnings: it works, but.
     """
@@ -205,9 +234,12 @@ class CompiledAdapter:
     parameters: int
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
     scales: Mapping[str, Scale] = field(default_factory=dict)
+    krons: Mapping[str, Kron] = field(default_factory=dict)
+    rotations: Mapping[str, Rotation] = field(default_factory=dict)
     bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
     coupling: Coupling | None = None
     invocation: tuple[int, ...] = ()
+    reflects: bool = False
     prefix: Prefix | SoftPrompt | None = None
     warnings: tuple[str, ...] = ()
 
@@ -216,9 +248,13 @@ class CompiledAdapter:
         """Names of the primitives it is made of."""
         names = []
         if self.low_rank:
-            names.append("low_rank")
+            names.append("reflection" if self.reflects else "low_rank")
         if self.scales or any(primitive.magnitude is not None for primitive in self.low_rank.values()):
             names.append("scale")
+        if self.krons:
+            names.append("kron")
+        if self.rotations:
+            names.append("rotation")
         if self.bottlenecks:
             names.append("bottleneck")
         if self.coupling:
@@ -233,17 +269,22 @@ class CompiledAdapter:
     def mergeable(self) -> bool:
         """Whether all of it folds into the base's weights."""
         beside = self.prefix or self.bottlenecks or self.coupling or self.invocation
-        return bool(self.low_rank or self.scales) and not beside
+        return bool(self.on_modules) and not beside
 
     @property
     def in_bank(self) -> bool:
         """Whether it has weights that layers run."""
-        return bool(self.low_rank or self.scales or self.bottlenecks or self.coupling)
+        return bool(self.on_modules or self.bottlenecks or self.coupling)
+
+    @property
+    def on_modules(self) -> tuple[str, ...]:
+        """Names of the base's modules that it has weights for."""
+        return tuple(dict.fromkeys((*self.low_rank, *self.scales, *self.krons, *self.rotations)))
 
     @property
     def modules(self) -> int:
         """Modules and sites of the base that it has weights for."""
-        return len({*self.low_rank, *self.scales, *self.bottlenecks}) + bool(self.coupling)
+        return len({*self.on_modules, *self.bottlenecks}) + bool(self.coupling)
 
     @property
     def rank(self) -> int:
@@ -262,7 +303,8 @@ class CompiledAdapter:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that it keeps in memory."""
-        parts = (*self.low_rank.values(), *self.scales.values(), *self.bottlenecks.values())
+        by_name = (self.low_rank, self.scales, self.krons, self.rotations, self.bottlenecks)
+        parts = (part for parts in by_name for part in parts.values())
         for part in (*parts, self.coupling, self.prefix):
             yield from _tensors(part)
 
@@ -272,6 +314,8 @@ class CompiledAdapter:
             self,
             low_rank={name: shapes_of(primitive) for name, primitive in self.low_rank.items()},
             scales={name: shapes_of(primitive) for name, primitive in self.scales.items()},
+            krons={name: shapes_of(primitive) for name, primitive in self.krons.items()},
+            rotations={name: shapes_of(primitive) for name, primitive in self.rotations.items()},
             bottlenecks={name: shapes_of(primitive) for name, primitive in self.bottlenecks.items()},
             coupling=shapes_of(self.coupling),
         )

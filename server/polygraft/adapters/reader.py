@@ -55,6 +55,7 @@ class FolderReader:
             task = shown(self._config["task_type"])
             self.problems.append(f"task_type {task} isn't causal language modelling")
         self._base_name = self.option("base_model_name_or_path", str, "")
+        self.peft_version: str = self.option("peft_version", str, "")
         for key in _PROVENANCE:
             self._config.pop(key, None)
 
@@ -123,24 +124,30 @@ class FolderReader:
             return None
         return tensor
 
-    def keep(self, tensor: torch.Tensor, what: str) -> torch.Tensor | None:
+    def keep(self, tensor: torch.Tensor, what: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """A tensor that was computed in float32 from others, in the type that adapters are kept in.
 
         That is never the file's own, which may be too narrow for it. None after noting that it isn't finite.
+
+        Args:
+            dtype: another type to keep it in.
         """
-        kept = tensor.to(self._dtype or torch.float32).contiguous()
+        kept = tensor.to(dtype or self._dtype or torch.float32).contiguous()
         if not torch.isfinite(kept).all():
             self.problems.append(f"the arithmetic makes weights of {what} infinite")
             return None
         return kept
 
-    def has_room(self, rank: int, elements: int) -> bool:
+    def has_room(self, rank: int, elements: int, dtype: torch.dtype | None = None) -> bool:
         """Whether so many more elements may be computed, for a module of this rank; notes the first excess.
 
         Kinds whose weights become larger than their file ask before they compute: a small file must not fill
         the memory until the limits are checked.
+
+        Args:
+            dtype: what they will be kept in, if not what adapters are.
         """
-        self._computed_bytes += elements * (self._dtype or torch.float32).itemsize
+        self._computed_bytes += elements * (dtype or self._dtype or torch.float32).itemsize
         problem = None
         if rank > self._max_rank:
             problem = f"rank {rank} is over the limit of {self._max_rank} (--max-adapter-rank)"

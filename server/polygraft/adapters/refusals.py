@@ -29,7 +29,6 @@ _OPTIONS: Mapping[str, str] = {
 
 _BASE_WEIGHTS = "what it adds depends on the base's weights, which a load doesn't read"
 _REPLACES = "it replaces part of the base, which no primitive does"
-_ROTATES = "it multiplies the base's weights by a matrix, which no primitive does"
 _DENSE = "what it adds to the weights isn't of low rank"
 _ROUTES = "it weighs several adapters for each token or request, which no primitive does"
 _NOT_WRITTEN = "its usual form could be compiled to low rank, but nobody has written that yet"
@@ -38,28 +37,24 @@ _KINDS: Mapping[str, str] = {
     "ADAMSS": _BASE_WEIGHTS,
     "ADAPTION_PROMPT": "it gates attention to a prompt inside some layers, which no primitive does",
     "BEFT": "it adds trained biases to modules without low-rank weights, which no primitive does",
-    "BOFT": _ROTATES,
     "C3A": _DENSE,
-    "DEFT": _ROTATES,
+    "DEFT": "it projects part of what modules compute away, which no primitive does",
     "DELORA": _NOT_WRITTEN,
     "FOURIERFT": _DENSE,
     "FROD": _BASE_WEIGHTS,
     "GLORA": _BASE_WEIGHTS,
     "GRALORA": _NOT_WRITTEN,
     "HIRA": _BASE_WEIGHTS,
-    "HRA": _ROTATES,
     "LILY": "it weighs experts by an average over all tokens of a batch, so answers depend on the neighbours",
     "LN_TUNING": _REPLACES,
-    "LOKR": "it adds Kronecker products, which aren't of low rank",
     "MISS": _NOT_WRITTEN,
-    "OFT": _ROTATES,
     "OSF": _REPLACES,
     "PEANUT": _BASE_WEIGHTS,
     "POLY": _ROUTES,
     "PSOFT": "it turns a subspace that is computed from the base's weights, which a load doesn't read",
     "PVERA": _NOT_WRITTEN,
     "RANDLORA": _DENSE,
-    "ROAD": "it rotates and scales what modules compute, which no primitive does",
+    "ROAD": "it rotates pairs of a module's outputs, and rotations here are of what a module reads",
     "SHADOW": "it runs a second network beside the base",
     "SHIRA": _DENSE,
     "SUPERTUNING": _DENSE,

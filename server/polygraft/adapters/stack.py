@@ -2,9 +2,10 @@
 
 On a module of the base they act in the order of the request, each on what those before it have left, as
 PEFT's layers do for `set_adapter([...])` (peft/tuners/lora/layer.py, Linear.forward; tuners/ia3/layer.py):
-with factors s, low-rank weights A, B and bias c, an adapter of weight w makes `s * out + w * (B A x + c)` of
-`out`. So LoRAs add up, and are what `add_weighted_adapter(..., combination_type="cat")` makes of them;
-factors multiply what stands before them, and nothing behind them. Virtual tokens stand before the prompt
+with factors s, low-rank weights A, B or a Kronecker product in their place, and bias c, an adapter of weight
+w makes `s * out + w * (B A x + c)` of `out`. So LoRAs add up, and are what `add_weighted_adapter(...,
+combination_type="cat")` makes of them; factors multiply what stands before them, and nothing behind them. A
+rotation turns what the base's weights read, and nothing else. Virtual tokens stand before the prompt
 wherever their adapter is named; those of a soft prompt run through the base with all the others in force.
 """
 
@@ -25,7 +26,11 @@ Runs = tuple[tuple[int, float], ...]
 """Slot in the bank and weight of each adapter that has side paths, in the order in which they act."""
 
 # What a stack knows how to combine. Anything else may be in one if no other adapter is.
-_COMBINED = {"low_rank", "scale", "bottleneck", "coupling", "prefix", "soft_prompt"}
+_COMBINED = {
+    "low_rank", "reflection", "kron", "scale", "rotation", "bottleneck", "coupling", "prefix", "soft_prompt",
+}  # fmt: skip
+_ADDED = {"low_rank", "kron"}
+"""What a weight is a factor on."""
 
 
 class Stack:
@@ -103,11 +108,11 @@ def check_stack(members: Sequence[tuple[Adapter, float]]) -> None:
         InvalidRequest: names the element of `adapters`, and says why.
     """
     for at, (adapter, weight) in enumerate(members):
-        if weight != 1.0 and adapter.compiled.primitives != ("low_rank",):
+        if weight != 1.0 and not _ADDED.issuperset(adapter.compiled.primitives):
             raise InvalidRequest(
                 f"adapters[{at}].weight",
-                f"must be 1 for {adapter.name!r}: a weight is a factor on low-rank weights that are added to "
-                f"the base's, and {adapter.compiled.kind} has {' and '.join(adapter.compiled.primitives)}",
+                f"must be 1 for {adapter.name!r}: a weight is a factor on weights that are added to the "
+                f"base's, and {adapter.compiled.kind} has {' and '.join(adapter.compiled.primitives)}",
             )
     for at, (adapter, _) in enumerate(members):
         for before, _ in members[:at]:
@@ -138,13 +143,29 @@ def _conflict(before: CompiledAdapter, after: CompiledAdapter) -> str | None:
             f"both are DoRA on {min(both)}, and each one's magnitude is a norm of the base's weights with "
             "its own change alone"
         )
-    read = sorted(name for name, scale in after.scales.items() if scale.input is not None)
-    late = next((name for name in read if name in before.low_rank), None)
-    if late is not None:
-        return (
-            f"it scales what {late} reads, which the low-rank weights before it would have to read scaled; "
-            "name it first"
-        )
+    return _conflict_of_inputs(before, after)
+
+
+def _conflict_of_inputs(before: CompiledAdapter, after: CompiledAdapter) -> str | None:
+    """Why the second can't change what modules read, or the base's weights, behind the first."""
+    added = {*before.low_rank, *before.krons}
+    scaled = {name for name, scale in after.scales.items() if scale.input is not None}
+    for change, modules in (("scales", scaled), ("rotates", after.rotations.keys())):
+        late = added.intersection(modules)
+        if late:
+            return (
+                f"it {change} what {min(late)} reads, which the weights that are added before it would have "
+                "to read so as well; name it first"
+            )
+    if after.reflects:
+        reflected = after.low_rank.keys() & {*before.on_modules}
+        if reflected:
+            return f"it reflects the base's weights of {min(reflected)}, not what is before it; name it first"
+    # PEFT turns by the first OFT first; of anything else it knows no order.
+    turned = set() if before.kind == after.kind == "oft" else before.rotations.keys() & after.rotations.keys()
+    turned |= before.rotations.keys() & after.scales.keys() | before.scales.keys() & after.rotations.keys()
+    if turned:
+        return f"which of them comes first on {min(turned)}, where one rotates the inputs, isn't defined"
     return None
 
 

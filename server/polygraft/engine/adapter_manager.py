@@ -23,7 +23,7 @@ from polygraft.engine.canaries import Canaries
 from polygraft.engine.scheduler import Scheduler
 from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, InvalidRequest, PolygraftError
 from polygraft.layers.adapter_bank import AdapterBank
-from polygraft.layers.magnitudes import resolve_magnitudes
+from polygraft.layers.base_dependent import resolve_against_base
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class AdapterManager:
             yield None
             prompts = self._prompts.read(folder)
             yield None
-            compiled = yield from resolve_magnitudes(compiled, self._bank.modules)
+            compiled = yield from resolve_against_base(compiled, self._bank.modules)
             self._check_room(name, compiled)
             slot = self._bank.install(compiled) if compiled.in_bank else 0
             adapter = self.registry.new_adapter(name, compiled.without_layer_weights(), slot)

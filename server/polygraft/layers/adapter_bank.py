@@ -48,9 +48,9 @@ class AdapterBank:
         return Couplings(model.get_submodule(layer), head, step, bit)
 
     def install(self, compiled: CompiledAdapter) -> int:
-        """Take an adapter in, magnitudes resolved; returns its slot. Slots count from 1, since 0 stands for
-        the base."""
-        slot = self.modules.install(compiled.low_rank, compiled.scales)
+        """Take an adapter in, resolved against the base; returns its slot. Slots count from 1, since 0 stands
+        for the base."""
+        slot = self.modules.install(compiled.low_rank, compiled.scales, compiled.krons, compiled.rotations)
         bits = self.bottlenecks.install(slot, compiled.bottlenecks)
         if compiled.coupling is not None:
             assert self._couplings is not None, "compiled for another base"

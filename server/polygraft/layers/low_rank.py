@@ -1,4 +1,4 @@
-"""Low-rank side paths: any number of adapters and ranks in one step.
+"""Side paths of modules: any number of adapters and ranks in one step.
 
 A step's rows lie grouped by adapter, so an adapter's rows are one segment `[first, last)` and the work is
 `out[segment] += weight * (x[segment] @ A.T) @ B.T` for each. Weights are never copied or padded: a module's
@@ -10,71 +10,28 @@ in several segments.
 from __future__ import annotations
 
 import ctypes
-import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import LowRank, Scale
+from polygraft.adapters.primitives import Kron, LowRank, Rotation, Scale
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import GroupStruct, ModuleStruct
+from polygraft.layers.packed_adapter import PackedAdapter
 from polygraft.layers.step import Segment, Segments, StepContext
 
 if TYPE_CHECKING:
     from polygraft.layers.triton_side_path import TritonSidePath
 
-ENTRY = 7  # int64 fields of side_path.h's `Entry`
+ENTRY = 14  # int64 fields of side_path.h's `Entry`
 # Codes in the table; the C++ operator knows the first two, Triton's all three.
 WEIGHT_DTYPES = {**DTYPES, torch.float16: 2}
 
 
-class PackedAdapter(NamedTuple):
-    """What an adapter has for one module, as the operators read it.
-
-    Args:
-        a: [rank, in_features]; it and `b` are None for one that only scales.
-        b: B^T in panels, [panels, rank, columns].
-        bias: float32 [columns of all panels]; added to every row.
-        in_scale: float32 [in_features]; the base's product is of the input times this.
-        out_scale: float32 [columns of all panels]; the base's product is multiplied by it.
-    """
-
-    a: torch.Tensor | None
-    b: torch.Tensor | None
-    bias: torch.Tensor | None = None
-    in_scale: torch.Tensor | None = None
-    out_scale: torch.Tensor | None = None
-
-
-_ALIGNMENT = 64  # bytes: a cache line; Triton's wide loads need 16
-
-
-def together(adapter: Sequence[PackedAdapter]) -> list[PackedAdapter]:
-    """Copies of an adapter's weights in one piece of memory.
-
-    An adapter has hundreds of small tensors, which would come to lie between those of loads that are over:
-    the heap would keep the holes.
-    """
-    tensors = [tensor for packed in adapter for tensor in packed if tensor is not None]
-    sizes = (-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors)
-    starts = list(itertools.accumulate(sizes, initial=0))
-    memory = torch.empty(starts[-1], dtype=torch.uint8, device=tensors[0].device if tensors else None)
-
-    # One view of the whole for each type: a view of a view keeps both, and there are hundreds.
-    typed = {tensor.dtype: memory.view(tensor.dtype) for tensor in tensors}
-
-    def copy(tensor: torch.Tensor, start: int) -> torch.Tensor:
-        first = start // tensor.itemsize
-        return typed[tensor.dtype][first : first + tensor.numel()].view(tensor.shape).copy_(tensor)
-
-    copies = map(copy, tensors, starts)
-    return [PackedAdapter(*(None if part is None else next(copies) for part in packed)) for packed in adapter]
-
-
 class LowRankSlots:
-    """One module's low-rank weights and scales by slot.
+    """One module's low-rank weights, Kronecker products, scales and rotations by slot.
 
     Args:
         index: the module's bit in `Segments.touched`.
@@ -82,6 +39,7 @@ class LowRankSlots:
         device: where weights and table are kept.
         base_bias: the module's own, [out_features] or None.
         bias_inside: whether what is scaled has that bias in it already.
+        rotated_inputs: inputs that the C++ operator rotates itself, 0 where it is given the base's product.
     """
 
     def __init__(
@@ -92,12 +50,14 @@ class LowRankSlots:
         base_bias: torch.Tensor | None = None,
         *,
         bias_inside: bool = True,
+        rotated_inputs: int = 0,
     ) -> None:
         self.index = index
         self._panel = panel
         self._device = device
         self._base_bias = base_bias
         self._bias_inside = bias_inside
+        self._rotated_inputs = rotated_inputs
         self._struct = ModuleStruct()
         self._table = torch.zeros(0, ENTRY, dtype=torch.int64)
         self._weights: dict[int, PackedAdapter] = {}
@@ -108,20 +68,27 @@ class LowRankSlots:
         struct.table = self._table.data_ptr()
 
     def move(self, table: torch.Tensor) -> None:
-        """Take over a table int64 [slots, 5] that holds what the last one did."""
+        """Take over a table int64 [slots, ENTRY] that holds what the last one did."""
         self._table = table
         self._struct.table = table.data_ptr()
 
     @property
     def table(self) -> torch.Tensor:
-        """int64 [slots, 7], as native/side_path.h's `Entry` has it."""
+        """int64 [slots, ENTRY], as native/side_path.h's `Entry` has it."""
         return self._table
 
-    def pack(self, primitive: LowRank | None, scale: Scale | None = None) -> PackedAdapter:
+    def pack(
+        self,
+        primitive: LowRank | None,
+        scale: Scale | None = None,
+        kron: Kron | None = None,
+        rotation: Rotation | None = None,
+    ) -> PackedAdapter:
         """What an adapter has for the module, as the operators read it."""
         a = b = bias = out_scale = None
         if primitive is not None:
-            assert primitive.magnitude is None, "to be resolved against the base's weights first"
+            resolved = primitive.magnitude is None and not primitive.through_base
+            assert resolved, "to be resolved against the base's weights first"
             width = primitive.b.shape[0]
             panel = self._panel or width
             b = nn.functional.pad(primitive.b.to(self._device), (0, 0, 0, -width % panel))
@@ -130,8 +97,20 @@ class LowRankSlots:
         if scale is not None and scale.output is not None:
             bias = self._with_scaled_bias(bias, scale)
             out_scale = self._padded(scale.output)
-        in_scale = None if scale is None or scale.input is None else scale.input.to(self._device).float()
-        return PackedAdapter(a, b, None if bias is None else self._padded(bias), in_scale, out_scale)
+        in_scale = None if scale is None or scale.input is None else self._kept(scale.input)
+        return PackedAdapter(
+            a,
+            b,
+            None if bias is None else self._padded(bias),
+            in_scale,
+            out_scale,
+            None if kron is None else self._kept(kron.w1),
+            None if kron is None else self._kept(kron.w2.t()),
+            None if rotation is None else self._kept(rotation.blocks),
+        )
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self._device).float().contiguous()
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.pad(x.to(self._device).float(), (0, -len(x) % (self._panel or len(x))))
@@ -145,13 +124,22 @@ class LowRankSlots:
         more = own * (scale.output.float() - 1) * (1 if scale.after_bias else -1)
         return more if bias is None else bias.float() + more
 
+    def scratch(self, packed: PackedAdapter) -> int:
+        """Numbers that the C++ operator keeps for a row: x A^T, half a Kronecker product, a rotated input."""
+        rotated = 0 if packed.rotation is None else self._rotated_inputs
+        return packed.rank + packed.between + rotated
+
     def install(self, slot: int, packed: PackedAdapter) -> None:
         """Put an adapter's weights into a slot; contiguous, and not to be moved."""
         self._weights[slot] = packed
         addresses = [0 if part is None else part.data_ptr() for part in packed]
-        a = packed.a
-        rank, dtype = (0, 0) if a is None else (a.shape[0], WEIGHT_DTYPES.get(a.dtype, -1))
-        self._table[slot] = torch.tensor([*addresses[:3], rank, dtype, *addresses[3:]])
+        dtype = 0 if packed.a is None else WEIGHT_DTYPES.get(packed.a.dtype, -1)
+        i2, o2 = (0, 0) if packed.w2 is None else packed.w2.shape
+        blocks, size, _ = (0, 0, 0) if packed.rotation is None else packed.rotation.shape
+        step = size * size if blocks > 1 else 0
+        self._table[slot] = torch.tensor(
+            [*addresses[:3], packed.rank, dtype, *addresses[3:7], o2, i2, addresses[7], size, step]
+        )
 
     def bias(self, slot: int) -> torch.Tensor | None:
         """What an adapter adds to every row, float32 [columns of all panels]."""
@@ -159,16 +147,7 @@ class LowRankSlots:
 
     def fold(self, slot: int, weight: torch.Tensor) -> torch.Tensor:
         """The module's weight [out_features, in_features] with an adapter in it, float32."""
-        packed = self._weights[slot]
-        merged = weight.float()
-        if packed.in_scale is not None:
-            merged = merged * packed.in_scale
-        if packed.out_scale is not None:
-            merged = merged * packed.out_scale[: len(weight), None]
-        if packed.a is not None and packed.b is not None:
-            b = packed.b.float().transpose(0, 1).flatten(1)[:, : len(weight)]
-            merged = merged + b.t() @ packed.a.float()
-        return merged
+        return self._weights[slot].folded(weight)
 
     def fold_bias(self, slot: int, bias: torch.Tensor | None) -> torch.Tensor | None:
         """The module's bias with an adapter in it, [out_features], for one that isn't added separately."""
@@ -184,17 +163,17 @@ class LowRankSlots:
         if self._weights.pop(slot, None) is not None:
             self._table[slot] = 0
 
-    def scale_inputs(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """x [..., rows, in_features], with the rows of adapters that scale them scaled."""
-        scales = [
-            (segment.first, segment.last, packed.in_scale)
+    def transform_inputs(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """x [..., rows, in_features], with the rows of adapters that scale or rotate them so."""
+        changes = [
+            (segment, packed)
             for segment in segments.host
-            if (packed := self._weights.get(segment.slot)) is not None and packed.in_scale is not None
+            if (packed := self._weights.get(segment.slot)) is not None and packed.transforms
         ]
-        if scales:
+        if changes:
             x = x.clone()
-            for first, last, scale in scales:
-                x[..., first:last, :] = (x[..., first:last, :].float() * scale).to(x.dtype)
+            for (first, last, *_), packed in changes:
+                x[..., first:last, :] = packed.transformed(x[..., first:last, :].float()).to(x.dtype)
         return x
 
     def scale_outputs(self, out: torch.Tensor, segments: Sequence[Segment]) -> None:
@@ -202,25 +181,24 @@ class LowRankSlots:
         for first, last, slot, _, _ in segments:
             packed = self._weights.get(slot)
             if packed is not None and packed.out_scale is not None:
-                scaled = out[first:last].float() * packed.out_scale[: out.shape[-1]]
-                out[first:last] = scaled.to(out.dtype)
+                out[first:last] = packed.scaled(out[first:last].float()).to(out.dtype)
+
+    def add_krons(self, x: torch.Tensor, out: torch.Tensor, segments: Sequence[Segment]) -> None:
+        """Add Kronecker products to out [rows, out_features], for the operators that leave them to torch."""
+        for first, last, slot, weight, _ in segments:
+            packed = self._weights.get(slot)
+            if packed is not None and packed.w1 is not None:
+                added = packed.kron_product(x[first:last].float(), out.shape[-1])
+                out[first:last] = (out[first:last].float() + weight * added).to(out.dtype)
 
     def add_torch(self, x: torch.Tensor, out: torch.Tensor, segments: Segments) -> None:
         """The operator in torch: scales out [rows, out_features], and adds the side paths of x [rows, in]."""
-        width = out.shape[-1]
         for first, last, slot, weight, _ in segments.host:
             packed = self._weights.get(slot)
             if packed is None:
                 continue
-            rows = out[first:last].float()
-            if packed.out_scale is not None:
-                rows = rows * packed.out_scale[:width]
-            if packed.a is not None and packed.b is not None:
-                b = packed.b.float().transpose(0, 1).flatten(1)[:, :width]
-                rows = rows + weight * (x[first:last].float() @ packed.a.float().t()) @ b
-            if packed.bias is not None:
-                rows = rows + weight * packed.bias[:width]
-            out[first:last] = rows.to(out.dtype)
+            added = packed.added(x[first:last].float(), out.shape[-1])
+            out[first:last] = (packed.scaled(out[first:last].float()) + weight * added).to(out.dtype)
 
 
 class AdaptedLinear(nn.Module):
@@ -266,7 +244,7 @@ class AdaptedLinear(nn.Module):
         layer = self._instead[0] if self._instead else self.base_layer
         segments = self.step.head_segments if self.is_head else self.step.segments
         touched = segments.touched >> self.slots.index & 1
-        out: torch.Tensor = layer(self.slots.scale_inputs(x, segments) if touched else x)
+        out: torch.Tensor = layer(self.slots.transform_inputs(x, segments) if touched else x)
         if touched:
             out = self._add(x, out.contiguous(), segments)
         return out
@@ -276,6 +254,7 @@ class AdaptedLinear(nn.Module):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             for tiles, host in segments.depths:
                 self.slots.scale_outputs(out.view(-1, out.shape[-1]), host)
+                self.slots.add_krons(rows, out.view(-1, out.shape[-1]), host)
                 self._triton.add(
                     rows, out.view(-1, out.shape[-1]), self.slots.table, tiles, segments.max_rank
                 )

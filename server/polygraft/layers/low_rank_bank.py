@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import LowRank, Scale
+from polygraft.adapters.primitives import Kron, LowRank, Rotation, Scale
 from polygraft.layers.linear import PackedLinear
-from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots, together
+from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots
 from polygraft.layers.merging import AnySite, PackedSite, PlainSite
 from polygraft.layers.native.kernels import Kernels, load_kernels
+from polygraft.layers.packed_adapter import together
 from polygraft.layers.step import SEGMENT, Depth, Segment, Segments, StepContext
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class LowRankBank:
             packed = kernels is not None and isinstance(module, PackedLinear)
             bias = getattr(module, "bias", None)
             panel = kernels.panel if kernels else 0
-            slots = LowRankSlots(index, panel, device, bias, bias_inside=not packed)
+            inputs = module.in_features if isinstance(module, PackedLinear) and packed else 0
+            slots = LowRankSlots(index, panel, device, bias, bias_inside=not packed, rotated_inputs=inputs)
             self._slots[name] = slots
             if kernels and isinstance(module, PackedLinear):
                 module.group.attach(module.member, slots, step, is_head)
@@ -88,24 +90,38 @@ class LowRankBank:
         for slots in self._slots.values():
             slots.move(grown[slots.index])
 
-    def install(self, low_rank: Mapping[str, LowRank], scales: Mapping[str, Scale] | None = None) -> int:
+    def install(
+        self,
+        low_rank: Mapping[str, LowRank],
+        scales: Mapping[str, Scale] | None = None,
+        krons: Mapping[str, Kron] | None = None,
+        rotations: Mapping[str, Rotation] | None = None,
+    ) -> int:
         """Take an adapter in; returns its slot. Slots count from 1, since 0 stands for the base.
 
         Args:
-            low_rank, scales: by the name of the module, magnitudes resolved.
+            low_rank, scales, krons, rotations: by the name of the module, resolved against the base.
         """
-        scales = scales or {}
+        scales, krons, rotations = scales or {}, krons or {}, rotations or {}
         slot = self._free.pop() if self._free else len(self._touched) + 1
         if slot >= self._tables.shape[1]:
             self._grow(2 * slot)
-        touched = 0
-        names = list(dict.fromkeys((*low_rank, *scales)))
-        weights = together([self._slots[name].pack(low_rank.get(name), scales.get(name)) for name in names])
+        touched = rank = 0
+        names = list(dict.fromkeys((*low_rank, *scales, *krons, *rotations)))
+        weights = together(
+            [
+                self._slots[name].pack(
+                    low_rank.get(name), scales.get(name), krons.get(name), rotations.get(name)
+                )
+                for name in names
+            ]
+        )
         for name, packed in zip(names, weights, strict=True):
             self._slots[name].install(slot, packed)
             touched |= 1 << self._slots[name].index
+            rank = max(rank, packed.rank if self._triton else self._slots[name].scratch(packed))
         self._touched[slot] = touched
-        self._ranks[slot] = max((primitive.rank for primitive in low_rank.values()), default=0)
+        self._ranks[slot] = rank
         return slot
 
     def remove(self, slot: int) -> None:

@@ -13,6 +13,7 @@
 
 #include "panels_4bit.h"
 #include "panels_int8.h"
+#include "rotation.h"
 
 namespace {
 
@@ -77,26 +78,34 @@ struct BlockOfRows {
   }
 };
 
-// Rows [row, row + count) in float32, times the input scales of their adapters; null if none has any. Only of
-// modules that read an input alone.
+// Rows [row, row + count) in float32 as a module of the group multiplies them, scaled and rotated as their adapters
+// say; null where none of them changes its input.
 template <typename T>
-const float* scale_inputs(const Group& group, const T* x, int64_t row, int64_t count, const Segment* segments,
-                          int64_t num_segments, std::vector<float>& buffer) {
-  if (group.modules > 1) return nullptr;
+const float* transform_inputs(const Group& group, int64_t member, const T* x, int64_t row, int64_t count,
+                              const Segment* segments, int64_t num_segments, const float* h, int64_t h_stride,
+                              int64_t max_rank, std::vector<float>& buffer) {
+  const Module& module = group.module[member];
+  if (module.weights.storage == kNothing) return nullptr;
   const int64_t in = group.in, inputs = Panel<T>::inputs(in);
   bool any = false;
   for (int64_t s = 0; s < num_segments; s++) {
     const int64_t first = std::max<int64_t>(segments[s].first, row);
     const int64_t last = std::min<int64_t>(segments[s].last, row + count);
-    const float* scale = reinterpret_cast<const float*>(group.module[0].table[segments[s].slot].in_scale);
-    if (first >= last || !scale) continue;
+    const Entry& entry = module.table[segments[s].slot];
+    if (first >= last || !(entry.in_scale || entry.rotation)) continue;
     if (!any) {
       const float* wide = widen(x + row * in, count, in, buffer);
       if (wide != buffer.data()) buffer.assign(wide, wide + count * inputs);
       any = true;
     }
-    for (int64_t r = first - row; r < last - row; r++)
-      for (int64_t i = 0; i < in; i++) buffer[r * inputs + i] *= scale[i];
+    const float* turned = h + member * max_rank + segments[s].offset + rotated_at(entry, in, module.width);
+    for (int64_t r = first; r < last; r++) {
+      float* to = buffer.data() + (r - row) * inputs;
+      if (entry.rotation)
+        std::memcpy(to, turned + r * h_stride, in * sizeof(float));
+      else
+        scale_row(reinterpret_cast<const float*>(entry.in_scale), in, to);
+    }
   }
   return any ? buffer.data() : nullptr;
 }
@@ -122,6 +131,8 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
   if (num_segments > 0) {
     shrink_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread,
                  team);
+    rotate_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread,
+                 team);
 #pragma omp barrier
   }
   // Each thread takes its own panels, so that weights are read once; with more threads than panels can
@@ -130,31 +141,33 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
   while (team % (2 * across) == 0 && blocks >= 2 * across && panels * across < 8 * team) across *= 2;
   const int64_t share = thread / across, shares = team / across;
   const int64_t from = panels * share / shares, to = panels * (share + 1) / shares;
-  static thread_local std::vector<float> widened;
-  static thread_local Int8Rows quantized;
+  static thread_local std::vector<float> widened, widened_own;
+  static thread_local Int8Rows quantized, quantized_own;
   alignas(64) float acc[kBlockRows * kPanel];
   for (int64_t b = thread % across; b < blocks; b += across) {
     const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-    const float* wide = widens || quantizes
-                            ? scale_inputs(group, x, row, count, segments, num_segments, widened)
-                            : nullptr;
-    if (quantizes && wide)
-      quantize(wide, count, in, quantized, Panel<T>::inputs(in));
-    else if (quantizes)
-      quantize(x + row * in, count, in, quantized, in);
-    if (widens && !wide) wide = widen(x + row * in, count, in, widened);
-    const BlockOfRows<T> from_rows{in, wide, quantized, count};
+    if (quantizes) quantize(x + row * in, count, in, quantized, in);
+    const float* wide = widens ? widen(x + row * in, count, in, widened) : nullptr;
     int64_t first = 0;  // panel of the module among all
     for (int64_t m = 0; m < group.modules; m++) {
       const Module& module = group.module[m];
       const int64_t last = first + panels_of(module);
+      if (std::max(from, first) >= std::min(to, last)) {
+        first = last;
+        continue;
+      }
+      const float* own = num_segments > 0 ? transform_inputs(group, m, x, row, count, segments, num_segments, h,
+                                                             h_stride, max_rank, widened_own)
+                                          : nullptr;
+      if (own && module.weights.storage == kInt8) quantize(own, count, in, quantized_own, Panel<T>::inputs(in));
+      const BlockOfRows<T> from_rows{in, own ? own : wide, own ? quantized_own : quantized, count};
       for (int64_t p = std::max(from, first); p < std::min(to, last); p++) {
         const int64_t panel = p - first, column = panel * kPanel;
         const int64_t columns = std::min<int64_t>(kPanel, module.width - column);
         T* out = outs[m] + row * module.width + column;
         from_rows.multiply(module.weights, panel, out, module.width, columns, acc);
         if (num_segments > 0)
-          expand_panel(acc, row, count, segments, num_segments, module.table, panel, h + m * max_rank,
+          expand_panel(acc, row, count, segments, num_segments, module, in, panel, h + m * max_rank,
                        h_stride);
         const float* bias = module.weights.bias;
         store_panel(acc, bias ? bias + column : nullptr, count, module.width, columns, out);

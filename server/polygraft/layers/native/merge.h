@@ -1,4 +1,5 @@
-// An adapter folded into a module's weights: W, scaled, + B A, rounded once, in panels of the base's type.
+// An adapter folded into a module's weights: W, rotated and scaled, + B A and Kronecker products, rounded once, in
+// panels of the base's type.
 // layers/merging.py keeps the copies.
 
 #pragma once
@@ -70,6 +71,7 @@ void merge(const Group& group, int64_t member, int64_t slot, int64_t first, int6
   const Module& module = group.module[member];
   const Entry& entry = module.table[slot];
   const int64_t in = group.in, inputs = Panel<T>::inputs(in), rank = entry.rank;
+  const Kron kron = kron_of(entry, in, module.width);
   std::vector<float> a(in * rank);
   if (entry.dtype == 0)
     transpose(reinterpret_cast<const float*>(entry.a), rank, in, a.data());
@@ -81,7 +83,10 @@ void merge(const Group& group, int64_t member, int64_t slot, int64_t first, int6
 #pragma omp for
     for (int64_t panel = first; panel < last; panel++) {
       widen_panel<T>(module.weights, panel, in, wide.data());
+      rotate_panel(entry, in, wide.data());
       scale_panel(entry, panel, in, wide.data());
+      const int64_t column = panel * kPanel;
+      kron_fold(kron, column, std::min<int64_t>(kPanel, module.width - column), wide.data(), kPanel);
       const int64_t at = panel * rank * kPanel;
       if (entry.dtype == 0)
         expand(wide.data(), in, reinterpret_cast<const float*>(entry.b) + at, a.data(), rank, rank);

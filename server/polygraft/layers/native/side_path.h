@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "kron.h"
 #include "vectors.h"
 
 namespace {
@@ -22,7 +23,25 @@ struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
   int64_t dtype;  // of A and B: 0 float32, 1 bfloat16
   int64_t in_scale;   // address of a factor in float32 for each input of the base's product, or 0
   int64_t out_scale;  // likewise for each of its outputs, padded to whole panels, or 0
+  int64_t w1, w2;     // addresses of a Kronecker product's halves, as `Kron` has them, or 0
+  int64_t o2, i2;     // and the second one's outputs and inputs
+  int64_t rotation;       // address of the blocks [blocks, size, size] that turn the base's input, or 0
+  int64_t rotation_size;  // inputs in a block
+  int64_t rotation_step;  // from one block to the next, 0 if all are the same
 };
+
+inline Kron kron_of(const Entry& entry, int64_t in, int64_t width) {
+  if (!entry.w1) return Kron{};
+  return {reinterpret_cast<const float*>(entry.w1), reinterpret_cast<const float*>(entry.w2),
+          width / entry.o2, in / entry.i2, entry.o2, entry.i2};
+}
+
+// Where what is between the two halves of a Kronecker product, and a rotated input, lie in a row of the scratch
+// behind x A^T: in numbers from the segment's offset.
+inline int64_t between_at(const Entry& entry) { return entry.rank; }
+inline int64_t rotated_at(const Entry& entry, int64_t in, int64_t width) {
+  return between_at(entry) + kron_of(entry, in, width).between();
+}
 
 enum Storage { kNothing = 0, kRowsType = 1, kInt8 = 2, k4Bit = 3 };
 
@@ -104,12 +123,12 @@ void expand(float* out, int64_t rows, const W* b, const float* h, int64_t rank, 
 
 // Add the side paths of rows [row, row + rows) to one panel of their outputs, out [rows, kPanel].
 inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* segments, int64_t num_segments,
-                         const Entry* table, int64_t panel, const float* h, int64_t h_stride) {
+                         const Module& module, int64_t in, int64_t panel, const float* h, int64_t h_stride) {
   for (int64_t s = 0; s < num_segments; s++) {
     const int64_t first = std::max<int64_t>(segments[s].first, row);
     const int64_t last = std::min<int64_t>(segments[s].last, row + rows);
     if (first >= last) continue;
-    const Entry& entry = table[segments[s].slot];
+    const Entry& entry = module.table[segments[s].slot];
     float* to = out + (first - row) * kPanel;
     if (entry.out_scale) {
       const float* scale = reinterpret_cast<const float*>(entry.out_scale) + panel * kPanel;
@@ -125,6 +144,11 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
       else
         expand(to, last - first, reinterpret_cast<const bf16*>(entry.b) + at, from, entry.rank, h_stride);
     }
+    if (entry.w1) {
+      const float* from = h + first * h_stride + segments[s].offset + between_at(entry);
+      const int64_t column = panel * kPanel, columns = std::min<int64_t>(kPanel, module.width - column);
+      kron_second(kron_of(entry, in, module.width), from, h_stride, last - first, column, columns, to, kPanel);
+    }
     if (entry.bias) {
       const float* bias = reinterpret_cast<const float*>(entry.bias) + panel * kPanel;
       const vec weight = splat(segments[s].weight);
@@ -134,6 +158,18 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
                 load(to + r * kPanel + v * kLanes) + weight * load(bias + v * kLanes));
     }
   }
+}
+
+// This thread's share of what is between a Kronecker product's halves, for rows [first, last).
+template <typename X>
+void kron_share(const Kron& kron, const X* x, int64_t in, const Segment& segment, float* between, int64_t h_stride,
+                int64_t* piece, int thread, int threads) {
+  constexpr int64_t kLines = 8;
+  for (int64_t row = segment.first; row < segment.last; row++)
+    for (int64_t line = 0; line < kron.lines(); line += kLines)
+      if ((*piece)++ % threads == thread)
+        kron_first(kron, x + row * in, line, std::min(line + kLines, kron.lines()), segment.weight,
+                   between + row * h_stride);
 }
 
 // This thread's share of h[row, module * max_rank + offset + j] = weight x[row] . A[j], for the segments' rows.
@@ -147,6 +183,9 @@ void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_s
   for (int64_t s = 0; s < num_segments; s++) {
     for (int64_t m = 0; m < num_modules; m++) {
       const Entry& entry = modules[m].table[segments[s].slot];
+      if (entry.w1)
+        kron_share(kron_of(entry, in, modules[m].width), x, in, segments[s],
+                   h + m * max_rank + segments[s].offset + between_at(entry), h_stride, &piece, thread, threads);
       for (int64_t row = segments[s].first; row < segments[s].last; row += kRows) {
         const int64_t rows = std::min<int64_t>(kRows, segments[s].last - row);
         for (int64_t j = 0; j < entry.rank; j += kRanks) {

@@ -1,0 +1,49 @@
+"""What depends on the base's weights in an adapter, resolved against them once, when it is loaded.
+
+DoRA (arXiv 2402.09353) brings each row of W + B A to a norm that it has learnt; PEFT computes
+`m / ||W + B A|| * (W x + B A x) + bias` (peft/tuners/lora/dora.py, DoraLinearLayer.forward). The factor
+doesn't depend on x, so it is a scale of the base's product, and is folded into B.
+
+HRA (arXiv 2405.17484) turns W into W - (W P) U^T (adapters/hra.py), so its B is a product with W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+
+import torch
+
+from polygraft.adapters.primitives import CompiledAdapter, LowRank, Scale
+from polygraft.layers.low_rank_bank import LowRankBank
+
+
+def resolve_against_base(
+    compiled: CompiledAdapter, bank: LowRankBank
+) -> Generator[None, None, CompiledAdapter]:
+    """An adapter that needs the base no more and does the same; yields between modules.
+
+    The base's weights are taken as they are served: on a quantized base, what they stand for. PEFT's own
+    norms are wrong on an nf4 base whose weights the CPU kernel has packed.
+    """
+    if not any(p.through_base or p.magnitude is not None for p in compiled.low_rank.values()):
+        return compiled
+    low_rank: dict[str, LowRank] = {}
+    scales = dict(compiled.scales)
+    for name, primitive in compiled.low_rank.items():
+        low_rank[name] = primitive
+        if primitive.magnitude is None and not primitive.through_base:
+            continue
+        yield
+        weight = bank.site(name).weight().float()
+        device = primitive.b.device
+        if primitive.through_base:
+            b = (weight @ primitive.b.to(weight)).to(device, primitive.a.dtype)
+            low_rank[name] = LowRank(primitive.a, b, primitive.bias)
+        if primitive.magnitude is not None:
+            weight = weight + (primitive.b.float() @ primitive.a.float()).to(weight.device)
+            factor = primitive.magnitude.float().to(weight.device) / torch.linalg.norm(weight, dim=1)
+            b = (primitive.b.float() * factor[:, None].to(device)).to(primitive.b.dtype)
+            low_rank[name] = LowRank(primitive.a, b, primitive.bias)
+            scales[name] = Scale(output=factor)
+    return replace(compiled, low_rank=low_rank, scales=scales)

@@ -1,0 +1,129 @@
+"""What an adapter has for one module, as the operators read it, and the same operators in torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class PackedAdapter(NamedTuple):
+    """What an adapter has for one module; absent parts are None.
+
+    Args:
+        a: [rank, in_features]
+        b: B^T in panels, [panels, rank, columns].
+        bias: float32 [columns of all panels]; added to every row.
+        in_scale: float32 [in_features]; the base's product is of the input times this.
+        out_scale: float32 [columns of all panels]; the base's product is multiplied by it.
+        w1: float32 [o1, i1]; with the next a Kronecker product that is added as B A is.
+        w2: float32 [i2, o2], transposed.
+        rotation: float32 [blocks, size, size] or, the same for all, [1, size, size]; the base's product is of
+            the input times these on a diagonal.
+    """
+
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    in_scale: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
+    w1: torch.Tensor | None = None
+    w2: torch.Tensor | None = None
+    rotation: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Columns of B."""
+        return 0 if self.a is None else self.a.shape[0]
+
+    @property
+    def between(self) -> int:
+        """Numbers for each row that a Kronecker product's first half leaves to its second: native/kron.h."""
+        if self.w1 is None or self.w2 is None:
+            return 0
+        (o1, i1), (i2, o2) = self.w1.shape, self.w2.shape
+        return int(min(i1 * o2, o1 * i2))
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the base's product is of another input than the module's own."""
+        return self.in_scale is not None or self.rotation is not None
+
+    def transformed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the base's product is of, float32 [rows, in_features], for x likewise."""
+        if self.in_scale is not None:
+            x = x * self.in_scale
+        if self.rotation is not None:
+            x = _times_blocks(x, self.rotation)
+        return x
+
+    def scaled(self, out: torch.Tensor) -> torch.Tensor:
+        """Outputs [rows, out_features] times their scale."""
+        return out if self.out_scale is None else out * self.out_scale[: out.shape[-1]]
+
+    def added(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        """What it adds to outputs, float32 [rows, width], for x float32 [rows, in_features]."""
+        added = self.kron_product(x, width)
+        if self.a is not None and self.b is not None:
+            added = added + (x @ self.a.float().t()) @ self._columns_of_b(width)
+        return added if self.bias is None else added + self.bias[:width]
+
+    def kron_product(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        """The Kronecker product times x, float32 [rows, width], for x float32 [rows, in_features]."""
+        if self.w1 is None or self.w2 is None:
+            return x.new_zeros(len(x), width)
+        return (self.w1 @ x.reshape(len(x), self.w1.shape[1], -1) @ self.w2).flatten(1)
+
+    def folded(self, weight: torch.Tensor) -> torch.Tensor:
+        """A module's weight [out_features, in_features] with all of it in, float32."""
+        merged = weight.float()
+        if self.rotation is not None:
+            merged = _times_blocks(merged, self.rotation.transpose(1, 2))
+        if self.in_scale is not None:
+            merged = merged * self.in_scale
+        if self.out_scale is not None:
+            merged = merged * self.out_scale[: len(weight), None]
+        if self.a is not None and self.b is not None:
+            merged = merged + self._columns_of_b(len(weight)).t() @ self.a.float()
+        if self.w1 is not None and self.w2 is not None:
+            product = self.w1[:, None, :, None] * self.w2.t()[None, :, None, :]
+            merged = merged + product.reshape(merged.shape)
+        return merged
+
+    def _columns_of_b(self, width: int) -> torch.Tensor:
+        """float32 [rank, width]"""
+        assert self.b is not None
+        return self.b.float().transpose(0, 1).flatten(1)[:, :width]
+
+
+def _times_blocks(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """x [..., in_features] times a block-diagonal matrix of blocks [n or 1, size, size]."""
+    parts = x.reshape(*x.shape[:-1], -1, 1, blocks.shape[-1])
+    return (parts @ blocks).reshape(x.shape)
+
+
+_ALIGNMENT = 64  # bytes: a cache line; Triton's wide loads need 16
+
+
+def together(adapter: Sequence[PackedAdapter]) -> list[PackedAdapter]:
+    """Copies of an adapter's weights in one piece of memory.
+
+    An adapter has hundreds of small tensors, which would come to lie between those of loads that are over:
+    the heap would keep the holes.
+    """
+    tensors = [tensor for packed in adapter for tensor in packed if tensor is not None]
+    sizes = (-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors)
+    starts = list(itertools.accumulate(sizes, initial=0))
+    memory = torch.empty(starts[-1], dtype=torch.uint8, device=tensors[0].device if tensors else None)
+
+    # One view of the whole for each type: a view of a view keeps both, and there are hundreds.
+    typed = {tensor.dtype: memory.view(tensor.dtype) for tensor in tensors}
+
+    def copy(tensor: torch.Tensor, start: int) -> torch.Tensor:
+        first = start // tensor.itemsize
+        return typed[tensor.dtype][first : first + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    copies = map(copy, tensors, starts)
+    return [PackedAdapter(*(None if part is None else next(copies) for part in packed)) for packed in adapter]
