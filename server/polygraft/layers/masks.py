@@ -16,7 +16,7 @@ from polygraft.errors import UnsupportedArchitecture
 
 _RULE, _SIZE = "polygraft_rule", "polygraft_size"
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Whether a query sees a key, by the indices of sequence, head, query and key: transformers' mask_function."""
+"""Whether a query sees a key, by indices of sequence, head, query and key: transformers' mask_function."""
 _FAR = 2**20
 """Behind any window: contexts this long don't occur."""
 
