@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -46,9 +47,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_tiny_model(folder: Path, architecture: str, seed: int = 0, **overrides: object) -> Path:
     """Write a random model and its tokenizer; weights are large enough for attention to matter."""
+    return save_random_model(folder, architecture, {**CONFIGS[architecture], **overrides}, seed)
+
+
+def save_random_model(
+    folder: Path, architecture: str, settings: Mapping[str, object], seed: int = 0, *, vectors: bool = False
+) -> Path:
+    """The same of any architecture.
+
+    Args:
+        vectors: change norms' weights and attention sinks too, which a new model has alike.
+    """
     config = AutoConfig.for_model(
         architecture,
-        **{**CONFIGS[architecture], **overrides},
+        **settings,
         vocab_size=VOCABULARY,
         bos_token_id=None,
         eos_token_id=EOS,
@@ -62,6 +74,10 @@ def save_tiny_model(folder: Path, architecture: str, seed: int = 0, **overrides:
                 parameter.normal_(std=0.15 if "embed" in name or "wte" in name or "wpe" in name else 0.12)
             elif "bias" in name:
                 parameter.normal_(std=0.1)
+            elif "sinks" in name:
+                parameter.normal_(mean=1.0)
+            elif vectors:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
     model.generation_config.eos_token_id = EOS
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -252,27 +252,61 @@ def test_an_encoder_and_decoder(tmp_path: Path) -> None:
         inspect_without_weights(str(tmp_path))
 
 
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "bos_token_id": None,
-    "eos_token_id": EOS,
-    "pad_token_id": 257,
-}
+SMALL = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": 257}
 OUTSIDE: dict[str, dict[str, Any]] = {
-    "bloom": {"n_layer": 2, "n_head": 2},
-    "falcon": {"num_hidden_layers": 2, "num_attention_heads": 2},
-    "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8},
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 2},
+    "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 2},
 }  # fmt: skip
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+MIXING: dict[str, tuple[str, dict[str, Any], str]] = {
+    "chunked attention": (
+        "llama4_text",
+        {**SHAPE, "intermediate_size_mlp": 64, "attention_chunk_size": 8, "num_local_experts": 2},
+        "Llama4TextAttention masks otherwise than causally",
+    ),
+    "attention in both directions": (
+        "gemma2", {**SHAPE, "use_bidirectional_attention": True}, "Gemma2Attention attends in both directions"
+    ),
+    "a mask that the layer makes": ("doge", SHAPE, "DogeAttention attends by a mask of its own"),
+    "a recurrence beside attention": (
+        "falcon_h1",
+        {**SHAPE, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8,
+         "mamba_chunk_size": 16},
+        "falcon_h1 carries state from token to token outside attention",
+    ),
+    "convolutions between attention layers": (
+        "lfm2", {**SHAPE, "layer_types": ["conv", "full_attention"]}, "lfm2 sends 1 of 2 layers' attention"
+    ),
+}  # fmt: skip
+
+
+def save_default(folder: Path, architecture: str, config: dict[str, Any]) -> str:
+    """A model as its architecture makes one."""
+    made = AutoConfig.for_model(architecture, **SMALL, **config)
+    AutoModelForCausalLM.from_config(made).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("architecture", OUTSIDE)
 def test_an_architecture_that_doesnt_ask_for_attention_is_refused(tmp_path: Path, architecture: str) -> None:
-    config = AutoConfig.for_model(architecture, **SMALL, **OUTSIDE[architecture])
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    folder = save_default(tmp_path, architecture, OUTSIDE[architecture])
     for load in (load_base, inspect_without_weights):
         with pytest.raises(
             UnsupportedArchitecture, match=r"send its attention through .* AttentionInterface"
         ):
-            load(str(tmp_path))
+            load(folder)
+
+
+@pytest.mark.parametrize("case", MIXING)
+def test_a_row_that_sees_what_a_packed_step_cant_tell_is_refused(tmp_path: Path, case: str) -> None:
+    architecture, config, reason = MIXING[case]
+    folder = save_default(tmp_path, architecture, config)
+    with pytest.raises(UnsupportedArchitecture, match=reason):
+        load_base(folder)

@@ -10,23 +10,27 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from polygraft.engine.engine import Engine
-from tests.engines import forced_logits, greedy, make_engine, run_greedy
-from tests.equivalence.reference import Reference, forced, generate, load_reference
+from tests.engines import greedy, make_engine, run_greedy
+from tests.equivalence.cases import (
+    BASE,
+    Answers,
+    Case,
+    check_as_near_as_peft,
+    check_exact,
+    check_rows_differ,
+    make_case,
+)
 from tests.peft_folders import KINDS
 from tests.tiny import CONFIGS
 
-BASE = "base"
 ROWS = [BASE, *KINDS]
 STEPS = 8
-TOLERANCE = 1e-4  # on logits of size 5, in float32
-ALLOWANCE = 1.5
 
 
 def prompt(row: str, seed: int = 0) -> list[int]:
@@ -36,79 +40,22 @@ def prompt(row: str, seed: int = 0) -> list[int]:
     return torch.randint(0, 250, (3 + (7 * at + 11 * seed) % 40,), generator=generator).tolist()
 
 
-@dataclass(frozen=True)
-class Case:
-    """One architecture in one precision: our engine, and PEFT's answers to each row's request."""
-
-    engine: Engine
-    exact: dict[str, Reference]
-    peers: dict[str, torch.Tensor]
-
-    @functools.cached_property
-    def mixed_tokens(self) -> dict[str, list[int]]:
-        requests = [greedy(row, prompt(row), None if row == BASE else row, STEPS) for row in ROWS]
-        return dict(zip(ROWS, run_greedy(self.engine, requests), strict=True))
-
-    @functools.cached_property
-    def mixed_logits(self) -> dict[str, torch.Tensor]:
-        rows = [row for row in ROWS for _ in range(STEPS)]
-        logits = forced_logits(
-            self.engine,
-            [
-                (prompt(row) + self.exact[row].tokens[: at % STEPS], None if row == BASE else row)
-                for at, row in enumerate(rows)
-            ],
-        )
-        return dict(zip(ROWS, logits.view(len(ROWS), STEPS, -1), strict=True))
-
-    def solo_logits(self, row: str) -> torch.Tensor:
-        tokens = prompt(row) + self.exact[row].tokens
-        name = None if row == BASE else row
-        return torch.cat(
-            [forced_logits(self.engine, [(tokens[: len(prompt(row)) + k], name)]) for k in range(STEPS)]
-        )
-
-
 @pytest.fixture(scope="module")
 def case(
     tiny_model: Callable[[str], Path], adapter_store: Callable[[str], Path]
 ) -> Callable[[str, str], Case]:
     @functools.cache
-    def exact(architecture: str) -> dict[str, Reference]:
-        return {row: generate(reference(architecture, row, "float32"), prompt(row), STEPS) for row in ROWS}
+    def answers(architecture: str) -> Answers:
+        prompts = {row: prompt(row) for row in ROWS}
+        return Answers(tiny_model(architecture), adapter_store(architecture), prompts, STEPS)
 
-    def reference(architecture: str, row: str, precision: str) -> torch.nn.Module:
-        folder = None if row == BASE else adapter_store(architecture) / row
-        return load_reference(tiny_model(architecture), folder, precision)
-
-    @functools.cache
-    def get(architecture: str, precision: str) -> Case:
-        peers = {}
-        if precision != "float32":
-            for row in ROWS:
-                model = reference(architecture, row, precision)
-                peers[row] = forced(model, prompt(row), exact(architecture)[row].tokens)
-        engine = make_engine(tiny_model(architecture), adapter_store(architecture), precision=precision)
-        assert [i.problems for i in engine.adapters.registry.list() if i.problems] == []
-        return Case(engine, exact(architecture), peers)
-
-    return get
+    return functools.cache(lambda architecture, precision: make_case(answers(architecture), precision))
 
 
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_float32_gives_the_same_tokens(case: Callable[[str, str], Case], architecture: str, row: str) -> None:
-    this = case(architecture, "float32")
-    expected = this.exact[row]
-    name = None if row == BASE else row
-    assert run_greedy(this.engine, [greedy("solo", prompt(row), name, STEPS)]) == [expected.tokens]
-    assert this.mixed_tokens[row] == expected.tokens
-    assert (this.mixed_logits[row] - expected.logits).abs().max() < TOLERANCE
-    assert (this.solo_logits(row) - expected.logits).abs().max() < TOLERANCE
-
-
-def rms(x: torch.Tensor) -> float:
-    return float(x.square().mean().sqrt())
+    check_exact(case(architecture, "float32"), row)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -119,26 +66,14 @@ def rms(x: torch.Tensor) -> float:
 def test_other_precisions_are_as_near_as_peft(
     case: Callable[[str, str], Case], architecture: str, precision: str, row: str
 ) -> None:
-    this = case(architecture, precision)
-    exact = this.exact[row].logits
-    theirs = this.peers[row] - exact
-    gaps = exact.topk(2).values.diff(dim=-1).abs().squeeze(-1)
-    for ours in (this.mixed_logits[row], this.solo_logits(row)):
-        assert rms(ours - exact) <= ALLOWANCE * rms(theirs)
-        differs = ours.argmax(-1) != exact.argmax(-1)
-        assert (gaps[differs] < 2 * theirs.abs().amax(-1)[differs]).all()
+    check_as_near_as_peft(case(architecture, precision), row)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_every_adapter_differs_from_the_base_and_from_every_other(
     case: Callable[[str, str], Case], architecture: str
 ) -> None:
-    this = case(architecture, "float32")
-    same = prompt(BASE)
-    logits = forced_logits(this.engine, [(same, None if row == BASE else row) for row in ROWS])
-    distance = (logits[:, None] - logits[None]).abs().amax(-1)
-    distance.fill_diagonal_(torch.inf)
-    assert distance.min() > 10 * TOLERANCE
+    check_rows_differ(case(architecture, "float32"))
 
 
 def crowded(

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from polygraft.errors import UnsupportedArchitecture
 from polygraft.layers.attention import AttentionSite, PagedAttention, Probe, attention_forward
+from polygraft.layers.masks import carry_rule
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import AttentionPlan, StepContext
 
@@ -287,15 +289,17 @@ def test_an_answer_depends_on_no_neighbour() -> None:
 
 def test_arguments_that_change_the_result_and_arent_known_are_refused() -> None:
     q = torch.zeros(1, 2, 3, 4)
-    attention_forward(nn.Identity(), q, q, q, None, is_causal=True, unheard_of=None)
+    mask = carry_rule(mask_function=causal_mask_function)
+    attention_forward(nn.Identity(), q, q, q, mask, is_causal=True, unheard_of=None)
     with pytest.raises(UnsupportedArchitecture, match=r"Identity passes arguments .* served: unheard_of"):
-        attention_forward(nn.Identity(), q, q, q, None, is_causal=True, unheard_of=1.5)
+        attention_forward(nn.Identity(), q, q, q, mask, is_causal=True, unheard_of=1.5)
 
 
 def test_the_first_call_shows_what_the_layer_is() -> None:
     layer = nn.Identity()
     q, k, v = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 6)
-    out, _ = attention_forward(layer, q, k, v, None, sliding_window=5, softcap=2.0)
+    mask = carry_rule(mask_function=sliding_window_causal_mask_function(5), local_size=5)
+    out, _ = attention_forward(layer, q, k, v, mask, sliding_window=5, softcap=2.0)
     assert out.shape == (1, 3, 4, 6)
     probe = layer.polygraft_attention
     assert isinstance(probe, Probe)

@@ -68,11 +68,41 @@ def not_through_interface(architecture: str) -> str:
     return f"{architecture} doesn't send its attention through transformers' AttentionInterface"
 
 
+def _probe(model: PreTrainedModel, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Run a few rows, given as the model takes them, as a packed step would.
+
+    Returns:
+        the last row's logits [vocabulary].
+    """
+    device = next(model.parameters()).device
+    logits: torch.Tensor = model(
+        **rows,
+        position_ids=torch.arange(_PROBE_ROWS, device=device)[None],
+        # Of two dimensions, so that each layer gets a mask made, which tells whom it sees.
+        attention_mask=torch.ones(1, _PROBE_ROWS, dtype=torch.long, device=device),
+        use_cache=False,
+        logits_to_keep=torch.tensor([_PROBE_ROWS - 1], device=device),
+    ).logits[0, -1]
+    return logits
+
+
+def _rows_are_apart(model: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """Whether the last row stays finite behind rows that aren't numbers.
+
+    `Probe` lets no row attend to another, so what reaches it comes by another way: a convolution or a
+    recurrence, which would carry one request's state into the next.
+    """
+    embedded = model.get_input_embeddings()(ids)
+    embedded[:, :-1] = torch.nan
+    return bool(_probe(model, {"inputs_embeds": embedded}).isfinite().all())
+
+
 def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
     """Run a few rows through a model, on whatever device it is (meta too), and note what it is made of.
 
     Raises:
-        UnsupportedArchitecture: a layer doesn't reach attention through transformers' interface.
+        UnsupportedArchitecture: a layer doesn't reach attention through transformers' interface, sees other
+            keys than those in a causal window, or mixes rows outside attention (which meta can't show).
     """
     config = model.config.get_text_config()
     # Counted before the first forward packs quantized weights; tied ones once, those of four bits each.
@@ -87,18 +117,11 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
 
     named = dict(model.named_modules())
     hooks = [m.register_forward_pre_hook(note_input) for m in named.values() if linear_shape(m)]
-    device = next(model.parameters()).device
+    ids = torch.arange(_PROBE_ROWS, device=next(model.parameters()).device)[None] % config.vocab_size
     sums = WatchSums(model)
-    probe = torch.arange(_PROBE_ROWS, device=device)[None]
     try:
         with torch.inference_mode(), sums:
-            model(
-                input_ids=probe % config.vocab_size,
-                position_ids=probe,
-                attention_mask=torch.zeros(1, 1, 1, 1, device=device),
-                use_cache=False,
-                logits_to_keep=torch.tensor([_PROBE_ROWS - 1], device=device),
-            )
+            _probe(model, {"input_ids": ids})
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
         if not probed_sites(model):
             raise UnsupportedArchitecture(not_through_interface(config.model_type)) from error
@@ -107,11 +130,19 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
         for hook in hooks:
             hook.remove()
     attention = probed_sites(model)
+    if not attention:
+        raise UnsupportedArchitecture(not_through_interface(config.model_type))
     if len(attention) != config.num_hidden_layers:
         raise UnsupportedArchitecture(
             f"{config.model_type} sends {len(attention)} of {config.num_hidden_layers} layers' attention "
             "through transformers' AttentionInterface; all of them must"
         )
+    with torch.inference_mode():
+        if ids.device.type != "meta" and not _rows_are_apart(model, ids):
+            raise UnsupportedArchitecture(
+                f"{config.model_type} carries state from token to token outside attention, which would mix "
+                "the requests of a step"
+            )
     linears = {}
     others = {}
     same_input: dict[int, tuple[str, ...]] = {}

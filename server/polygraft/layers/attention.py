@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from polygraft.errors import UnsupportedArchitecture
+from polygraft.layers.masks import carry_rule, window_of
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import LayerStruct
 from polygraft.layers.step import AttentionPlan, StepContext
@@ -44,7 +45,10 @@ class AttentionSite:
 
 
 class Probe:
-    """Stands in an attention layer before there is a cache: records the call, attends plainly."""
+    """Stands in an attention layer before there is a cache: records the call, and lets each row see itself.
+
+    So whatever a row takes from another one, it takes outside attention.
+    """
 
     def __init__(self) -> None:
         self.site: AttentionSite | None = None
@@ -57,11 +61,9 @@ class Probe:
         site: AttentionSite,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """One unbatched sequence [1, heads, rows, head_dim] to [1, rows, heads, value_dim]."""
+        """Rows [1, heads, rows, head_dim] to [1, rows, heads, value_dim]."""
         self.site = site
-        group = site.heads // site.kv_heads
-        scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * site.scaling
-        return (scores.softmax(-1) @ v.repeat_interleave(group, 1)).transpose(1, 2)
+        return v.repeat_interleave(site.heads // site.kv_heads, 1).transpose(1, 2)
 
 
 class PagedAttention:
@@ -209,7 +211,8 @@ def attention_forward(
     """What transformers calls for every attention layer; [1, heads, rows, dim] to [1, rows, heads, dim].
 
     Raises:
-        UnsupportedArchitecture: an argument that changes the result and isn't known here.
+        UnsupportedArchitecture: an argument that changes the result and isn't known here, or, while the base
+            is inspected, a layer that isn't causal within a window.
     """
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORED)
     if unknown:
@@ -220,28 +223,27 @@ def attention_forward(
     attention = attached(module)
     if attention is not None:
         return attention(query, key, value, attention.site, s_aux), None
+    who = type(module).__name__
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedArchitecture(f"{who} attends in both directions, which isn't served")
     handler = Probe()
-    setattr(module, _ATTRIBUTE, handler)
     site = AttentionSite(
         heads=query.shape[1],
         kv_heads=key.shape[1],
         head_dim=query.shape[3],
         value_dim=value.shape[3],
         scaling=query.shape[3] ** -0.5 if scaling is None else float(scaling),
-        window=sliding_window or 0,
+        window=window_of(attention_mask, sliding_window, who),
         softcap=softcap or 0.0,
     )
+    setattr(module, _ATTRIBUTE, handler)
     return handler(query, key, value, site, s_aux), None
-
-
-def no_mask(*args: object, **kwargs: object) -> None:
-    """What transformers calls to build a mask: the plan says who sees whom."""
 
 
 def register() -> None:
     """Make `attn_implementation="polygraft"` known to transformers; once or often is the same."""
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, no_mask)
+    AttentionMaskInterface.register(NAME, carry_rule)
 
 
 def probed_sites(model: nn.Module) -> dict[str, AttentionSite]:
