@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM
 
-from polygraft.errors import ContextLengthExceeded
+from polygraft.adapters.folder import read_folder
+from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.errors import AdapterInvalid, ContextLengthExceeded
 from tests.architectures import EXPERTS, LONG, MATRIX, SMOKE, WINDOW
 from tests.engines import greedy, run_greedy
 from tests.equivalence.cases import (
@@ -29,7 +32,7 @@ from tests.equivalence.cases import (
     make_case,
 )
 from tests.equivalence.reference import generate
-from tests.peft_folders import CAUSAL, save_random_adapter
+from tests.peft_folders import CAUSAL, save_adapter
 from tests.tiny import save_random_model
 
 ALL = {**MATRIX, **SMOKE}
@@ -77,7 +80,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case]
             settings["num_experts_per_tok"] = EXPERTS
         model = save_random_model(folder / "model", architecture, settings, vectors=True)
         for seed, (row, config) in enumerate(configs(architecture).items()):
-            save_random_adapter(folder / "store" / row, model, config, seed)
+            save_adapter(folder / "store" / row, model, architecture, config, seed)
         prompts = {row: tokens(length, seed) for seed, (row, length) in enumerate(LENGTHS.items())}
         return Answers(model, folder / "store", prompts, STEPS)
 
@@ -158,6 +161,23 @@ def test_long_rope_is_exact_up_to_its_original_length_and_refused_beyond(
     with pytest.raises(ContextLengthExceeded, match=f"{WINDOW + 3} virtual tokens"):
         this.engine.submit(greedy("behind", longest, "prefix", STEPS))
     assert not this.engine.has_work
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_parameters": ["mlp.experts.gate_up_proj"]}, {"target_modules": ["w1", "w2", "w3"]}],
+    ids=["parameters", "names of an expert's parts"],
+)
+def test_a_lora_on_experts_is_refused_with_the_reason(
+    case: Callable[[str, str], Case], tmp_path: Path, targets: dict[str, list[str]]
+) -> None:
+    engine = case("mixtral", "float32").engine
+    folder = save_adapter(
+        tmp_path / "experts", Path(engine.base.name), "mixtral", LoraConfig(r=2, **targets, **CAUSAL)
+    )
+    with pytest.raises(AdapterInvalid, match=r"target_parameters=.* inside a module that side paths"):
+        files = read_folder("experts", folder, max_bytes=2**30)
+        run_to_end(compile_adapter(files, engine.base.spec, AdapterLimits()))
 
 
 @pytest.mark.parametrize("row", LENGTHS)

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 _OPTIONS: Mapping[str, str] = {
     "modules_to_save": "it replaces whole modules of the base, which no primitive does",
     "trainable_token_indices": "it replaces rows of the base's embeddings, which no primitive does",
-    "target_parameters": "it adapts parameters without a linear module around them, such as experts' weights",
+    "target_parameters": "it adapts experts' stacked weights before each expert's activation, inside a "
+    "module that side paths and merged copies of linear modules don't reach",
     "layer_replication": "it makes the base deeper, and there is one base for all adapters",
     "alora_invocation_tokens": "only plain LoRA begins inside a prompt, PEFT ignores it here; remove it",
     "use_qalora": "QA-LoRA pools its input in groups before lora_A, which no primitive does",
