@@ -155,7 +155,7 @@ def _site(
         streams[where.layer] = r + h
         if primitive is None:
             return None
-        streams[where.layer] = bottleneck(primitive, r, h)
+        streams[where.layer] = bottleneck(primitive, r.float(), h.float()).to(h.dtype)
         h = streams[where.layer] - r  # the layer itself adds r
         return (h, *out[1:]) if isinstance(out, tuple) else h
 
@@ -171,6 +171,6 @@ def _replace(module: nn.Module, low_rank: LowRank | None, scale: Scale | None) -
 
 def _couple(module: nn.Module, primitive: Coupling, *, inverse: bool) -> RemovableHandle:
     def change(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (coupling(primitive, args[0], inverse=inverse), *args[1:])
+        return (coupling(primitive, args[0].float(), inverse=inverse).to(args[0].dtype), *args[1:])
 
     return module.register_forward_pre_hook(change)

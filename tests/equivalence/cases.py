@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,23 +30,25 @@ class Case:
     Args:
         prompts: by row.
         exact: in float32.
-        peers: along `exact`'s tokens [steps, vocabulary], in this precision; none in float32.
+        peers: a row's logits along `exact`'s tokens [steps, vocabulary], in this precision.
     """
 
     engine: Engine
     prompts: Mapping[str, list[int]]
     exact: Mapping[str, Reference]
-    peers: Mapping[str, torch.Tensor]
+    peers: Callable[[str], torch.Tensor]
 
     @property
     def steps(self) -> int:
         """Tokens that each row is asked for."""
         return len(next(iter(self.exact.values())).tokens)
 
+    def step_of(self, row: str, at: int) -> tuple[list[int], str | None]:
+        """The row's prompt and so many of its tokens as a step finds, with its adapter."""
+        return self.prompts[row] + self.exact[row].tokens[:at], adapter_of(row)
+
     def _steps_of(self, row: str) -> list[tuple[list[int], str | None]]:
-        """The row's prompt and so many of its tokens as each step finds, with its adapter."""
-        tokens = self.exact[row].tokens
-        return [(self.prompts[row] + tokens[:at], adapter_of(row)) for at in range(self.steps)]
+        return [self.step_of(row, at) for at in range(self.steps)]
 
     @functools.cached_property
     def mixed_tokens(self) -> dict[str, list[int]]:
@@ -92,20 +94,22 @@ class Answers:
             for row, prompt in self.prompts.items()
         }
 
-    def peers(self, precision: str) -> dict[str, torch.Tensor]:
-        """Logits [steps, vocabulary] along the exact tokens in another precision."""
-        return {
-            row: forced(self.load(row, precision), prompt, self.exact[row].tokens)
-            for row, prompt in self.prompts.items()
-        }
+    def peers(self, precision: str) -> Callable[[str], torch.Tensor]:
+        """A row's logits [steps, vocabulary] along the exact tokens in another precision; computed when they are
+        asked for, since a part of the tests runs a part of the rows."""
+
+        @functools.cache
+        def of(row: str) -> torch.Tensor:
+            return forced(self.load(row, precision), self.prompts[row], self.exact[row].tokens)
+
+        return of
 
 
 def make_case(answers: Answers, precision: str) -> Case:
     """Serve the rows beside PEFT's answers to them."""
     engine = make_engine(answers.model, answers.store, precision=precision)
     assert [i.problems for i in engine.adapters.registry.list() if i.problems] == []
-    peers = {} if precision == "float32" else answers.peers(precision)
-    return Case(engine, answers.prompts, answers.exact, peers)
+    return Case(engine, answers.prompts, answers.exact, answers.peers(precision))
 
 
 def check_exact(case: Case, row: str) -> None:
@@ -121,7 +125,7 @@ def check_as_near_as_peft(case: Case, row: str) -> None:
     """Along the exact tokens, an error of at most 1.5 times PEFT's own; another greedy token only where the
     exact two likeliest are closer than twice that error."""
     exact = case.exact[row].logits
-    theirs = case.peers[row] - exact
+    theirs = case.peers(row) - exact
     gaps = exact.topk(2).values.diff(dim=-1).abs().squeeze(-1)
     for ours in (case.mixed_logits[row], case.solo_logits(row)):
         assert rms(ours - exact) <= ALLOWANCE * rms(theirs)

@@ -1,4 +1,4 @@
-"""What PEFT itself answers: one unpadded request at a time."""
+"""What the libraries answer: one unpadded request at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from polygraft.adapters.adapterhub.form import ADAPTERHUB_WEIGHTS
 from polygraft.layers.merging import dense_weight
+from tests.adapterhub.folders import compiled_for
+from tests.adapterhub.reference import adapted
 
 # What PEFT can't do: LoHa and LoKr take a packed weight's shape for the module's, HRA multiplies by what a
 # quantized module keeps as if that were its weight, and AdaLoRA over eight bits returns float32 from its modules,
@@ -37,7 +40,7 @@ class Reference:
 
 
 def load_reference(model_folder: Path, adapter_folder: Path | None, precision: str) -> torch.nn.Module:
-    """A model with its adapter, as PEFT loads it."""
+    """A model with its adapter, as PEFT loads it, or with AdapterHub's in hooks."""
     dtypes = {"float32": torch.float32, "float16": torch.float16}
     options: dict[str, object] = {"dtype": dtypes.get(precision, torch.bfloat16)}
     if precision in ("nf4", "fp4"):
@@ -52,7 +55,12 @@ def load_reference(model_folder: Path, adapter_folder: Path | None, precision: s
     if "quantization_config" in options:
         options["device_map"] = "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_folder, **options)
-    if adapter_folder is not None:
+    if adapter_folder is not None and (adapter_folder / ADAPTERHUB_WEIGHTS).exists():
+        # Its library needs another transformers; tests/adapterhub holds these hooks against it.
+        context = adapted(model, *compiled_for(model_folder, adapter_folder))
+        context.__enter__()
+        model.kept_adapted = context
+    elif adapter_folder is not None:
         config = PeftConfig.from_pretrained(str(adapter_folder))
         if getattr(config, "use_dora", False) and "quantization_config" in options:
             _dora_by_hand(model, load_reference(model_folder, adapter_folder, "float32"))
