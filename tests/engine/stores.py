@@ -64,7 +64,7 @@ def poison(engine: Engine, name: str) -> None:
     """Turn an adapter's weights, as the layers read them, into NaN."""
     adapter = engine.adapters.registry.resolve(AdapterRef(name))
     with torch.inference_mode():
-        for slots in engine.adapters._bank._slots.values():
+        for slots in engine.adapters._bank.modules._slots.values():
             if adapter.slot in slots._weights:
                 slots._weights[adapter.slot][0].fill_(torch.nan)
     adapter.release()

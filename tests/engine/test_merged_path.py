@@ -395,7 +395,7 @@ def test_a_merge_that_fails_half_way_changes_nothing_for_others(
     engine = make_engine(llama, llama_store)
     before = hash_of_the_base(engine)
     expected = tokens_of(engine, [greedy("n", PROMPT, "lora-bias", 20)])
-    sites = engine.runner._bank.merge_sites(engine.adapters.registry.current("lora").slot)
+    sites = engine.runner._bank.modules.merge_sites(engine.adapters.registry.current("lora").slot)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("not enough memory: you tried to allocate 5 bytes")

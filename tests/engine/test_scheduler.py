@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polygraft.adapters.names import STACK
 from polygraft.adapters.primitives import CompiledAdapter, Prefix, SoftPrompt
 from polygraft.adapters.registry import Adapter
-from polygraft.adapters.stack import STACK, Stack
+from polygraft.adapters.stack import Stack
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.kv_cache import KVCache
 from polygraft.engine.prefix_cache import PrefixCache

@@ -352,7 +352,7 @@ def test_scores_whose_copy_cant_be_made_end_with_an_error(
     llama: Path, llama_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llama, llama_store)
-    [site, *_] = engine.runner._bank.merge_sites(engine.adapters.registry.current("lora").slot)
+    [site, *_] = engine.runner._bank.modules.merge_sites(engine.adapters.registry.current("lora").slot)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("not enough memory")

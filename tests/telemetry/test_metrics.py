@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from polygraft.adapters.info import AdapterInfo, AdapterState
-from polygraft.adapters.stack import STACK
+from polygraft.adapters.names import STACK
 from polygraft.engine.handle import ModelInfo, Occupancy, StepStats
 from polygraft.engine.request import Finished, FinishReason, LoraPath, SamplingParams, Timings, Usage
 from polygraft.telemetry.labels import OTHER, AdapterLabels

@@ -6,6 +6,11 @@ import re
 
 from polygraft.errors import InvalidRequest
 
+STACK = "_stack"
+"""What metrics call several adapters of one request; no adapter can have it for a name."""
+STACK_KIND = "stack"
+"""Their kind."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 

@@ -13,14 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from polygraft.adapters.names import STACK, STACK_KIND
 from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.adapters.registry import Adapter
 from polygraft.errors import InvalidRequest
-
-STACK = "_stack"
-"""What metrics call several adapters of one request; no adapter can have it for a name."""
-STACK_KIND = "stack"
-"""Their kind."""
 
 Runs = tuple[tuple[int, float], ...]
 """Slot in the bank and weight of each adapter that has side paths, in the order in which they act."""

@@ -94,8 +94,8 @@ class StepStats:
 
 
 class Observer(Protocol):
-    """Is told what happens, on the event loop's thread. `adapter` and `kind` are "" for the base, and stack's
-    `STACK` and `STACK_KIND` for a request of several adapters."""
+    """Is told what happens, on the event loop's thread. `adapter` and `kind` are "" for the base, and
+    `names.STACK` and `STACK_KIND` for a request of several adapters."""
 
     def request_submitted(self, adapter: str, kind: str) -> None:
         """A request entered the queue."""
