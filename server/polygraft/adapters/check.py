@@ -42,7 +42,7 @@ class CheckReport:
 
 
 def check_folder(folder: Path, model: str, limits: AdapterLimits | None = None) -> CheckReport:
-    """Check a PEFT folder against a base model's configuration; no weights of the base are read.
+    """Check an adapter's folder against a base model's configuration; no weights of the base are read.
 
     Raises:
         BaseModelError: the base can't be found or isn't served.
@@ -51,7 +51,7 @@ def check_folder(folder: Path, model: str, limits: AdapterLimits | None = None) 
 
 
 def check_against(folder: Path, base: BaseSpec, limits: AdapterLimits) -> CheckReport:
-    """Check a PEFT folder against a base's spec."""
+    """Check an adapter's folder against a base's spec."""
     name = folder.resolve().name
     try:
         files = read_folder(name, folder, limits.compiled_bytes)

@@ -86,7 +86,7 @@ class AdapterInfo:
 
     Args:
         generation: grows with every load of any adapter; 0 for one that never loaded.
-        kind: PEFT's name for the method in lower case, "" when the folder couldn't be read.
+        kind: PEFT's or AdapterHub's name for the method in lower case, "" when the folder couldn't be read.
         primitives: what it was compiled to, such as "low_rank".
         rank: the largest, for low-rank kinds.
         source: folder relative to the store.

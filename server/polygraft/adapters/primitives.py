@@ -219,8 +219,13 @@ class CompiledAdapter:
     """Everything that one adapter adds to the base.
 
     Args:
+<<<<<<< HEAD
         kind: PEFT's name for the method in lower case.
         low_rank, scales, krons, rotations: by the name of the base's module.
+=======
+        kind: PEFT's or AdapterHub's name for the method in lower case.
+        low_rank, scales: by the name of the base's module.
+>>>>>>> 297b236 (Document AdapterHub's folders: what is served, what is refused and why)
         bottlenecks: by the name of the base's residual site.
         coupling: around all layers.
         invocation: tokens at whose last occurrence in a prompt it begins to act; empty: from the start.
