@@ -66,6 +66,7 @@ def forced_logits(
     for at, (tokens, name) in enumerate(rows):
         refs = () if name is None else (AdapterRef(name),) if isinstance(name, str) else name
         sequences.append(CanarySequence(f"forced-{at}", tokens, engine.intake.resolve(refs)))
+        engine.paths.queue(sequences[-1])
         engine.scheduler.add(sequences[-1])
     while engine.scheduler.has_work:
         engine.step()

@@ -8,14 +8,21 @@ from pathlib import Path
 import torch
 from peft import (
     AdaLoraConfig,
+    BeftConfig,
     BOFTConfig,
+    C3AConfig,
     CartridgeConfig,
     CPTConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    GraloraConfig,
+    HiraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     MultitaskPromptTuningConfig,
     OFTConfig,
     PeftConfig,
@@ -23,7 +30,15 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    PveraConfig,
+    RandLoraConfig,
+    RoadConfig,
+    ShiraConfig,
+    TinyLoraConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
     get_peft_model,
 )
 from peft.tuners.boft import layer as boft_layer
@@ -92,6 +107,56 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "vera": lambda a: VeraConfig(
         r=16, target_modules=TARGETS[a], save_projection=False, projection_prng_key=7, **CAUSAL
     ),
+    "pvera": lambda a: PveraConfig(r=16, target_modules=TARGETS[a], **CAUSAL),
+    "delora": lambda a: DeloraConfig(
+        r=4, target_modules=NO_CONV1D[a], rank_pattern={NO_CONV1D[a][0]: 3}, **CAUSAL
+    ),
+    "gralora": lambda a: GraloraConfig(r=6, gralora_k=2, alpha=9, target_modules=TARGETS[a], **CAUSAL),
+    "gralora-hybrid": lambda a: GraloraConfig(
+        r=4, gralora_k=4, hybrid_r=3, alpha=9, target_modules=TARGETS[a], **CAUSAL
+    ),
+    "miss": lambda a: MissConfig(r=6, target_modules=NO_CONV1D[a], **CAUSAL),
+    "miss-mini": lambda a: MissConfig(
+        r=4, init_weights="mini", mini_r=8, target_modules=NO_CONV1D[a], **CAUSAL
+    ),
+    "unilora": lambda a: UniLoraConfig(r=4, theta_d_length=99, target_modules=TARGETS[a], **CAUSAL),
+    "unilora-indices": lambda a: UniLoraConfig(
+        r=3, theta_d_length=50, save_indices=True, target_modules=TARGETS[a], **CAUSAL
+    ),
+    "vblora": lambda a: VBLoRAConfig(
+        r=4, num_vectors=20, vector_length=16, target_modules=TARGETS[a], **CAUSAL
+    ),
+    "vblora-topk": lambda a: VBLoRAConfig(
+        r=3,
+        num_vectors=300,
+        vector_length=32,
+        topk=3,
+        save_only_topk_weights=True,
+        target_modules=TARGETS[a],
+        **CAUSAL,
+    ),
+    "tinylora": lambda a: TinyLoraConfig(r=3, u=8, weight_tying=0.6, target_modules=TARGETS[a], **CAUSAL),
+    "tinylora-seed": lambda a: TinyLoraConfig(
+        r=2, u=5, save_projection=False, projection_seed=3, target_modules=TARGETS[a], **CAUSAL
+    ),
+    "beft": lambda a: BeftConfig(target_modules=NO_CONV1D[a], **CAUSAL),
+    "fourierft": lambda a: FourierFTConfig(
+        n_frequency=70,
+        scaling=60.0,
+        n_frequency_pattern={TARGETS[a][0]: 30},
+        target_modules=TARGETS[a],
+        **CAUSAL,
+    ),
+    "c3a": lambda a: C3AConfig(
+        block_size=32, block_size_pattern={NO_CONV1D[a][0]: 16}, target_modules=NO_CONV1D[a], **CAUSAL
+    ),
+    "shira": lambda a: ShiraConfig(r=3, random_seed=1, target_modules=NO_CONV1D[a], **CAUSAL),
+    "hira": lambda a: HiraConfig(r=4, target_modules=TARGETS[a], **CAUSAL),
+    "miss-bat": lambda a: MissConfig(r=8, init_weights="bat", target_modules=NO_CONV1D[a], **CAUSAL),
+    "waveft": lambda a: WaveFTConfig(n_frequency=90, scaling=4.0, target_modules=TARGETS[a], **CAUSAL),
+    "randlora": lambda a: RandLoraConfig(r=10, randlora_alpha=20, target_modules=TARGETS[a], **CAUSAL),
+    "road": lambda a: RoadConfig(group_size=16, target_modules=NO_CONV1D[a], **CAUSAL),
+    "road-4": lambda a: RoadConfig(variant="road_4", group_size=32, target_modules=NO_CONV1D[a], **CAUSAL),
     "multitask-prompt": lambda a: MultitaskPromptTuningConfig(num_virtual_tokens=6, num_ranks=2, **CAUSAL),
     "cpt": lambda a: CPTConfig(
         cpt_token_ids=[1, 70, 9, 200, 31],
@@ -126,18 +191,16 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
         target_modules=IA3_SHARED[a][0], feedforward_modules=IA3_SHARED[a][1], **CAUSAL
     ),
 }
+MERGED_ONLY = ("fourierft", "c3a", "shira", "hira", "miss-bat", "waveft", "randlora", "road", "road-4")
+"""Kinds that are served on merged copies alone."""
 # Parameters that are multiplied by each other are larger, so that the product is as large as the others.
 SCALES = {
-    "lora_E": 1.0,
-    "lora_": 0.15,
-    "hada_": 0.3,
-    "vera_lambda_": 0.5,
-    "prefix_task_": 1.0,
-    "lokr_": 0.3,
-    "oft_R": 0.1,
-    "boft_R": 0.3,
-    "hra_u": 1.0,
-}
+    "lora_E": 1.0, "delora_lambda": 8.0, "unilora_": 0.6, "vblora_logits": 1.0, "vblora_vector": 0.3, "tinylora_": 1.0,
+    "waveft_": 0.2, "randlora_lambda": 0.3, "randlora_gamma": 0.05, "road_theta": 0.4,
+    "fourierft_": 1.0, "c3a_": 3.0, "shira_": 0.3, "hira_": 0.5,
+    "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "miss_block": 0.1, "beft_": 0.4, "prefix_task_": 1.0,
+    "lokr_": 0.3, "oft_R": 0.1, "boft_R": 0.3, "hra_u": 1.0,
+}  # fmt: skip
 
 
 class BlockDiagonal:
@@ -176,7 +239,7 @@ def save_adapter(
                 parameter.normal_(std=scale)
             elif "magnitude" in name:
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
-            elif "ia3_" in name or "boft_s" in name:
+            elif "ia3_" in name or "boft_s" in name or "road_alpha" in name:
                 parameter.normal_(mean=1.0, std=0.4)
             elif parameter.requires_grad and "prompt_encoder" in name:
                 parameter.normal_(std=0.4)

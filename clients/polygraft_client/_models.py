@@ -332,6 +332,7 @@ class Adapter:
         problems: why it failed.
         warnings: it works, but.
         mergeable: whether requests may ask for the merged path.
+        merged_only: whether they can't have the other one.
         own_prompts: whether its requests use a tokenizer or chat template of its own.
         merged: its merged copy, or None if this generation never had one.
         nearest_tokens: for each virtual token of a soft prompt, if asked for, the vocabulary's nearest
@@ -357,6 +358,7 @@ class Adapter:
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
     mergeable: bool = False
+    merged_only: bool = False
     merged: MergedCopy | None = None
     own_prompts: bool = False
     nearest_tokens: tuple[tuple[NearestToken, ...], ...] = ()

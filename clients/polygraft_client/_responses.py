@@ -179,6 +179,7 @@ def adapter_from(
         problems=tuple(adapter.problems),
         warnings=tuple(adapter.warnings),
         mergeable=adapter.mergeable,
+        merged_only=adapter.merged_only,
         own_prompts=adapter.own_prompts,
         merged=_merged_copy(adapter.merged) if adapter.HasField("merged") else None,
         nearest_tokens=nearest_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,6 +24,7 @@ from polygraft.errors import AdapterUnavailable, ResourceExhausted
 from polygraft.layers.linear import PackedLinear
 from tests.engines import greedy, make_engine, run_greedy
 from tests.equivalence.reference import generate
+from tests.peft_folders import KINDS, MERGED_ONLY
 from tests.tiny import CONFIGS
 
 PROMPT = list(range(30, 60))
@@ -36,6 +38,16 @@ MERGEABLE = [
     "lora-head",
 ]
 PRECISIONS = ["float32", "bfloat16", "int8", "nf4"]
+
+
+@pytest.fixture(scope="module")
+def llama_store(adapter_store: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without those that are served merged only, of which loading makes copies: here, who has one is counted."""
+    store = tmp_path_factory.mktemp("both-paths")
+    for kind in KINDS:
+        if kind not in MERGED_ONLY:
+            shutil.copytree(adapter_store("llama") / kind, store / kind)
+    return store
 
 
 def asked(id: str, adapter: str | None, path: LoraPath, new_tokens: int = 8) -> Request:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
-from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.hra import HRALinear
 from peft.tuners.ia3 import IA3Layer
-from peft.tuners.loha import LoHaLayer
-from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.pvera.layer import PveraLayer
+from peft.tuners.randlora.layer import RandLoraLayer
+from peft.tuners.road.layer import RoadLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from polygraft.adapters.adapterhub.form import ADAPTERHUB_WEIGHTS
@@ -21,14 +22,17 @@ from tests.adapterhub.folders import compiled_for
 from tests.adapterhub.reference import adapted
 
 # What PEFT can't do: LoHa and LoKr take a packed weight's shape for the module's, HRA multiplies by what a
-# quantized module keeps as if that were its weight, and AdaLoRA over eight bits returns float32 from its modules,
-# which attention refuses beside the others' bfloat16.
+# quantized module keeps as if that were its weight, AdaLoRA over eight bits returns float32 from its modules, which
+# attention refuses beside the others' bfloat16, and SHiRA multiplies by a float32 weight. DeLoRA takes a norm of the
+# packed numbers, TinyLoRA their singular values, and Uni-LoRA makes its scales whole.
+_QUANTIZED = ("int8", "nf4", "fp4")
 CANT = {
-    PeftType.LOHA: ("nf4", "fp4"),
-    PeftType.LOKR: ("nf4", "fp4"),
-    PeftType.HRA: ("int8", "nf4", "fp4"),
-    PeftType.ADALORA: ("int8",),
-}
+    PeftType.LOHA: ("nf4", "fp4"), PeftType.LOKR: ("nf4", "fp4"), PeftType.HRA: _QUANTIZED,
+    PeftType.ADALORA: ("int8",), PeftType.SHIRA: ("int8",),
+    PeftType.DELORA: _QUANTIZED, PeftType.TINYLORA: _QUANTIZED, PeftType.UNILORA: _QUANTIZED,
+}  # fmt: skip
+# Those that return float32 from modules over quantized weights.
+WIDE = (IA3Layer, PveraLayer, RandLoraLayer, RoadLayer)
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ def load_reference(model_folder: Path, adapter_folder: Path | None, precision: s
 def _add_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
     """Add what a kind adds in float32 behind the modules of a quantized model, as PEFT's layers would."""
     for name, layer in exact.base_model.model.named_modules():
-        if isinstance(layer, LoHaLayer | LoKrLayer | AdaLoraLayer | HRALinear):
+        if isinstance(layer, BaseTunerLayer):
             delta = layer.get_delta_weight("default").detach()
+            delta = delta.to_dense() if delta.is_sparse else delta
             if isinstance(layer, HRALinear):  # a factor of the weight, not what it gains
                 delta = dense_weight(model.get_submodule(name)).float() @ (delta - torch.eye(len(delta)))
             if getattr(layer, "fan_in_fan_out", False):
@@ -123,9 +128,9 @@ def _dora_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
 
 
 def _round_scaled(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Over quantized modules PEFT's (IA)^3 returns float32, which attention refuses beside the others' type."""
+    """Bring what these kinds return over quantized modules to the others' type: attention refuses both."""
     for module in model.modules():
-        if isinstance(module, IA3Layer):
+        if isinstance(module, WIDE):
             module.register_forward_hook(lambda module, args, out: out.to(dtype))
 
 

@@ -54,6 +54,7 @@ async def test_get_shows_everything(served: Served) -> None:
         problems=("broken",),
         warnings=("odd",),
         mergeable=True,
+        merged_only=True,
         own_prompts=True,
         merged=MergedInfo(MergeState.FAILED, problem="no room"),
     )

@@ -25,57 +25,57 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpolygraft_api/v1/adapters.proto\x12\x0cpolygraft.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfa\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.polygraft.v1.AdapterState\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x12\n\nprimitives\x18\x05 \x03(\t\x12\x0f\n\x07modules\x18\x06 \x01(\r\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x16\n\x0evirtual_tokens\x18\x08 \x01(\r\x12\x12\n\nparameters\x18\t \x01(\x04\x12\x12\n\ndisk_bytes\x18\n \x01(\x04\x12\x16\n\x0e\x63ompiled_bytes\x18\x0b \x01(\x04\x12\x0e\n\x06source\x18\x0c \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\r \x01(\t\x12\x18\n\x10running_requests\x18\x0e \x01(\r\x12-\n\tload_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cload_seconds\x18\x10 \x01(\x01\x12\x10\n\x08problems\x18\x11 \x03(\t\x12\x10\n\x08warnings\x18\x12 \x03(\t\x12\x11\n\tmergeable\x18\x13 \x01(\x08\x12-\n\x06merged\x18\x14 \x01(\x0b\x32\x18.polygraft.v1.MergedCopyH\x00\x88\x01\x01\x12\x13\n\x0bown_prompts\x18\x15 \x01(\x08\x42\t\n\x07_merged\"\xd1\x01\n\nMergedCopy\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.polygraft.v1.MergeState\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x15\n\rmerge_seconds\x18\x05 \x01(\x01\x12\x0f\n\x07problem\x18\x06 \x01(\t\x12/\n\tdeviation\x18\x07 \x01(\x0b\x32\x17.polygraft.v1.DeviationH\x00\x88\x01\x01\x42\x0c\n\n_deviation\"W\n\tDeviation\x12\x0f\n\x07largest\x18\x01 \x01(\x01\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\x18\n\x10greedy_agreement\x18\x03 \x01(\x01\x12\x11\n\tpositions\x18\x04 \x01(\r\"2\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"=\n\x13LoadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter\"L\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.polygraft.v1.UnloadMode\"?\n\x15UnloadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter\"$\n\x14ReloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x15ReloadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter\"9\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0enearest_tokens\x18\x02 \x01(\r\"q\n\x12GetAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter\x12\x33\n\x0enearest_tokens\x18\x02 \x03(\x0b\x32\x1b.polygraft.v1.NearestTokens\";\n\rNearestTokens\x12*\n\x06tokens\x18\x01 \x03(\x0b\x32\x1a.polygraft.v1.NearestToken\"B\n\x0cNearestToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nsimilarity\x18\x03 \x01(\x01\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"l\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.polygraft.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\r\"d\n\x14UpdateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x06merged\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\t\n\x07_pinnedB\t\n\x07_merged\"?\n\x15UpdateAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter\"@\n\x14UploadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"?\n\x15UploadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter*\x98\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x03\x12\x1b\n\x17\x41\x44\x41PTER_STATE_UNLOADING\x10\x04*\x8a\x01\n\nMergeState\x12\x1b\n\x17MERGE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MERGE_STATE_MERGING\x10\x01\x12\x15\n\x11MERGE_STATE_READY\x10\x02\x12\x16\n\x12MERGE_STATE_FAILED\x10\x03\x12\x17\n\x13MERGE_STATE_EVICTED\x10\x04*W\n\nUnloadMode\x12\x1b\n\x17UNLOAD_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10UNLOAD_MODE_WAIT\x10\x01\x12\x16\n\x12UNLOAD_MODE_REFUSE\x10\x02\x32\xf6\x04\n\x0e\x41\x64\x61pterService\x12R\n\x0bLoadAdapter\x12 .polygraft.v1.LoadAdapterRequest\x1a!.polygraft.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".polygraft.v1.UnloadAdapterRequest\x1a#.polygraft.v1.UnloadAdapterResponse\x12X\n\rReloadAdapter\x12\".polygraft.v1.ReloadAdapterRequest\x1a#.polygraft.v1.ReloadAdapterResponse\x12O\n\nGetAdapter\x12\x1f.polygraft.v1.GetAdapterRequest\x1a .polygraft.v1.GetAdapterResponse\x12U\n\x0cListAdapters\x12!.polygraft.v1.ListAdaptersRequest\x1a\".polygraft.v1.ListAdaptersResponse\x12X\n\rUpdateAdapter\x12\".polygraft.v1.UpdateAdapterRequest\x1a#.polygraft.v1.UpdateAdapterResponse\x12Z\n\rUploadAdapter\x12\".polygraft.v1.UploadAdapterRequest\x1a#.polygraft.v1.UploadAdapterResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpolygraft_api/v1/adapters.proto\x12\x0cpolygraft.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8f\x04\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.polygraft.v1.AdapterState\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x12\n\nprimitives\x18\x05 \x03(\t\x12\x0f\n\x07modules\x18\x06 \x01(\r\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x16\n\x0evirtual_tokens\x18\x08 \x01(\r\x12\x12\n\nparameters\x18\t \x01(\x04\x12\x12\n\ndisk_bytes\x18\n \x01(\x04\x12\x16\n\x0e\x63ompiled_bytes\x18\x0b \x01(\x04\x12\x0e\n\x06source\x18\x0c \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\r \x01(\t\x12\x18\n\x10running_requests\x18\x0e \x01(\r\x12-\n\tload_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cload_seconds\x18\x10 \x01(\x01\x12\x10\n\x08problems\x18\x11 \x03(\t\x12\x10\n\x08warnings\x18\x12 \x03(\t\x12\x11\n\tmergeable\x18\x13 \x01(\x08\x12-\n\x06merged\x18\x14 \x01(\x0b\x32\x18.polygraft.v1.MergedCopyH\x00\x88\x01\x01\x12\x13\n\x0bown_prompts\x18\x15 \x01(\x08\x12\x13\n\x0bmerged_only\x18\x16 \x01(\x08\x42\t\n\x07_merged\"\xd1\x01\n\nMergedCopy\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.polygraft.v1.MergeState\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x15\n\rmerge_seconds\x18\x05 \x01(\x01\x12\x0f\n\x07problem\x18\x06 \x01(\t\x12/\n\tdeviation\x18\x07 \x01(\x0b\x32\x17.polygraft.v1.DeviationH\x00\x88\x01\x01\x42\x0c\n\n_deviation\"W\n\tDeviation\x12\x0f\n\x07largest\x18\x01 \x01(\x01\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\x18\n\x10greedy_agreement\x18\x03 \x01(\x01\x12\x11\n\tpositions\x18\x04 \x01(\r\"2\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"=\n\x13LoadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter\"L\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.polygraft.v1.UnloadMode\"?\n\x15UnloadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter\"$\n\x14ReloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x15ReloadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter\"9\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0enearest_tokens\x18\x02 \x01(\r\"q\n\x12GetAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter\x12\x33\n\x0enearest_tokens\x18\x02 \x03(\x0b\x32\x1b.polygraft.v1.NearestTokens\";\n\rNearestTokens\x12*\n\x06tokens\x18\x01 \x03(\x0b\x32\x1a.polygraft.v1.NearestToken\"B\n\x0cNearestToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nsimilarity\x18\x03 \x01(\x01\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"l\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.polygraft.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\r\"d\n\x14UpdateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x06merged\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\t\n\x07_pinnedB\t\n\x07_merged\"?\n\x15UpdateAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter\"@\n\x14UploadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"?\n\x15UploadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.polygraft.v1.Adapter*\x98\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x03\x12\x1b\n\x17\x41\x44\x41PTER_STATE_UNLOADING\x10\x04*\x8a\x01\n\nMergeState\x12\x1b\n\x17MERGE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MERGE_STATE_MERGING\x10\x01\x12\x15\n\x11MERGE_STATE_READY\x10\x02\x12\x16\n\x12MERGE_STATE_FAILED\x10\x03\x12\x17\n\x13MERGE_STATE_EVICTED\x10\x04*W\n\nUnloadMode\x12\x1b\n\x17UNLOAD_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10UNLOAD_MODE_WAIT\x10\x01\x12\x16\n\x12UNLOAD_MODE_REFUSE\x10\x02\x32\xf6\x04\n\x0e\x41\x64\x61pterService\x12R\n\x0bLoadAdapter\x12 .polygraft.v1.LoadAdapterRequest\x1a!.polygraft.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".polygraft.v1.UnloadAdapterRequest\x1a#.polygraft.v1.UnloadAdapterResponse\x12X\n\rReloadAdapter\x12\".polygraft.v1.ReloadAdapterRequest\x1a#.polygraft.v1.ReloadAdapterResponse\x12O\n\nGetAdapter\x12\x1f.polygraft.v1.GetAdapterRequest\x1a .polygraft.v1.GetAdapterResponse\x12U\n\x0cListAdapters\x12!.polygraft.v1.ListAdaptersRequest\x1a\".polygraft.v1.ListAdaptersResponse\x12X\n\rUpdateAdapter\x12\".polygraft.v1.UpdateAdapterRequest\x1a#.polygraft.v1.UpdateAdapterResponse\x12Z\n\rUploadAdapter\x12\".polygraft.v1.UploadAdapterRequest\x1a#.polygraft.v1.UploadAdapterResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'polygraft_api.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=2027
-  _globals['_ADAPTERSTATE']._serialized_end=2179
-  _globals['_MERGESTATE']._serialized_start=2182
-  _globals['_MERGESTATE']._serialized_end=2320
-  _globals['_UNLOADMODE']._serialized_start=2322
-  _globals['_UNLOADMODE']._serialized_end=2409
+  _globals['_ADAPTERSTATE']._serialized_start=2048
+  _globals['_ADAPTERSTATE']._serialized_end=2200
+  _globals['_MERGESTATE']._serialized_start=2203
+  _globals['_MERGESTATE']._serialized_end=2341
+  _globals['_UNLOADMODE']._serialized_start=2343
+  _globals['_UNLOADMODE']._serialized_end=2430
   _globals['_ADAPTER']._serialized_start=83
-  _globals['_ADAPTER']._serialized_end=589
-  _globals['_MERGEDCOPY']._serialized_start=592
-  _globals['_MERGEDCOPY']._serialized_end=801
-  _globals['_DEVIATION']._serialized_start=803
-  _globals['_DEVIATION']._serialized_end=890
-  _globals['_LOADADAPTERREQUEST']._serialized_start=892
-  _globals['_LOADADAPTERREQUEST']._serialized_end=942
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=944
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=1005
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1007
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1083
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1085
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1148
-  _globals['_RELOADADAPTERREQUEST']._serialized_start=1150
-  _globals['_RELOADADAPTERREQUEST']._serialized_end=1186
-  _globals['_RELOADADAPTERRESPONSE']._serialized_start=1188
-  _globals['_RELOADADAPTERRESPONSE']._serialized_end=1251
-  _globals['_GETADAPTERREQUEST']._serialized_start=1253
-  _globals['_GETADAPTERREQUEST']._serialized_end=1310
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1312
-  _globals['_GETADAPTERRESPONSE']._serialized_end=1425
-  _globals['_NEARESTTOKENS']._serialized_start=1427
-  _globals['_NEARESTTOKENS']._serialized_end=1486
-  _globals['_NEARESTTOKEN']._serialized_start=1488
-  _globals['_NEARESTTOKEN']._serialized_end=1554
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1556
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1616
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1618
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1726
-  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1728
-  _globals['_UPDATEADAPTERREQUEST']._serialized_end=1828
-  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=1830
-  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=1893
-  _globals['_UPLOADADAPTERREQUEST']._serialized_start=1895
-  _globals['_UPLOADADAPTERREQUEST']._serialized_end=1959
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=1961
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=2024
-  _globals['_ADAPTERSERVICE']._serialized_start=2412
-  _globals['_ADAPTERSERVICE']._serialized_end=3042
+  _globals['_ADAPTER']._serialized_end=610
+  _globals['_MERGEDCOPY']._serialized_start=613
+  _globals['_MERGEDCOPY']._serialized_end=822
+  _globals['_DEVIATION']._serialized_start=824
+  _globals['_DEVIATION']._serialized_end=911
+  _globals['_LOADADAPTERREQUEST']._serialized_start=913
+  _globals['_LOADADAPTERREQUEST']._serialized_end=963
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=965
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=1026
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1028
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1104
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1106
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1169
+  _globals['_RELOADADAPTERREQUEST']._serialized_start=1171
+  _globals['_RELOADADAPTERREQUEST']._serialized_end=1207
+  _globals['_RELOADADAPTERRESPONSE']._serialized_start=1209
+  _globals['_RELOADADAPTERRESPONSE']._serialized_end=1272
+  _globals['_GETADAPTERREQUEST']._serialized_start=1274
+  _globals['_GETADAPTERREQUEST']._serialized_end=1331
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1333
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1446
+  _globals['_NEARESTTOKENS']._serialized_start=1448
+  _globals['_NEARESTTOKENS']._serialized_end=1507
+  _globals['_NEARESTTOKEN']._serialized_start=1509
+  _globals['_NEARESTTOKEN']._serialized_end=1575
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1577
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1637
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1639
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1747
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1749
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=1849
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=1851
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=1914
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=1916
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=1980
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=1982
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=2045
+  _globals['_ADAPTERSERVICE']._serialized_start=2433
+  _globals['_ADAPTERSERVICE']._serialized_end=3063
 # @@protoc_insertion_point(module_scope)

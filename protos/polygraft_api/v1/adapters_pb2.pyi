@@ -135,6 +135,7 @@ class Adapter(_message.Message):
     MERGEABLE_FIELD_NUMBER: _builtins.int
     MERGED_FIELD_NUMBER: _builtins.int
     OWN_PROMPTS_FIELD_NUMBER: _builtins.int
+    MERGED_ONLY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """[A-Za-z0-9][A-Za-z0-9._-]{0,127}"""
     generation: _builtins.int
@@ -167,6 +168,11 @@ class Adapter(_message.Message):
     """Whether its weights fold into the base's, so that requests may ask for LORA_PATH_MERGED."""
     own_prompts: _builtins.bool
     """Whether its folder brings a tokenizer or a chat template that isn't the base's: its requests use them."""
+    merged_only: _builtins.bool
+    """Whether it is served on its merged copy alone, whatever path a request leaves to the server: what it does to
+    the weights is exact but of no low rank. A request that demands LORA_PATH_UNMERGED is refused with
+    FAILED_PRECONDITION.
+    """
     @_builtins.property
     def primitives(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What it was compiled to, such as "low_rank" or "prefix"."""
@@ -211,10 +217,11 @@ class Adapter(_message.Message):
         mergeable: _builtins.bool = ...,
         merged: Global___MergedCopy | None = ...,
         own_prompts: _builtins.bool = ...,
+        merged_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_merged", b"_merged", "load_time", b"load_time", "merged", b"merged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_merged", b"_merged", "compiled_bytes", b"compiled_bytes", "content_hash", b"content_hash", "disk_bytes", b"disk_bytes", "generation", b"generation", "kind", b"kind", "load_seconds", b"load_seconds", "load_time", b"load_time", "mergeable", b"mergeable", "merged", b"merged", "modules", b"modules", "name", b"name", "own_prompts", b"own_prompts", "parameters", b"parameters", "primitives", b"primitives", "problems", b"problems", "rank", b"rank", "running_requests", b"running_requests", "source", b"source", "state", b"state", "virtual_tokens", b"virtual_tokens", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_merged", b"_merged", "compiled_bytes", b"compiled_bytes", "content_hash", b"content_hash", "disk_bytes", b"disk_bytes", "generation", b"generation", "kind", b"kind", "load_seconds", b"load_seconds", "load_time", b"load_time", "mergeable", b"mergeable", "merged", b"merged", "merged_only", b"merged_only", "modules", b"modules", "name", b"name", "own_prompts", b"own_prompts", "parameters", b"parameters", "primitives", b"primitives", "problems", b"problems", "rank", b"rank", "running_requests", b"running_requests", "source", b"source", "state", b"state", "virtual_tokens", b"virtual_tokens", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__merged: _TypeAlias = _typing.Literal["merged"]  # noqa: Y015
     _WhichOneofArgType__merged: _TypeAlias = _typing.Literal["_merged", b"_merged"]  # noqa: Y015

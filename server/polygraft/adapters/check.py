@@ -20,6 +20,7 @@ class CheckReport:
     Args:
         fits: whether it would load.
         ranks: how many modules have each rank.
+        merged_only: whether it would be served on a merged copy alone.
         share_of_base: parameters relative to the base's.
         problems: why it doesn't fit; empty if it does.
     """
@@ -37,6 +38,7 @@ class CheckReport:
     share_of_base: float = 0.0
     disk_bytes: int = 0
     compiled_bytes: int = 0
+    merged_only: bool = False
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -73,5 +75,6 @@ def check_against(folder: Path, base: BaseSpec, limits: AdapterLimits) -> CheckR
         share_of_base=compiled.parameters / base.parameters,
         disk_bytes=files.disk_bytes,
         compiled_bytes=compiled.compiled_bytes,
+        merged_only=compiled.merged_only,
         warnings=compiled.warnings,
     )

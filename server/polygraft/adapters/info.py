@@ -96,6 +96,7 @@ class AdapterInfo:
         problems: why it failed; empty unless FAILED.
         warnings: it works, but.
         mergeable: whether its weights fold into the base's.
+        merged_only: whether it is served on a merged copy alone.
         own_prompts: whether its requests use a tokenizer or chat template of its own.
         merged: its merged copy, or None if there never was one of this generation.
     """
@@ -119,6 +120,7 @@ class AdapterInfo:
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     mergeable: bool = False
+    merged_only: bool = False
     merged: MergedInfo | None = None
     own_prompts: bool = False
 

@@ -15,22 +15,37 @@ from polygraft.adapters.adalora import compile_adalora
 from polygraft.adapters.adapterhub.compile import KINDS as ADAPTERHUB_KINDS
 from polygraft.adapters.adapterhub.compile import compile_adapterhub
 from polygraft.adapters.adapterhub.form import is_adapterhub
+from polygraft.adapters.beft import compile_beft
 from polygraft.adapters.boft import compile_boft
+from polygraft.adapters.c3a import compile_c3a
 from polygraft.adapters.cpt import compile_cpt
+from polygraft.adapters.delora import compile_delora
 from polygraft.adapters.folder import AdapterFolder
+from polygraft.adapters.fourierft import compile_fourierft
+from polygraft.adapters.gralora import compile_gralora
+from polygraft.adapters.hira import compile_hira
 from polygraft.adapters.hra import compile_hra
 from polygraft.adapters.ia3 import compile_ia3
 from polygraft.adapters.loha import compile_loha
 from polygraft.adapters.lokr import compile_lokr
 from polygraft.adapters.lora import compile_lora
+from polygraft.adapters.miss import compile_miss
 from polygraft.adapters.multitask_prompt_tuning import compile_multitask_prompt_tuning
 from polygraft.adapters.oft import compile_oft
 from polygraft.adapters.prefix_tuning import compile_cartridge, compile_prefix_tuning
 from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.adapters.pvera import compile_pvera
+from polygraft.adapters.randlora import compile_randlora
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.refusals import why_not_kind
+from polygraft.adapters.road import compile_road
+from polygraft.adapters.shira import compile_shira
 from polygraft.adapters.soft_prompt import compile_p_tuning, compile_prompt_tuning
+from polygraft.adapters.tinylora import compile_tinylora
+from polygraft.adapters.unilora import compile_unilora
+from polygraft.adapters.vblora import compile_vblora
 from polygraft.adapters.vera import compile_vera
+from polygraft.adapters.waveft import compile_waveft
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 
@@ -46,6 +61,21 @@ KINDS: Mapping[str, Compiler] = {
     "OFT": compile_oft,
     "BOFT": compile_boft,
     "HRA": compile_hra,
+    "PVERA": compile_pvera,
+    "DELORA": compile_delora,
+    "GRALORA": compile_gralora,
+    "MISS": compile_miss,
+    "UNILORA": compile_unilora,
+    "VBLORA": compile_vblora,
+    "TINYLORA": compile_tinylora,
+    "BEFT": compile_beft,
+    "FOURIERFT": compile_fourierft,
+    "C3A": compile_c3a,
+    "SHIRA": compile_shira,
+    "HIRA": compile_hira,
+    "WAVEFT": compile_waveft,
+    "RANDLORA": compile_randlora,
+    "ROAD": compile_road,
     "PREFIX_TUNING": compile_prefix_tuning,
     "CARTRIDGE": compile_cartridge,
     "PROMPT_TUNING": compile_prompt_tuning,

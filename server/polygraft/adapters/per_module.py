@@ -16,18 +16,22 @@ class ModuleSettings:
     """Rank and alpha by module: a default, and patterns for the exceptions.
 
     Args:
-        alpha_key: the option's name, which differs by kind.
+        alpha_key: the option's name, which differs by kind; None for a kind without one.
+        rank: where the configuration has none.
     """
 
-    def __init__(self, reader: FolderReader, alpha_key: str) -> None:
+    def __init__(self, reader: FolderReader, alpha_key: str | None, rank: int = 8) -> None:
         self._reader = reader
-        self._rank: Any = reader.option("r", int, 8)
-        self._alpha: Any = reader.option(alpha_key, (int, float), 8)
+        self._rank: Any = reader.option("r", int, rank)
         self._ranks: dict[str, Any] = reader.option("rank_pattern", dict, {})
-        self._alphas: dict[str, Any] = reader.option("alpha_pattern", dict, {})
+        self._alpha: Any = 1
+        self._alphas: dict[str, Any] = {}
+        if alpha_key is not None:
+            self._alpha = reader.option(alpha_key, (int, float), 8)
+            self._alphas = reader.option("alpha_pattern", dict, {})
 
     def of(self, module: str) -> tuple[int, float] | None:
-        """Rank and alpha of a module; None after noting that they make no sense.
+        """Rank and alpha of a module, 1 without one; None after noting that they make no sense.
 
         Raises: one of `BAD_PATTERN`.
         """

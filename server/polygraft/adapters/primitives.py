@@ -7,6 +7,7 @@ primitives it compiles to (`CompiledAdapter`, here), and the registered adapter 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, cast
@@ -52,6 +53,34 @@ class Scale:
     input: torch.Tensor | None = None
     output: torch.Tensor | None = None
     after_bias: bool = False
+
+
+class Dense(ABC):
+    """Changes a module's weight exactly, but not by a low rank: it is folded into merged copies of the base
+    and never runs beside the base's own weights.
+
+    Kinds derive dataclasses from it whose tensors are about what the file holds; the changed weight is
+    computed a few rows at a time while a copy is made.
+    """
+
+    __slots__ = ()
+
+    @property
+    def span(self) -> int:
+        """Rows that are folded together: any piece of the weight is of whole multiples, but for its end."""
+        return 1
+
+    @abstractmethod
+    def fold(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+        """A part of the weight with the change in it, float32 [rows, in_features].
+
+        Args:
+            weight: the base's own rows from `first` on, float32 [rows, in_features]; may be written to.
+        """
+
+    def fold_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """The module's bias, float32 [out_features] or None, with the change in it."""
+        return bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,13 +248,9 @@ class CompiledAdapter:
     """Everything that one adapter adds to the base.
 
     Args:
-<<<<<<< HEAD
-        kind: PEFT's name for the method in lower case.
-        low_rank, scales, krons, rotations: by the name of the base's module.
-=======
         kind: PEFT's or AdapterHub's name for the method in lower case.
-        low_rank, scales: by the name of the base's module.
->>>>>>> 297b236 (Document AdapterHub's folders: what is served, what is refused and why)
+        low_rank, scales, krons, rotations, dense: by the name of the base's module; one with a `dense` has no
+            other.
         bottlenecks: by the name of the base's residual site.
         coupling: around all layers.
         invocation: tokens at whose last occurrence in a prompt it begins to act; empty: from the start.
@@ -241,6 +266,7 @@ class CompiledAdapter:
     scales: Mapping[str, Scale] = field(default_factory=dict)
     krons: Mapping[str, Kron] = field(default_factory=dict)
     rotations: Mapping[str, Rotation] = field(default_factory=dict)
+    dense: Mapping[str, Dense] = field(default_factory=dict)
     bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
     coupling: Coupling | None = None
     invocation: tuple[int, ...] = ()
@@ -260,6 +286,8 @@ class CompiledAdapter:
             names.append("kron")
         if self.rotations:
             names.append("rotation")
+        if self.dense:
+            names.append("dense")
         if self.bottlenecks:
             names.append("bottleneck")
         if self.coupling:
@@ -277,14 +305,20 @@ class CompiledAdapter:
         return bool(self.on_modules) and not beside
 
     @property
+    def merged_only(self) -> bool:
+        """Whether it can't be served but on a merged copy."""
+        return bool(self.dense)
+
+    @property
     def in_bank(self) -> bool:
-        """Whether it has weights that layers run."""
+        """Whether it has weights that layers run, or that are folded into theirs."""
         return bool(self.on_modules or self.bottlenecks or self.coupling)
 
     @property
     def on_modules(self) -> tuple[str, ...]:
         """Names of the base's modules that it has weights for."""
-        return tuple(dict.fromkeys((*self.low_rank, *self.scales, *self.krons, *self.rotations)))
+        by_name = (self.low_rank, self.scales, self.krons, self.rotations, self.dense)
+        return tuple(dict.fromkeys(name for parts in by_name for name in parts))
 
     @property
     def modules(self) -> int:
@@ -307,22 +341,23 @@ class CompiledAdapter:
         return self.prefix.virtual_tokens if self.prefix else 0
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor that it keeps in memory."""
-        by_name = (self.low_rank, self.scales, self.krons, self.rotations, self.bottlenecks)
-        parts = (part for parts in by_name for part in parts.values())
-        for part in (*parts, self.coupling, self.prefix):
-            yield from _tensors(part)
+        """Every tensor that it keeps in memory, one that modules share once."""
+        by_name = (self.low_rank, self.scales, self.krons, self.rotations, self.dense, self.bottlenecks)
+        parts = (*(part for parts in by_name for part in parts.values()), self.coupling, self.prefix)
+        yield from {id(tensor): tensor for part in parts for tensor in _tensors(part)}.values()
 
     def without_layer_weights(self) -> CompiledAdapter:
         """The same with shapes alone in what the layers hold the weights of."""
+        shapes = Copies(torch.device("meta")).of
         return replace(
             self,
-            low_rank={name: shapes_of(primitive) for name, primitive in self.low_rank.items()},
-            scales={name: shapes_of(primitive) for name, primitive in self.scales.items()},
-            krons={name: shapes_of(primitive) for name, primitive in self.krons.items()},
-            rotations={name: shapes_of(primitive) for name, primitive in self.rotations.items()},
-            bottlenecks={name: shapes_of(primitive) for name, primitive in self.bottlenecks.items()},
-            coupling=shapes_of(self.coupling),
+            low_rank={name: shapes(primitive) for name, primitive in self.low_rank.items()},
+            scales={name: shapes(primitive) for name, primitive in self.scales.items()},
+            krons={name: shapes(primitive) for name, primitive in self.krons.items()},
+            rotations={name: shapes(primitive) for name, primitive in self.rotations.items()},
+            dense={name: shapes(primitive) for name, primitive in self.dense.items()},
+            bottlenecks={name: shapes(primitive) for name, primitive in self.bottlenecks.items()},
+            coupling=shapes(self.coupling),
         )
 
     @property
@@ -348,10 +383,25 @@ def _tensors(part: Any) -> Iterator[torch.Tensor]:
 
 def shapes_of(part: Part) -> Part:
     """A primitive with its tensors' shapes alone."""
-    copy: Any = part
-    if isinstance(part, torch.Tensor):
-        copy = part.to("meta")
-    elif hasattr(part, "__dataclass_fields__"):
+    return Copies(torch.device("meta")).of(part)
+
+
+class Copies:
+    """Copies of primitives with their tensors on a device; a tensor that several share is copied once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # By the first tensor's id, and with it, so that no other gets that id.
+        self._copied: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, part: Part) -> Part:
+        """The copy of a primitive, or of a part of one."""
+        if isinstance(part, torch.Tensor):
+            if id(part) not in self._copied:
+                self._copied[id(part)] = part, part.to(self._device, copy=True)
+            return cast("Part", self._copied[id(part)][1])
+        if not hasattr(part, "__dataclass_fields__"):
+            return part
         whole: Any = part
-        copy = replace(whole, **{item.name: shapes_of(getattr(part, item.name)) for item in fields(whole)})
-    return cast("Part", copy)
+        copies = {item.name: self.of(getattr(part, item.name)) for item in fields(whole)}
+        return cast("Part", replace(whole, **copies))

@@ -21,6 +21,7 @@ _PROVENANCE = {
 }  # fmt: skip
 _CAUSAL_TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def shown(value: object) -> str:
@@ -109,12 +110,7 @@ class FolderReader:
                 f"tensor {name} has type {tensor.dtype}, not a floating-point one of 16 or 32 bits"
             )
             return None
-        fits = len(shape) == tensor.dim() and all(
-            want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join("any" if want is None else str(want) for want in shape)
-            self.problems.append(f"tensor {name} has shape {list(tensor.shape)}, expected [{wanted}]")
+        if not self._has_shape(name, tensor, shape):
             return None
         # float16 holds no value that float32 can't, and neither the base nor the operators compute in it.
         dtype = self._dtype or (torch.float32 if tensor.dtype == torch.float16 else tensor.dtype)
@@ -123,6 +119,42 @@ class FolderReader:
             self.problems.append(f"tensor {name} holds NaN or infinity")
             return None
         return tensor
+
+    def take_indices(
+        self, name: str, shape: tuple[int | None, ...], below: int, *, distinct: bool = False
+    ) -> torch.Tensor | None:
+        """Take a tensor of indices in [0, below) as int64; None after noting what is wrong.
+
+        Args:
+            distinct: no index may stand twice in the last dimension.
+        """
+        tensor = self._tensors.pop(name, None)
+        if tensor is None:
+            self.problems.append(f"tensor {name} is missing")
+            return None
+        if tensor.dtype not in _INTEGERS:
+            self.problems.append(f"tensor {name} has type {tensor.dtype}, not one of whole numbers")
+            return None
+        if not self._has_shape(name, tensor, shape):
+            return None
+        indices = tensor.long()
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < below:
+            self.problems.append(f"tensor {name} holds an index that isn't in [0, {below})")
+            return None
+        if distinct and bool((indices.sort(-1).values.diff(dim=-1) == 0).any()):
+            self.problems.append(f"tensor {name} holds an index twice")
+            return None
+        return indices
+
+    def _has_shape(self, name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
+        """Whether a tensor has a shape; notes the other one."""
+        fits = len(shape) == tensor.dim() and all(
+            want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if want is None else str(want) for want in shape)
+            self.problems.append(f"tensor {name} has shape {list(tensor.shape)}, expected [{wanted}]")
+        return fits
 
     def keep(self, tensor: torch.Tensor, what: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """A tensor that was computed in float32 from others, in the type that adapters are kept in.

@@ -25,6 +25,7 @@ _OPTIONS: Mapping[str, str] = {
     "remove the option and the lora_monteclora_sampler tensors",
     "use_rslora": "this kind has no rank-stabilized scaling, in PEFT it has no effect; remove it",
     "alpha_pattern": "this kind has one alpha for all modules, in PEFT it has no effect; remove it",
+    "sample_at_inference": "it adds noise of its own to every forward, so no answer would be the same twice",
     "lora_bias": "this kind has no bias of its own, in PEFT it has no effect; remove it",
 }
 
@@ -32,38 +33,22 @@ _BASE_WEIGHTS = "what it adds depends on the base's weights, which a load doesn'
 _REPLACES = "it replaces part of the base, which no primitive does"
 _DENSE = "what it adds to the weights isn't of low rank"
 _ROUTES = "it weighs several adapters for each token or request, which no primitive does"
-_NOT_WRITTEN = "its usual form could be compiled to low rank, but nobody has written that yet"
 
 _KINDS: Mapping[str, str] = {
     "ADAMSS": _BASE_WEIGHTS,
     "ADAPTION_PROMPT": "it gates attention to a prompt inside some layers, which no primitive does",
-    "BEFT": "it adds trained biases to modules without low-rank weights, which no primitive does",
-    "C3A": _DENSE,
     "DEFT": "it projects part of what modules compute away, which no primitive does",
-    "DELORA": _NOT_WRITTEN,
-    "FOURIERFT": _DENSE,
     "FROD": _BASE_WEIGHTS,
     "GLORA": _BASE_WEIGHTS,
-    "GRALORA": _NOT_WRITTEN,
-    "HIRA": _BASE_WEIGHTS,
     "LILY": "it weighs experts by an average over all tokens of a batch, so answers depend on the neighbours",
     "LN_TUNING": _REPLACES,
-    "MISS": _NOT_WRITTEN,
     "OSF": _REPLACES,
     "PEANUT": _BASE_WEIGHTS,
     "POLY": _ROUTES,
     "PSOFT": "it turns a subspace that is computed from the base's weights, which a load doesn't read",
-    "PVERA": _NOT_WRITTEN,
-    "RANDLORA": _DENSE,
-    "ROAD": "it rotates pairs of a module's outputs, and rotations here are of what a module reads",
     "SHADOW": "it runs a second network beside the base",
-    "SHIRA": _DENSE,
     "SUPERTUNING": _DENSE,
-    "TINYLORA": _BASE_WEIGHTS,
     "TRAINABLE_TOKENS": "it replaces rows of the base's embeddings, which no primitive does",
-    "UNILORA": _NOT_WRITTEN,
-    "VBLORA": _NOT_WRITTEN,
-    "WAVEFT": _DENSE,
     "XLORA": f"{_ROUTES}; its LoRAs can be served one by one",
 }
 

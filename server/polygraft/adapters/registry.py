@@ -231,7 +231,7 @@ class AdapterRegistry:
 
 def ready_info(
     adapter: Adapter, source: str, *, modules: int, disk_bytes: int, content_hash: str, load_seconds: float,
-    warnings: tuple[str, ...], own_prompts: bool = False,
+    warnings: tuple[str, ...], own_prompts: bool = False, merged: MergedInfo | None = None,
 ) -> AdapterInfo:  # fmt: skip
     """What the registry tells of an adapter that has just become ready."""
     compiled = adapter.compiled
@@ -253,5 +253,7 @@ def ready_info(
         load_seconds=load_seconds,
         warnings=warnings,
         mergeable=compiled.mergeable,
+        merged_only=compiled.merged_only,
+        merged=merged,
         own_prompts=own_prompts,
     )

@@ -121,6 +121,9 @@ def check_stack(members: Sequence[tuple[Adapter, float]]) -> None:
 
 def _conflict(before: CompiledAdapter, after: CompiledAdapter) -> str | None:
     """Why the second can't act behind the first; None if it can."""
+    if before.merged_only or after.merged_only:
+        only = before if before.merged_only else after
+        return f"{only.kind} is served merged only, and a merged copy has one adapter's weights in it"
     unknown = {*before.primitives, *after.primitives} - _COMBINED
     if unknown:
         return f"what {sorted(unknown)[0]} means beside another adapter isn't defined"

@@ -82,6 +82,16 @@ def matching_key(patterns: Iterable[str], module: str) -> str | None:
     return next((p for p in patterns if matches(rf"(.*\.)?({p})$", module, whole=False)), None)
 
 
+def ending_key(patterns: Iterable[str], module: str) -> str | None:
+    """The pattern of a kind that looks for the name's last part only, or for the whole name as it is.
+
+    Raises: one of `BAD_PATTERN`.
+    """
+    known = list(patterns)
+    first = next((p for p in known if matches(rf".*\.{p}$", module, whole=False)), None)
+    return module if first is None and module in known else first
+
+
 def _named(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return matches(targets, name, whole=True) is not None

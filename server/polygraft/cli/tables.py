@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _STYLES = {AdapterState.READY: "green", AdapterState.FAILED: "red"}
 
+_MERGED_ONLY = "on a merged copy only"
+
 
 def adapters(found: Sequence[Adapter]) -> Table:
     """One row for each adapter."""
@@ -55,6 +57,7 @@ def adapter(shown: Adapter) -> Table:
         in_memory=decimal(shown.compiled_bytes),
         folder=shown.source,
         sha256=shown.content_hash,
+        served=_MERGED_ONLY if shown.merged_only else "",
         merged=merged_copy(shown),
         generation=str(shown.generation),
         running=str(shown.running_requests),
@@ -91,6 +94,7 @@ def check_report(report: CheckReport) -> Table:
         parameters=f"{report.parameters:,} ({share})" if report.parameters else "",
         on_disk=decimal(report.disk_bytes) if report.disk_bytes else "",
         in_memory=decimal(report.compiled_bytes) if report.compiled_bytes else "",
+        served=_MERGED_ONLY if report.merged_only else "",
     )
     _add_remarks(table, report.problems, report.warnings)
     return table
@@ -103,11 +107,11 @@ def size(rank: int, virtual_tokens: int) -> str:
 
 
 def merged(shown: Adapter) -> str:
-    """Where its merged copy stands, in a word or two."""
+    """Where its merged copy stands, in a few words."""
     if shown.merged is None:
         return "" if shown.mergeable else "can't be"
-    state = shown.merged.state.lower()
-    return f"{state}, pinned" if shown.merged.pinned else state
+    words = ["only", shown.merged.state.lower()] if shown.merged_only else [shown.merged.state.lower()]
+    return ", ".join([*words, "pinned"] if shown.merged.pinned else words)
 
 
 def merged_copy(shown: Adapter) -> str:

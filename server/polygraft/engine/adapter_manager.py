@@ -20,6 +20,7 @@ from polygraft.base.spec import BaseSpec
 from polygraft.engine.adapter_prompts import AdapterPrompts
 from polygraft.engine.background import BackgroundWork, Job
 from polygraft.engine.canaries import Canaries
+from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.scheduler import Scheduler
 from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, InvalidRequest, PolygraftError
 from polygraft.layers.adapter_bank import AdapterBank
@@ -60,6 +61,7 @@ class AdapterManager:
         scheduler: Scheduler,
         background: BackgroundWork,
         canaries: Canaries,
+        copies: MergedCopies,
         prompts: AdapterPrompts,
         limits: AdapterLimits,
         context_length: int,
@@ -74,6 +76,7 @@ class AdapterManager:
         self._limits = limits
         self._context_length = context_length
         self._canaries = canaries
+        self._copies = copies
         self._prompts = prompts
         self._forget = forget
         self._base_canary: torch.Tensor | None = None
@@ -175,6 +178,7 @@ class AdapterManager:
             self._check_room(name, compiled)
             slot = self._bank.install(compiled) if compiled.in_bank else 0
             adapter = self.registry.new_adapter(name, compiled.without_layer_weights(), slot)
+            self._check_copy(adapter)
             if prompts is not None:
                 self._prompts.add(adapter, prompts)
             warnings = yield from self._canary(adapter)
@@ -187,6 +191,7 @@ class AdapterManager:
                 load_seconds=time.monotonic() - started,
                 warnings=(*compiled.warnings, *warnings),
                 own_prompts=prompts is not None,
+                merged=self._copies.info(adapter),
             )
             self.registry.finish_load(adapter, info)
         except Exception as error:
@@ -232,6 +237,17 @@ class AdapterManager:
                 [f"{compiled.virtual_tokens} virtual tokens don't fit the KV cache of "
                  f"{pool.num_blocks * pool.block_size} tokens (--kv-cache-bytes)"],
             )  # fmt: skip
+
+    def _check_copy(self, adapter: Adapter) -> None:
+        """Raise AdapterInvalid for one that is served merged only and of which there can't be a copy."""
+        if adapter.compiled.merged_only and not self._copies.fits(adapter):
+            raise AdapterInvalid(
+                adapter.name,
+                [
+                    f"{adapter.compiled.kind} is served merged only, and a merged copy takes "
+                    f"{self._copies.bytes_for(adapter)} bytes, --merged-bytes allows {self._copies.budget}"
+                ],
+            )
 
     def _canary(self, adapter: Adapter) -> Generator[bool | None, None, list[str]]:
         """Run a few tokens with the adapter and without; returns warnings, raises AdapterInvalid."""

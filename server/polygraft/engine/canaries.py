@@ -7,19 +7,22 @@ from collections.abc import Generator
 
 import torch
 
+from polygraft.adapters.info import MergeState
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
-from polygraft.engine.merged_copies import MergedCopy
+from polygraft.engine.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.request import LoraPath
 from polygraft.engine.scheduler import Scheduler
 from polygraft.engine.sequence import CanarySequence
+from polygraft.errors import ResourceExhausted
 
 
 class Canaries:
     """Sequences of the engine's own, which share steps with requests."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, copies: MergedCopies) -> None:
         self._scheduler = scheduler
+        self._copies = copies
         self._ids = itertools.count()
 
     def logits(
@@ -30,14 +33,26 @@ class Canaries:
         positions: int = 1,
         copy: MergedCopy | None = None,
     ) -> Generator[bool | None, None, torch.Tensor]:
-        """float32 [positions, vocabulary] behind the last tokens, on the base's weights or a merged copy."""
+        """float32 [positions, vocabulary] behind the last tokens, on the base's weights or a merged copy.
+
+        One is made for an adapter that is served merged only.
+
+        Raises:
+            ResourceExhausted: that copy can't be made.
+        """
         sequence = CanarySequence(f"canary-{next(self._ids)}", tokens, Stack.of(adapter), positions=positions)
         sequence.stack.pin()
         if copy is not None:
             copy.users += 1
+        elif adapter is not None and adapter.compiled.merged_only:
+            copy = self._copies.acquire(adapter)
+        if copy is not None:
             sequence.path = LoraPath.MERGED
             sequence.assign(copy)
         self._scheduler.add(sequence)
         while (logits := sequence.logits) is None:
+            if copy is not None and copy.state is MergeState.FAILED:
+                self._scheduler.remove(sequence)
+                raise ResourceExhausted(f"not merged: {copy.problem}")
             yield True
         return logits

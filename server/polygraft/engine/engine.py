@@ -90,7 +90,16 @@ class Engine:
         self.runner = ModelRunner(base, bank, switch, step, config.block_size)
         self.prompts = AdapterPrompts(base)
         self.background = BackgroundWork()
-        canaries = Canaries(self.scheduler)
+        requantized = base.quantization != "none" and config.requantize_merged
+        self.copies = MergedCopies(
+            bank.modules,
+            switch,
+            self.background,
+            budget=self._merged_budget(),
+            requantize=requantized,
+            dtype=base.quantization if requantized else str(base.dtype).removeprefix("torch."),
+        )
+        canaries = Canaries(self.scheduler, self.copies)
         # Rounded no coarser than the base's own products are; a float32 base gets what the file holds.
         auto = torch.bfloat16 if base.dtype == torch.bfloat16 else None
         dtypes = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,6 +111,7 @@ class Engine:
             self.scheduler,
             self.background,
             canaries,
+            self.copies,
             self.prompts,
             AdapterLimits(
                 rank=config.max_adapter_rank,
@@ -111,15 +121,6 @@ class Engine:
             ),
             base.context_length,
             self._forget,
-        )
-        requantized = base.quantization != "none" and config.requantize_merged
-        self.copies = MergedCopies(
-            bank.modules,
-            switch,
-            self.background,
-            budget=self._merged_budget(),
-            requantize=requantized,
-            dtype=base.quantization if requantized else str(base.dtype).removeprefix("torch."),
         )
         most = min(base.context_length, pool.num_blocks * pool.block_size // 2)
         self.merging = MergeCommands(

@@ -13,7 +13,7 @@ from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.request import DEFAULT_MAX_NEW_TOKENS, AdapterRef, LoraPath, Request, ScoreRequest
 from polygraft.engine.scoring import ScoreJob
 from polygraft.engine.sequence import Generation
-from polygraft.errors import ContextLengthExceeded, InvalidRequest, PolygraftError
+from polygraft.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest, PolygraftError
 
 
 class Intake:
@@ -109,9 +109,15 @@ class Intake:
             raise InvalidRequest("lora_path", "MERGED takes an adapter of weight 1: a copy has that of it")
 
     def _check_copy(self, request: Request | ScoreRequest, stack: Stack) -> None:
-        """Raise AdapterUnavailable where MERGED is demanded of an adapter that can't be merged."""
-        if request.lora_path is LoraPath.MERGED and request.path_required and stack.only is not None:
-            self._copies.check(stack.only)
+        """Raise AdapterUnavailable where a path is demanded of an adapter that can't be had on it."""
+        adapter = stack.only
+        if adapter is None or not request.path_required:
+            return
+        if request.lora_path is LoraPath.MERGED:
+            self._copies.check(adapter)
+        if request.lora_path is LoraPath.UNMERGED and adapter.compiled.merged_only:
+            why = "changes the base's weights by more than a low rank: it is served merged only"
+            raise AdapterUnavailable(adapter.name, f"{adapter.compiled.kind} {why}")
 
     @staticmethod
     def _check_invocation(stack: Stack, prompt: Sequence[int]) -> None:

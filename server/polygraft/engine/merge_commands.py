@@ -87,7 +87,8 @@ class MergeCommands:
                 self._changed.append(shown)
             copy = self._copies.peek(adapter)
             measured = adapter.generation in self._measuring or not self._copies.needs_deviation(adapter)
-            if copy is not None and copy.ready and not measured:
+            comparable = not adapter.compiled.merged_only  # else there is nothing to compare with
+            if copy is not None and copy.ready and comparable and not measured:
                 self._measuring.add(adapter.generation)
                 self._background.add(self._measure(copy))
 

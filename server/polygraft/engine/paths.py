@@ -37,7 +37,8 @@ class Paths:
         adapter = sequence.stack.only
         if adapter is None or not self._copies.fits(adapter):
             sequence.path = LoraPath.UNMERGED
-        elif sequence.path is LoraPath.MERGED:
+        elif sequence.path is LoraPath.MERGED or adapter.compiled.merged_only:
+            sequence.path = LoraPath.MERGED
             sequence.assign(self._copies.acquire(adapter))
         elif self._policy is None:
             sequence.path = LoraPath.UNMERGED
@@ -55,7 +56,7 @@ class Paths:
                     requests[_SEVERAL if sequence.stack.adapters else _BASE] += 1
                     continue
                 requests[only.generation] += 1
-                if sequence.request.lora_path is LoraPath.AUTO:
+                if sequence.request.lora_path is LoraPath.AUTO and not only.compiled.merged_only:
                     asking[only.generation] = only
         top = asking.get(max(requests, key=lambda g: requests[g])) if requests else None
         before = self._policy.merged

@@ -50,7 +50,9 @@ class AdapterBank:
     def install(self, compiled: CompiledAdapter) -> int:
         """Take an adapter in, resolved against the base; returns its slot. Slots count from 1, since 0 stands
         for the base."""
-        slot = self.modules.install(compiled.low_rank, compiled.scales, compiled.krons, compiled.rotations)
+        slot = self.modules.install(
+            compiled.low_rank, compiled.scales, compiled.krons, compiled.rotations, compiled.dense
+        )
         bits = self.bottlenecks.install(slot, compiled.bottlenecks)
         if compiled.coupling is not None:
             assert self._couplings is not None, "compiled for another base"

@@ -8,20 +8,24 @@ int8 weights, in whole numbers), and a row's result doesn't depend on the number
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from polygraft.adapters.primitives import Dense
 from polygraft.layers.low_rank import LowRankSlots
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import MAX_MODULES, STORAGE, GroupStruct, WeightsStruct
-from polygraft.layers.panels import Panels, Quantization, padded, unpack
+from polygraft.layers.panels import Panels, Quantization, pack, padded, unpack
 from polygraft.layers.step import NO_SEGMENTS, StepContext
 
 _SLICE = 2**20
 """Weights that are merged at a stretch: about a millisecond's work."""
+_DENSE_SLICE = 2**18
+"""Likewise where the change is computed by torch, in several passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,17 +160,22 @@ class LinearGroup:
             weight = torch.empty(shape, dtype=self.dtype)
         else:
             weight = memory.view(self.dtype).view(shape)
-        at_once = max(torch.get_num_threads(), _SLICE // (self.in_features * panel))
-        for first in range(0, count, at_once):
-            self._kernels.merge(
-                DTYPES[self.dtype], self.address, member, slot, first, min(first + at_once, count),
-                weight.data_ptr(), torch.get_num_threads(),
-            )  # fmt: skip
-            yield
-        bias = self._biases[member]
-        extra = slots.bias(slot)
-        if extra is not None:
-            bias = extra.clone() if bias is None else bias + extra
+        change = slots.dense(slot)
+        if change is not None:
+            yield from self._fold(member, change, weight)
+            bias = self._folded_bias(member, change)
+        else:
+            at_once = max(torch.get_num_threads(), _SLICE // (self.in_features * panel))
+            for first in range(0, count, at_once):
+                self._kernels.merge(
+                    DTYPES[self.dtype], self.address, member, slot, first, min(first + at_once, count),
+                    weight.data_ptr(), torch.get_num_threads(),
+                )  # fmt: skip
+                yield
+            bias = self._biases[member]
+            extra = slots.bias(slot)
+            if extra is not None:
+                bias = extra.clone() if bias is None else bias + extra
         address = None if bias is None else bias.data_ptr()
         tensors = [weight] if bias is self._biases[member] or bias is None else [weight, bias]
         if not requantize or self.quantization == "none":
@@ -179,6 +188,25 @@ class LinearGroup:
         tensors += [tensor for tensor in (panels.scale, panels.values) if tensor is not None]
         struct = WeightsStruct(*panels.addresses(0), address, STORAGE[self.quantization])
         return PackedWeights(struct, tuple(tensors))
+
+    def _fold(self, member: int, change: Dense, weight: torch.Tensor) -> Generator[None, None, None]:
+        """Fill the panels of a copy with one module's changed weights, rounded once."""
+        panel = self._kernels.panel
+        count = len(weight)
+        # As many panels as whole spans of rows.
+        step = change.span // math.gcd(change.span, panel)
+        at_once = max(1, _DENSE_SLICE // (self.in_features * panel * step)) * step
+        for first in range(0, count, at_once):
+            last = min(first + at_once, count)
+            rows = self._panels.rows(member, first, last).float()
+            weight[first:last] = pack(change.fold(rows, first * panel).to(self.dtype), panel)
+            yield
+
+    def _folded_bias(self, member: int, change: Dense) -> torch.Tensor | None:
+        """One module's bias with a change in it, float32 in whole panels; its own if that changes nothing."""
+        own = self.bias(member)
+        bias = change.fold_bias(own)
+        return self._biases[member] if bias is own or bias is None else padded(bias, self._kernels.panel)
 
     def panel_bytes(self, member: int) -> int:
         """What one module's weights take in panels of the group's type."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import Kron, LowRank, Rotation, Scale
+from polygraft.adapters.primitives import Dense, Kron, LowRank, Rotation, Scale
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import GroupStruct, ModuleStruct
 from polygraft.layers.packed_adapter import PackedAdapter
@@ -61,6 +61,7 @@ class LowRankSlots:
         self._struct = ModuleStruct()
         self._table = torch.zeros(0, ENTRY, dtype=torch.int64)
         self._weights: dict[int, PackedAdapter] = {}
+        self._dense: dict[int, Dense] = {}
 
     def bind(self, struct: ModuleStruct) -> None:
         """Keep the table's address up to date where the C++ operator reads it."""
@@ -141,16 +142,28 @@ class LowRankSlots:
             [*addresses[:3], packed.rank, dtype, *addresses[3:7], o2, i2, addresses[7], size, step]
         )
 
+    def install_dense(self, slot: int, change: Dense) -> None:
+        """Put what is only ever folded into the weight into a slot; its tensors are on the slots' device."""
+        self._dense[slot] = change
+
+    def dense(self, slot: int) -> Dense | None:
+        """What is only ever folded into the weight; None for a slot that has none."""
+        return self._dense.get(slot)
+
     def bias(self, slot: int) -> torch.Tensor | None:
         """What an adapter adds to every row, float32 [columns of all panels]."""
         return self._weights[slot].bias
 
     def fold(self, slot: int, weight: torch.Tensor) -> torch.Tensor:
         """The module's weight [out_features, in_features] with an adapter in it, float32."""
+        if slot in self._dense:
+            return self._dense[slot].fold(weight.to(torch.float32, copy=True), 0)
         return self._weights[slot].folded(weight)
 
     def fold_bias(self, slot: int, bias: torch.Tensor | None) -> torch.Tensor | None:
         """The module's bias with an adapter in it, [out_features], for one that isn't added separately."""
+        if slot in self._dense:
+            return self._dense[slot].fold_bias(None if bias is None else bias.float())
         packed = self._weights[slot]
         if bias is not None and packed.out_scale is not None:
             bias = bias.float() * packed.out_scale[: len(bias)]
@@ -160,6 +173,7 @@ class LowRankSlots:
 
     def remove(self, slot: int) -> None:
         """Empty a slot; no step that uses it may be running."""
+        self._dense.pop(slot, None)
         if self._weights.pop(slot, None) is not None:
             self._table[slot] = 0
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import Kron, LowRank, Rotation, Scale
+from polygraft.adapters.primitives import Copies, Dense, Kron, LowRank, Rotation, Scale
 from polygraft.layers.linear import PackedLinear
 from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots
 from polygraft.layers.merging import AnySite, PackedSite, PlainSite
@@ -62,6 +62,8 @@ class LowRankBank:
         kernels, self._triton = choose_operators(device, native)
         self._slots: dict[str, LowRankSlots] = {}
         self._touched: dict[int, int] = {}
+        self._folded: dict[int, int] = {}
+        """Modules by slot that only a merged copy changes."""
         self._ranks: dict[int, int] = {}
         self._free: list[int] = []
         self._sites: dict[str, AnySite] = {}
@@ -96,13 +98,16 @@ class LowRankBank:
         scales: Mapping[str, Scale] | None = None,
         krons: Mapping[str, Kron] | None = None,
         rotations: Mapping[str, Rotation] | None = None,
+        dense: Mapping[str, Dense] | None = None,
     ) -> int:
         """Take an adapter in; returns its slot. Slots count from 1, since 0 stands for the base.
 
         Args:
-            low_rank, scales, krons, rotations: by the name of the module, resolved against the base.
+            low_rank, scales, krons, rotations, dense: by the name of the module, resolved against the base.
         """
-        scales, krons, rotations = scales or {}, krons or {}, rotations or {}
+        scales, krons, rotations, dense = scales or {}, krons or {}, rotations or {}, dense or {}
+        others = {*low_rank, *scales, *krons, *rotations}
+        assert not others & {*dense}, "a module has a dense change or others"
         slot = self._free.pop() if self._free else len(self._touched) + 1
         if slot >= self._tables.shape[1]:
             self._grow(2 * slot)
@@ -121,12 +126,18 @@ class LowRankBank:
             touched |= 1 << self._slots[name].index
             rank = max(rank, packed.rank if self._triton else self._slots[name].scratch(packed))
         self._touched[slot] = touched
+        self._folded[slot] = 0
+        # Copies, so that nothing keeps the file's whole memory.
+        copies = Copies(self._tables.device)
+        for name, change in dense.items():
+            self._slots[name].install_dense(slot, copies.of(change))
+            self._folded[slot] |= 1 << self._slots[name].index
         self._ranks[slot] = rank
         return slot
 
     def remove(self, slot: int) -> None:
         """Let an adapter go; no step that uses it may be running."""
-        touched = self._touched.pop(slot)
+        touched = self._touched.pop(slot) | self._folded.pop(slot)
         del self._ranks[slot]
         for slots in self._slots.values():
             if touched >> slots.index & 1:
@@ -168,7 +179,7 @@ class LowRankBank:
 
     def merge_sites(self, slot: int) -> list[AnySite]:
         """Where an adapter's weights can be folded into the base's."""
-        touched = self._touched[slot]
+        touched = self._touched[slot] | self._folded[slot]
         return [site for site in self._sites.values() if touched >> site.slots.index & 1]
 
     @property

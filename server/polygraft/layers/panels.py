@@ -47,8 +47,7 @@ class Panels:
         self._shapes = [weight.shape for weight in weights]
         self._counts = [-(-weight.shape[0] // columns) for weight in weights]
         if quantization == "none":
-            lay = _paired if self.dtype == torch.bfloat16 else _plain
-            self.weight = torch.cat([lay(weight, columns) for weight in weights])
+            self.weight = torch.cat([pack(weight, columns) for weight in weights])
             return
         if quantization == "int8":
             quantized = [quantize_int8(weight) for weight in weights]
@@ -64,16 +63,22 @@ class Panels:
 
     def unpacked(self, member: int) -> torch.Tensor:
         """A copy of one module's weight [out_features, in_features], dequantized."""
-        first = sum(self._counts[:member])
-        mine = slice(first, first + self._counts[member])
+        return self.rows(member, 0, self._counts[member]).to(self.dtype)
+
+    def rows(self, member: int, first: int, last: int) -> torch.Tensor:
+        """A copy of what panels [first, last) of one module stand for, [rows, in_features]."""
+        before = sum(self._counts[:member])
+        mine = slice(before + first, before + last)
+        outputs, inputs = self._shapes[member]
         panels = self.weight[mine]
+        columns = panels.shape[2]
         if self.values is not None:
             assert self.scale is not None
             codes = torch.stack([panels & 15, panels >> 4], 2).flatten(1, 2)
             panels = self.values[codes.long()] * self.scale[mine].repeat_interleave(BLOCK, 1)
         elif self.scale is not None:
             panels = panels * self.scale[mine][:, None, :, None]
-        return unpack(panels, self._shapes[member]).to(self.dtype)
+        return unpack(panels, (min(outputs, last * columns) - first * columns, inputs))
 
     def addresses(self, member: int) -> tuple[int, int | None, int | None]:
         """Of one module's weight, scale and values."""
@@ -89,6 +94,11 @@ class Panels:
     def nbytes(self) -> int:
         """Bytes of memory that they take."""
         return sum(t.nbytes for t in (self.weight, self.scale, self.values) if t is not None)
+
+
+def pack(weight: torch.Tensor, columns: int) -> torch.Tensor:
+    """Panels of a weight [out_features, in_features] in float32 or bfloat16."""
+    return (_paired if weight.dtype == torch.bfloat16 else _plain)(weight, columns)
 
 
 def unpack(panels: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

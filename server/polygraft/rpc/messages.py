@@ -141,6 +141,7 @@ def adapter(info: AdapterInfo) -> apb.Adapter:
         warnings=info.warnings,
         mergeable=info.mergeable,
         own_prompts=info.own_prompts,
+        merged_only=info.merged_only,
         merged=None if info.merged is None else merged_copy(info.merged),
     )
     if info.load_time > 0:

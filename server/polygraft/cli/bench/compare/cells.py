@@ -63,9 +63,9 @@ ZIPF = 32
 
 
 def comparable(adapters: Sequence[Adapter]) -> list[str]:
-    """Names of those that can be merged, the ones of the most common rank first: mixes must differ in the
+    """Names of those that run on both paths, the ones of the most common rank first: mixes must differ in the
     number of adapters and in nothing else."""
-    able = [adapter for adapter in adapters if adapter.state == "READY" and adapter.mergeable]
+    able = [a for a in adapters if a.state == "READY" and a.mergeable and not a.merged_only]
     common = Counter(adapter.rank for adapter in able)
     return [a.name for a in sorted(able, key=lambda a: (-common[a.rank], a.rank, a.name))]
 
