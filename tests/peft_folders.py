@@ -34,6 +34,7 @@ from peft import (
     RandLoraConfig,
     RoadConfig,
     ShiraConfig,
+    SupertuningConfig,
     TinyLoraConfig,
     UniLoraConfig,
     VBLoRAConfig,
@@ -155,6 +156,10 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "miss-bat": lambda a: MissConfig(r=8, init_weights="bat", target_modules=NO_CONV1D[a], **CAUSAL),
     "waveft": lambda a: WaveFTConfig(n_frequency=90, scaling=4.0, target_modules=TARGETS[a], **CAUSAL),
     "randlora": lambda a: RandLoraConfig(r=10, randlora_alpha=20, target_modules=TARGETS[a], **CAUSAL),
+    "supertuning": lambda a: SupertuningConfig(sparsity=0.9, target_modules=NO_CONV1D[a], **CAUSAL),
+    "supra": lambda a: SupertuningConfig(
+        sparsity=0.95, r=3, lora_alpha=5, target_modules=NO_CONV1D[a], **CAUSAL
+    ),
     "road": lambda a: RoadConfig(group_size=16, target_modules=NO_CONV1D[a], **CAUSAL),
     "road-4": lambda a: RoadConfig(variant="road_4", group_size=32, target_modules=NO_CONV1D[a], **CAUSAL),
     "multitask-prompt": lambda a: MultitaskPromptTuningConfig(num_virtual_tokens=6, num_ranks=2, **CAUSAL),
@@ -191,13 +196,25 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
         target_modules=IA3_SHARED[a][0], feedforward_modules=IA3_SHARED[a][1], **CAUSAL
     ),
 }
-MERGED_ONLY = ("fourierft", "c3a", "shira", "hira", "miss-bat", "waveft", "randlora", "road", "road-4")
+MERGED_ONLY = (
+    "fourierft",
+    "c3a",
+    "shira",
+    "hira",
+    "miss-bat",
+    "waveft",
+    "randlora",
+    "road",
+    "road-4",
+    "supertuning",
+    "supra",
+)
 """Kinds that are served on merged copies alone."""
 # Parameters that are multiplied by each other are larger, so that the product is as large as the others.
 SCALES = {
     "lora_E": 1.0, "delora_lambda": 8.0, "unilora_": 0.6, "vblora_logits": 1.0, "vblora_vector": 0.3, "tinylora_": 1.0,
     "waveft_": 0.2, "randlora_lambda": 0.3, "randlora_gamma": 0.05, "road_theta": 0.4,
-    "fourierft_": 1.0, "c3a_": 3.0, "shira_": 0.3, "hira_": 0.5,
+    "fourierft_": 1.0, "c3a_": 3.0, "shira_": 0.3, "supertuning_values": 0.3, "hira_": 0.5,
     "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "miss_block": 0.1, "beft_": 0.4, "prefix_task_": 1.0,
     "lokr_": 0.3, "oft_R": 0.1, "boft_R": 0.3, "hra_u": 1.0,
 }  # fmt: skip

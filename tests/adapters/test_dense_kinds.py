@@ -46,6 +46,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "randlora, very sparse": peft.RandLoraConfig(
         r=16, save_projection=False, very_sparse=True, target_modules="all-linear", **CAUSAL
     ),
+    "super-tuning, the smallest": peft.SupertuningConfig(sparsity=0.5, select_top=False, **ON_ALL),
     "road 2": peft.RoadConfig(variant="road_2", group_size=2, **ON_ALL),
 }
 
@@ -180,6 +181,12 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("randlora", {"projection_prng_key": 2**64}, "isn't a number of 64 bits"),
     ("randlora", {"save_projection": False}, "tensor base_model.randlora_A isn't expected"),
     ("randlora", {"r": 9}, "tensor base_model.randlora_A has shape [10, 1, 64], expected [9, 1, 64]"),
+    ("supra", {"r": None}, f"tensor {Q0}.supertuning_lora_A.weight isn't expected"),
+    ("supra", {"r": 0}, "with r 0 and lora_alpha 5 makes no sense"),
+    ("supra", {"lora_alpha": math.nan}, "lora_alpha nan makes no sense"),
+    ("supertuning", {"sparsity": 1.0}, "sparsity 1.0 with r None and lora_alpha 0 makes no sense"),
+    ("supertuning", {"sparsity": 0.8}, f"tensor {Q0}.supertuning_values has shape [409], expected [819]"),
+    ("supertuning", {"save_precomputed_indices": False}, "which elements it changes isn't in the file"),
     ("road", {"variant": "road_3"}, "variant 'road_3' with group_size 16 makes no sense"),
     ("road", {"group_size": 7}, "group_size 7 makes no sense"),
     ("road", {"group_size": 0}, "group_size 0 makes no sense"),

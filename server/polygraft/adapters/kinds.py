@@ -41,6 +41,7 @@ from polygraft.adapters.refusals import why_not_kind
 from polygraft.adapters.road import compile_road
 from polygraft.adapters.shira import compile_shira
 from polygraft.adapters.soft_prompt import compile_p_tuning, compile_prompt_tuning
+from polygraft.adapters.supertuning import compile_supertuning
 from polygraft.adapters.tinylora import compile_tinylora
 from polygraft.adapters.unilora import compile_unilora
 from polygraft.adapters.vblora import compile_vblora
@@ -76,6 +77,7 @@ KINDS: Mapping[str, Compiler] = {
     "WAVEFT": compile_waveft,
     "RANDLORA": compile_randlora,
     "ROAD": compile_road,
+    "SUPERTUNING": compile_supertuning,
     "PREFIX_TUNING": compile_prefix_tuning,
     "CARTRIDGE": compile_cartridge,
     "PROMPT_TUNING": compile_prompt_tuning,

@@ -29,25 +29,25 @@ _OPTIONS: Mapping[str, str] = {
     "lora_bias": "this kind has no bias of its own, in PEFT it has no effect; remove it",
 }
 
-_BASE_WEIGHTS = "what it adds depends on the base's weights, which a load doesn't read"
+_DECOMPOSED = "it works in singular vectors of the base's weights, which aren't all in the file"
+_RESOLVABLE = "the base's weights would make it low rank, but nobody has written that yet"
 _REPLACES = "it replaces part of the base, which no primitive does"
-_DENSE = "what it adds to the weights isn't of low rank"
 _ROUTES = "it weighs several adapters for each token or request, which no primitive does"
 
 _KINDS: Mapping[str, str] = {
-    "ADAMSS": _BASE_WEIGHTS,
+    "ADAMSS": "it groups outputs by a clustering of the base's weights, which isn't in the file",
     "ADAPTION_PROMPT": "it gates attention to a prompt inside some layers, which no primitive does",
-    "DEFT": "it projects part of what modules compute away, which no primitive does",
-    "FROD": _BASE_WEIGHTS,
-    "GLORA": _BASE_WEIGHTS,
+    "DEFT": _RESOLVABLE,
+    "FROD": _DECOMPOSED,
+    "GLORA": "what it does to weights and biases could be folded into merged copies, but nobody has written "
+    "that yet",
     "LILY": "it weighs experts by an average over all tokens of a batch, so answers depend on the neighbours",
     "LN_TUNING": _REPLACES,
-    "OSF": _REPLACES,
-    "PEANUT": _BASE_WEIGHTS,
+    "OSF": "it replaces the smaller singular vectors of the base's weights; the others aren't in the file",
+    "PEANUT": _RESOLVABLE,
     "POLY": _ROUTES,
-    "PSOFT": "it turns a subspace that is computed from the base's weights, which a load doesn't read",
+    "PSOFT": _DECOMPOSED,
     "SHADOW": "it runs a second network beside the base",
-    "SUPERTUNING": _DENSE,
     "TRAINABLE_TOKENS": "it replaces rows of the base's embeddings, which no primitive does",
     "XLORA": f"{_ROUTES}; its LoRAs can be served one by one",
 }
