@@ -51,6 +51,7 @@ class Architecture:
         off: settings each of which switches off something that sets it apart, and so must change its answers.
         untargeted: linear modules that PEFT can't adapt.
         prompt: what PEFT must be told for prompt tuning, since it guesses wrong.
+        has_prefixes: whether keys and values have one width, as prefix tuning needs them to.
     """
 
     config: Mapping[str, Any]
@@ -58,6 +59,7 @@ class Architecture:
     off: tuple[Mapping[str, Any], ...] = ()
     untargeted: tuple[str, ...] = ()
     prompt: Mapping[str, Any] = field(default_factory=dict)
+    has_prefixes: bool = True
 
 
 LONG = 64
@@ -238,4 +240,24 @@ SMOKE: dict[str, Architecture] = {
         off=(_rotated(1.0),),
     ),
     "biogpt": Architecture(_SHAPE, _FAIRSEQ),
+    # Keys of 24 numbers, values of 20; the names of an expert's parts are those of the first layer's modules too.
+    "deepseek_v3": Architecture(
+        {
+            **_SHAPE,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 20,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 2,
+            **_experts("n_routed_experts", moe_intermediate_size=32),
+        },
+        ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+        off=({"rope_interleave": False}, {"routed_scaling_factor": 1.0}),
+        untargeted=_GATED,
+        has_prefixes=False,
+    ),
 }

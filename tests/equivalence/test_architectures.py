@@ -57,13 +57,28 @@ def marked(precision: str, architectures: Iterable[str]) -> list[object]:
     ]
 
 
+def rows_of(architecture: str) -> list[str]:
+    """What is served on it."""
+    return [row for row in LENGTHS if row != "prefix" or ALL[architecture].has_prefixes]
+
+
+def marked_rows(precision: str, architectures: Iterable[str]) -> list[object]:
+    """Each architecture with each of its rows, marked likewise."""
+    return [
+        pytest.param(name, row, marks=() if name in QUICK[precision] else pytest.mark.full)
+        for name in architectures
+        for row in rows_of(name)
+    ]
+
+
 def configs(architecture: str) -> dict[str, PeftConfig]:
     """One adapter for each row but the base's."""
-    return {
+    all_rows: dict[str, PeftConfig] = {
         "lora": LoraConfig(r=3, lora_alpha=6, target_modules=list(ALL[architecture].targets), **CAUSAL),
         "prefix": PrefixTuningConfig(num_virtual_tokens=WINDOW + 3, **CAUSAL),
         "prompt": PromptTuningConfig(num_virtual_tokens=6, **ALL[architecture].prompt, **CAUSAL),
     }
+    return {row: all_rows[row] for row in rows_of(architecture) if row != BASE}
 
 
 def tokens(length: int, seed: int) -> list[int]:
@@ -81,7 +96,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case]
         model = save_random_model(folder / "model", architecture, settings, vectors=True)
         for seed, (row, config) in enumerate(configs(architecture).items()):
             save_adapter(folder / "store" / row, model, architecture, config, seed)
-        prompts = {row: tokens(length, seed) for seed, (row, length) in enumerate(LENGTHS.items())}
+        prompts = {row: tokens(LENGTHS[row], seed) for seed, row in enumerate(rows_of(architecture))}
         return Answers(model, folder / "store", prompts, STEPS)
 
     @functools.cache
@@ -94,8 +109,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case]
     return get
 
 
-@pytest.mark.parametrize("row", LENGTHS)
-@pytest.mark.parametrize("architecture", marked("float32", ALL))
+@pytest.mark.parametrize(("architecture", "row"), marked_rows("float32", ALL))
 def test_float32_gives_the_same_tokens(case: Callable[[str, str], Case], architecture: str, row: str) -> None:
     check_exact(case(architecture, "float32"), row)
 
@@ -180,19 +194,18 @@ def test_a_lora_on_experts_is_refused_with_the_reason(
         run_to_end(compile_adapter(files, engine.base.spec, AdapterLimits()))
 
 
-@pytest.mark.parametrize("row", LENGTHS)
-@pytest.mark.parametrize("architecture", marked("bfloat16", MATRIX))
+@pytest.mark.parametrize(("architecture", "row"), marked_rows("bfloat16", MATRIX))
 def test_bfloat16_is_as_near_as_peft(case: Callable[[str, str], Case], architecture: str, row: str) -> None:
     check_as_near_as_peft(case(architecture, "bfloat16"), row)
 
 
-@pytest.mark.parametrize("row", LENGTHS)
-@pytest.mark.parametrize("architecture", marked("int8", ["gemma2", "gpt_neox", "glm4", "mixtral"]))
+@pytest.mark.parametrize(
+    ("architecture", "row"), marked_rows("int8", ["gemma2", "gpt_neox", "glm4", "mixtral"])
+)
 def test_int8_is_as_near_as_peft(case: Callable[[str, str], Case], architecture: str, row: str) -> None:
     check_as_near_as_peft(case(architecture, "int8"), row)
 
 
-@pytest.mark.parametrize("row", LENGTHS)
-@pytest.mark.parametrize("architecture", marked("nf4", ["gemma2", "phi3", "opt", "gpt_oss"]))
+@pytest.mark.parametrize(("architecture", "row"), marked_rows("nf4", ["gemma2", "phi3", "opt", "gpt_oss"]))
 def test_nf4_is_as_near_as_peft(case: Callable[[str, str], Case], architecture: str, row: str) -> None:
     check_as_near_as_peft(case(architecture, "nf4"), row)
