@@ -19,7 +19,10 @@ from polygraft.layers.native.kernels import load_kernels
 from tests.engines import forced_logits, make_engine
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
-ADAPTERS = [None, "lora", "lora", "lora-bias", "rslora-patterns", "prefix", "prompt", None]
+ADAPTERS = [
+    None, "lora", "lora", "lora-bias", "rslora-patterns", "prefix", "prompt", "lokr", "oft", "boft", "ia3-shared-input",
+    "hra", None,
+]  # fmt: skip
 
 
 @pytest.fixture(params=[1, 3])

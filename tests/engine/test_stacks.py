@@ -61,6 +61,7 @@ REFUSED: list[tuple[Request, type[PolygraftError], str]] = [
     (ask("lokr", "ia3"), InvalidRequest, r"adapters\[1\]: 'ia3' after 'lokr': it scales what .*down_proj reads"),
     (ask("lora", "hra"), InvalidRequest, r"adapters\[1\]: 'hra' after 'lora': it reflects the base's weights of"),
     (ask("hra", "hra-orthogonal"), InvalidRequest, r"adapters\[1\]: .* it reflects the base's weights of"),
+    (ask("hra", "dora"), InvalidRequest, r"adapters\[1\]: .* is a norm of the base's weights, not of reflected ones"),
     (ask("boft", "oft"), InvalidRequest, r"adapters\[1\]: .* where one rotates the inputs, isn't defined"),
     (ask("ia3", "oft"), InvalidRequest, r"adapters\[1\]: .* where one rotates the inputs, isn't defined"),
     (ask("boft", "dora"), InvalidRequest, r"adapters\[1\]: .* where one rotates the inputs, isn't defined"),

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from polygraft.adapters.primitives import LowRank, Scale
+from polygraft.adapters.primitives import Kron, LowRank, Rotation, Scale
 from polygraft.layers import low_rank_bank
 from polygraft.layers.low_rank import ENTRY, WEIGHT_DTYPES, AdaptedLinear
 from polygraft.layers.low_rank_bank import LowRankBank, Run, choose_operators
@@ -215,6 +215,32 @@ def test_several_adapters_of_a_row_act_in_their_order(interpreted: ModuleType) -
     expected[41:] *= factors
     assert torch.allclose(out, expected, atol=1e-4, rtol=1e-5)
     assert torch.allclose(out, reference, atol=1e-4, rtol=1e-5)
+
+
+@TRITON
+@pytest.mark.parametrize("base", DTYPES)
+def test_what_is_left_to_torch_stands_in_its_place(interpreted: ModuleType, base: torch.dtype) -> None:
+    layer = Layer(interpreted, 24, 30, base)
+    kron = Kron(torch.randn(5, 4), torch.randn(6, 6))
+    turn = Rotation(torch.linalg.qr(torch.randn(6, 4, 4)).Q)
+    low_rank = weights(3, 24, 30, torch.float32)
+    both = layer.bank.install({"layer": low_rank}, krons={"layer": kron})
+    turned = layer.bank.install({}, {"layer": Scale(input=torch.randn(24))}, rotations={"layer": turn})
+    x = torch.randn(40, 24).to(base)
+    segments = layer.bank.segments([(0, 20, both, 0.5), (25, 40, turned)], [(3, 7, turned)])
+    assert segments.max_rank == 3  # nothing of the others is in the kernels' scratch
+    out, _ = layer.run(x, [(0, 20, both, 0.5), (25, 40, turned)], [(3, 7, turned)])
+    scale = layer.adapted.slots._weights[turned].in_scale
+    rotated = (x.float() * scale) @ torch.block_diag(*turn.blocks)
+    read = x.float().clone()
+    read[3:7], read[25:] = rotated[3:7], rotated[25:]
+    expected = layer.bare(read.to(base)).float()
+    added = x.float() @ (torch.kron(kron.w1, kron.w2) + low_rank.b @ low_rank.a).T
+    expected[:20] += 0.5 * added[:20]
+    assert torch.allclose(
+        out.float(), expected, atol=1e-4 if base == torch.float32 else 0.3, rtol=4 * UNIT[base]
+    )
+    assert torch.equal(out[20:25], layer.bare(x)[20:25])
 
 
 @TRITON

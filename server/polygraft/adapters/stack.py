@@ -160,6 +160,9 @@ def _conflict_of_inputs(before: CompiledAdapter, after: CompiledAdapter) -> str 
         reflected = after.low_rank.keys() & {*before.on_modules}
         if reflected:
             return f"it reflects the base's weights of {min(reflected)}, not what is before it; name it first"
+    normed = before.low_rank.keys() & _magnitudes(after) if before.reflects else set()
+    if normed:
+        return f"its magnitude on {min(normed)} is a norm of the base's weights, not of reflected ones"
     # PEFT turns by the first OFT first; of anything else it knows no order.
     turned = set() if before.kind == after.kind == "oft" else before.rotations.keys() & after.rotations.keys()
     turned |= before.rotations.keys() & after.scales.keys() | before.scales.keys() & after.rotations.keys()

@@ -100,7 +100,8 @@ class Segments:
         table: int32 [n, 5] of segments, the weight's bits as they are; on CUDA cut into tiles of rows.
         host: whole segments, for the operators written in torch.
         touched: bit m is set if any of these adapters has a primitive in module m.
-        max_rank: the largest sum of ranks that a row's adapters have.
+        max_rank: numbers that a row of the scratch needs for a module: the largest sum of ranks that a row's
+            adapters have, with what the C++ operators keep beside x A^T (`LowRankSlots.scratch`).
         depths: the same again, a row's first adapters, then its second ones, and so on.
         max_width: the largest width of a bottleneck among them.
         site_floats: what a row needs of scratch at their sites.
