@@ -19,6 +19,7 @@ from peft import (
     HiraConfig,
     HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -36,6 +37,7 @@ from peft import (
     ShiraConfig,
     SupertuningConfig,
     TinyLoraConfig,
+    TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -75,6 +77,17 @@ IA3_SHARED = {
 # Some kinds know no Conv1D, of which all of GPT-2's layers are made.
 NO_CONV1D = {**TARGETS, "gpt2": ["lm_head"]}
 NO_CONV1D_ALL = {**dict.fromkeys(TARGETS, "all-linear"), "gpt2": ["lm_head"]}
+EMBEDDING = {"llama": "embed_tokens", "qwen2": "embed_tokens", "gemma3_text": "embed_tokens", "gpt2": "wte"}
+# By the ends of their names, so that "norm" is all of a Llama's.
+NORMS = {"llama": "norm", "qwen2": "norm", "gemma3_text": "norm", "gpt2": "ln_f"}
+LN_TARGETS = {
+    "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
+    "qwen2": ["post_attention_layernorm"],
+    "gemma3_text": ["input_layernorm", "pre_feedforward_layernorm", "q_norm", "norm"],
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+}
+SOME_TOKENS = list(range(2, 250, 3))
+OTHER_TOKENS = list(range(248, 0, -5))
 CAUSAL = {"task_type": "CAUSAL_LM"}
 
 KINDS: dict[str, Callable[[str], PeftConfig]] = {
@@ -93,6 +106,38 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "lora-regex": lambda a: LoraConfig(r=5, target_modules=REGEX[a], **CAUSAL),
     "lora-layers": lambda a: LoraConfig(r=4, target_modules=TARGETS[a], layers_to_transform=[0, 2], **CAUSAL),
     "lora-head": lambda a: LoraConfig(r=4, target_modules=[*TARGETS[a], "lm_head"], **CAUSAL),
+    "lora-embedding": lambda a: LoraConfig(r=4, target_modules=[*TARGETS[a], EMBEDDING[a]], **CAUSAL),
+    # PEFT forgets a GPT-2's head when it loads what it has tied and saved.
+    "lora-embedding-head": lambda a: LoraConfig(
+        r=4,
+        target_modules=[*TARGETS[a], EMBEDDING[a], "lm_head"],
+        ensure_weight_tying=a != "gpt2",
+        **CAUSAL,
+    ),
+    "lora-tokens": lambda a: LoraConfig(
+        r=4, target_modules=TARGETS[a], trainable_token_indices=SOME_TOKENS, **CAUSAL
+    ),
+    "lora-tokens-head": lambda a: LoraConfig(
+        r=4,
+        target_modules=TARGETS[a],
+        trainable_token_indices={EMBEDDING[a]: OTHER_TOKENS, "lm_head": SOME_TOKENS},
+        **CAUSAL,
+    ),
+    "lora-saved-head": lambda a: LoraConfig(
+        r=4, target_modules=TARGETS[a], modules_to_save=["lm_head"], **CAUSAL
+    ),
+    "lora-saved-tokens": lambda a: LoraConfig(
+        r=4, target_modules=TARGETS[a], modules_to_save=[EMBEDDING[a], "lm_head"], **CAUSAL
+    ),
+    "lora-saved-norms": lambda a: LoraConfig(
+        r=4, target_modules=TARGETS[a], modules_to_save=[NORMS[a]], **CAUSAL
+    ),
+    "lora-all-biases": lambda a: LoraConfig(r=4, target_modules=TARGETS[a], bias="all", **CAUSAL),
+    "dora-biases": lambda a: LoraConfig(
+        r=4, target_modules=TARGETS[a], bias="lora_only", use_dora=True, **CAUSAL
+    ),
+    "trainable-tokens": lambda a: TrainableTokensConfig(token_indices=SOME_TOKENS, **CAUSAL),
+    "ln-tuning": lambda a: LNTuningConfig(target_modules=LN_TARGETS[a], **CAUSAL),
     "dora": lambda a: LoraConfig(r=4, target_modules=TARGETS[a], use_dora=True, **CAUSAL),
     "ia3": lambda a: IA3Config(target_modules=IA3[a][0], feedforward_modules=IA3[a][1], **CAUSAL),
     "prefix": lambda a: PrefixTuningConfig(num_virtual_tokens=5, **CAUSAL),
@@ -258,8 +303,11 @@ def save_adapter(
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
             elif "ia3_" in name or "boft_s" in name or "road_alpha" in name:
                 parameter.normal_(mean=1.0, std=0.4)
-            elif parameter.requires_grad and "prompt_encoder" in name:
+            elif (parameter.requires_grad and "prompt_encoder" in name) or "beft_" in name:
                 parameter.normal_(std=0.4)
+            elif parameter.requires_grad:
+                # What is replaced: tokens, norms, biases, whole modules.
+                parameter.add_(torch.randn(parameter.shape), alpha=0.15)
     prune(model)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder

@@ -49,10 +49,11 @@ def test_every_kind_of_peft_is_served_or_refused_with_a_reason(
 HONOURED = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "use_rslora", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "lora_bias", "use_dora", "init_lora_weights", "bias", "alora_invocation_tokens",
+    "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
 }  # fmt: skip
 OF_TRAINING = {
     "lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 PROVENANCE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",

@@ -13,16 +13,12 @@ from collections.abc import Generator, Mapping
 from typing import Any
 
 from polygraft.adapters.lora import TRAINING_ONLY
-from polygraft.adapters.per_module import (
-    PREFIX,
-    is_alpha,
-    is_rank,
-    refuse_base_weights,
-    refuse_trained_biases,
-)
+from polygraft.adapters.per_module import PREFIX, is_alpha, is_rank
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trainable_tokens import take_trainable_tokens
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
@@ -34,10 +30,11 @@ def compile_adalora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
     initial = reader.option("init_r", int, 12)
     alpha = reader.option("lora_alpha", (int, float), 8)
     pattern = reader.option("rank_pattern", dict, {})
-    refuse_trained_biases(reader)
     # It inherits LoRA's r but doesn't use it, and all its initialisations leave the base alone.
     reader.ignore("r", "init_lora_weights", *TRAINING_ONLY, *_SCHEDULE)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
+    token_rows = take_trainable_tokens(reader, base, modules)
     if not is_rank(initial) or not is_alpha(alpha):
         reader.problems.append(f"init_r {shown(initial)} with alpha {shown(alpha)} makes no sense")
         modules = []
@@ -46,7 +43,6 @@ def compile_adalora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
     for module, rank in ranks.items():
         yield
         shape = base.linears[module]
-        refuse_base_weights(reader, module)
         a = reader.take(f"{PREFIX}{module}.lora_A", (rank, shape.in_features), wide=True)
         b = reader.take(f"{PREFIX}{module}.lora_B", (shape.out_features, rank), wide=True)
         e = reader.take(f"{PREFIX}{module}.lora_E", (rank, 1), wide=True)
@@ -56,7 +52,9 @@ def compile_adalora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
         kept_a, kept_b = reader.keep(a * e, module), reader.keep(b * scaling, module)
         if kept_a is not None and kept_b is not None:
             primitives[module] = LowRank(kept_a, kept_b)
-    return CompiledAdapter("adalora", reader.parameters, low_rank=primitives)
+    return CompiledAdapter(
+        "adalora", reader.parameters, low_rank=primitives, biases=biases, norms=norms, token_rows=token_rows
+    )
 
 
 def _ranks(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from polygraft.adapters.per_module import PREFIX, refuse_base_weights
+from polygraft.adapters.per_module import PREFIX
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.targets import target_modules
@@ -22,7 +22,6 @@ def compile_beft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     for module in target_modules(reader, base):
         yield
         shape = base.linears[module]
-        refuse_base_weights(reader, module)
         bias = reader.take(f"{PREFIX}{module}.beft_bias", (1, shape.out_features))
         if bias is not None:
             a, b = bias.new_zeros(0, shape.in_features), bias.new_zeros(shape.out_features, 0)

@@ -13,7 +13,7 @@ from collections.abc import Generator
 import torch
 
 from polygraft.adapters.oft import cayley
-from polygraft.adapters.per_module import PREFIX, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, refuse_trained_biases
 from polygraft.adapters.primitives import CompiledAdapter, Rotation, Scale
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
@@ -40,7 +40,6 @@ def compile_boft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     scales: dict[str, Scale] = {}
     for module in modules:
         yield
-        refuse_base_weights(reader, module)
         shape = base.linears[module]
         block = size or shape.in_features // number
         whole = block * 2 ** (factors - 1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
 from polygraft.adapters.primitives import CompiledAdapter, Dense
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import BAD_PATTERN, ending_key, target_modules
@@ -64,7 +64,6 @@ def compile_c3a(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
                 f"{shape.out_features} outputs"
             )
             continue
-        refuse_base_weights(reader, module)
         blocks = (shape.out_features // own, shape.in_features // own, own)
         kernels = reader.take(f"{PREFIX}{module}.c3a_kernel", blocks, wide=True)
         if kernels is not None:

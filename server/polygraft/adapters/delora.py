@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from polygraft.adapters.per_module import PREFIX, ModuleSettings, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, ModuleSettings, refuse_trained_biases
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.targets import BAD_PATTERN, target_modules
@@ -38,7 +38,6 @@ def compile_delora(reader: FolderReader, base: BaseSpec) -> Generator[None, None
         if rank_and_alpha is None:
             continue
         rank, _ = rank_and_alpha
-        refuse_base_weights(reader, module)
         a = reader.take(f"{PREFIX}{module}.delora_A", (rank, shape.in_features), wide=True)
         b = reader.take(f"{PREFIX}{module}.delora_B", (shape.out_features, rank), wide=True)
         strength = reader.take(f"{PREFIX}{module}.delora_lambda", (1,), wide=True)

@@ -18,7 +18,6 @@ from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
     is_rank,
-    refuse_base_weights,
     refuse_trained_biases,
 )
 from polygraft.adapters.primitives import CompiledAdapter, Dense
@@ -82,7 +81,6 @@ def compile_fourierft(reader: FolderReader, base: BaseSpec) -> Generator[None, N
         if not is_rank(several) or several > shape.in_features * shape.out_features:
             reader.problems.append(f"n_frequency {shown(several)} for {module} makes no sense")
             continue
-        refuse_base_weights(reader, module)
         spectrum = reader.take(f"{PREFIX}{module}.fourierft_spectrum", (several,), wide=True)
         if spectrum is None:
             continue

@@ -17,7 +17,6 @@ from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
     is_rank,
-    refuse_base_weights,
     refuse_trained_biases,
 )
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
@@ -57,7 +56,6 @@ def compile_gralora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
                 f"{shape.out_features} outputs"
             )
             continue
-        refuse_base_weights(reader, module)
         inputs, outputs = shape.in_features // blocks, shape.out_features // blocks
         name = f"{PREFIX}{module}.gralora_"
         block_a = reader.take(f"{name}A", (blocks, inputs, rank), wide=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polygraft.adapters.per_module import PREFIX, refuse_base_weights
+from polygraft.adapters.per_module import PREFIX
 from polygraft.adapters.primitives import CompiledAdapter, Dense
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.targets import target_modules
@@ -44,7 +44,6 @@ def compile_hira(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     for module in target_modules(reader, base):
         yield
         shape = base.linears[module]
-        refuse_base_weights(reader, module)
         a = reader.take(f"{PREFIX}{module}.hira_A", (None, shape.in_features), wide=True)
         rank = None if a is None else len(a)
         b = reader.take(f"{PREFIX}{module}.hira_B", (shape.out_features, rank), wide=True)

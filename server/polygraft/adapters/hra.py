@@ -12,7 +12,7 @@ from collections.abc import Generator
 
 import torch
 
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
@@ -35,7 +35,6 @@ def compile_hra(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
     low_rank: dict[str, LowRank] = {}
     for module in modules:
         yield
-        refuse_base_weights(reader, module)
         shape = base.linears[module]
         vectors = reader.take(f"{PREFIX}{module}.hra_u", (shape.in_features, rank), wide=True)
         if vectors is None or not reader.has_room(rank, rank * (shape.in_features + shape.out_features)):

@@ -26,6 +26,7 @@ from polygraft.adapters.gralora import compile_gralora
 from polygraft.adapters.hira import compile_hira
 from polygraft.adapters.hra import compile_hra
 from polygraft.adapters.ia3 import compile_ia3
+from polygraft.adapters.ln_tuning import compile_ln_tuning
 from polygraft.adapters.loha import compile_loha
 from polygraft.adapters.lokr import compile_lokr
 from polygraft.adapters.lora import compile_lora
@@ -39,10 +40,12 @@ from polygraft.adapters.randlora import compile_randlora
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.refusals import why_not_kind
 from polygraft.adapters.road import compile_road
+from polygraft.adapters.saved_modules import take_saved_modules
 from polygraft.adapters.shira import compile_shira
 from polygraft.adapters.soft_prompt import compile_p_tuning, compile_prompt_tuning
 from polygraft.adapters.supertuning import compile_supertuning
 from polygraft.adapters.tinylora import compile_tinylora
+from polygraft.adapters.trainable_tokens import compile_trainable_tokens
 from polygraft.adapters.unilora import compile_unilora
 from polygraft.adapters.vblora import compile_vblora
 from polygraft.adapters.vera import compile_vera
@@ -78,6 +81,8 @@ KINDS: Mapping[str, Compiler] = {
     "RANDLORA": compile_randlora,
     "ROAD": compile_road,
     "SUPERTUNING": compile_supertuning,
+    "TRAINABLE_TOKENS": compile_trainable_tokens,
+    "LN_TUNING": compile_ln_tuning,
     "PREFIX_TUNING": compile_prefix_tuning,
     "CARTRIDGE": compile_cartridge,
     "PROMPT_TUNING": compile_prompt_tuning,
@@ -85,6 +90,10 @@ KINDS: Mapping[str, Compiler] = {
     "MULTITASK_PROMPT_TUNING": compile_multitask_prompt_tuning,
     "CPT": compile_cpt,
 }
+_PROMPTS = {
+    "PREFIX_TUNING", "CARTRIDGE", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT",
+}  # fmt: skip
+"""Kinds that leave the base's modules as they are: PEFT calls these by shorter names, and saves none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +124,19 @@ def compile_adapter(
     reader = FolderReader(folder, limits.dtype, limits.rank, limits.compiled_bytes)
     compiler = _compiler(folder)
     reader.check_base_name(base.name)
-    compiled = yield from compiler(reader, base)
+    kind = folder.config.get("peft_type")
+    if compiler is compile_adapterhub:
+        compiled = yield from compiler(reader, base)
+    else:
+        saved = take_saved_modules(
+            reader,
+            base,
+            "base_model." if kind in _PROMPTS else "base_model.model.",
+            saves=kind not in _PROMPTS and kind != "TRAINABLE_TOKENS",
+            ties=kind in ("LORA", "ADALORA"),
+        )
+        compiled = saved.added_to((yield from compiler(reader, saved.base)), base.vocabulary_size)
+        _check_replaced(reader, compiled)
     if compiled.rank > limits.rank:
         reader.problems.append(
             f"rank {compiled.rank} is over the limit of {limits.rank} (--max-adapter-rank)"
@@ -132,6 +153,19 @@ def compile_adapter(
         )
     reader.finish()
     return dataclasses.replace(compiled, warnings=tuple(reader.warnings))
+
+
+def _check_replaced(reader: FolderReader, compiled: CompiledAdapter) -> None:
+    """Note where what is replaced of the base can't be served beside the rest."""
+    if compiled.merged_only and compiled.unmergeable:
+        reader.problems.append(
+            f"{compiled.kind} is served merged only, and {compiled.unmergeable} can't be merged"
+        )
+    if compiled.invocation and (compiled.replaces or compiled.embedding):
+        reader.problems.append(
+            "alora_invocation_tokens with parts of the base that it replaces: these act from the start, and "
+            "the rest doesn't"
+        )
 
 
 def _compiler(folder: AdapterFolder) -> Compiler:

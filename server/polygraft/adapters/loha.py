@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from polygraft.adapters.per_module import PREFIX, ModuleSettings, refuse_base_weights
+from polygraft.adapters.per_module import PREFIX, ModuleSettings
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.targets import BAD_PATTERN, target_modules
@@ -36,7 +36,6 @@ def compile_loha(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if rank_and_alpha is None:
             continue
         rank, alpha = rank_and_alpha
-        refuse_base_weights(reader, module)
         columns, rows = (shape.out_features, rank), (rank, shape.in_features)
         w1_a = reader.take(f"{PREFIX}{module}.hada_w1_a", columns, wide=True)
         w1_b = reader.take(f"{PREFIX}{module}.hada_w1_b", rows, wide=True)

@@ -12,7 +12,7 @@ from collections.abc import Generator
 
 import torch
 
-from polygraft.adapters.per_module import PREFIX, ModuleSettings, refuse_base_weights
+from polygraft.adapters.per_module import PREFIX, ModuleSettings
 from polygraft.adapters.primitives import CompiledAdapter, Kron
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.targets import BAD_PATTERN, target_modules
@@ -40,7 +40,6 @@ def compile_lokr(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if rank_and_alpha is None:
             continue
         rank, alpha = rank_and_alpha
-        refuse_base_weights(reader, module)
         (o1, o2), (i1, i2) = _divided(shape.out_features, factor), _divided(shape.in_features, factor)
         has_room = reader.has_room(0, o1 * i1 + o2 * i2, torch.float32)
         w1 = _factor(reader, f"{module}.lokr_w1", o1, i1, rank if both else None, has_room=has_room)

@@ -14,15 +14,12 @@ from collections.abc import Generator
 
 import torch
 
-from polygraft.adapters.per_module import (
-    PREFIX,
-    ModuleSettings,
-    refuse_base_weights,
-    refuse_trained_biases,
-)
+from polygraft.adapters.per_module import PREFIX, ModuleSettings
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.reader import FolderReader, shown
-from polygraft.adapters.targets import BAD_PATTERN, target_modules
+from polygraft.adapters.targets import BAD_PATTERN, target_modules, with_tied_head
+from polygraft.adapters.trainable_tokens import take_trainable_tokens
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 # Initialisations that leave the base alone (peft/tuners/lora/layer.py, update_layer). The others (pissa,
@@ -31,7 +28,7 @@ from polygraft.base.spec import BaseSpec
 _PLAIN_INITS = {None, True, False, "gaussian", "orthogonal", "eva", "mica"}
 TRAINING_ONLY = (
     "lora_dropout", "fan_in_fan_out", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
-    "megatron_config", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying",
+    "megatron_config", "megatron_core", "runtime_config", "qalora_group_size",
 )  # fmt: skip
 """Options of LoRA, and of the kinds whose configuration extends it, that only training reads."""
 
@@ -48,12 +45,14 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     if dora and invocation:
         reader.problems.append("alora_invocation_tokens with use_dora has no meaning in PEFT")
     _check_init(reader)
-    refuse_trained_biases(reader)
     reader.ignore(*TRAINING_ONLY)
+    embedding = None if base.embedding is None else base.embedding.name
+    targets = target_modules(reader, base, also=[] if embedding is None else [embedding])
+    targets = with_tied_head(reader, base, targets)
+    biases, norms = take_trained_biases(reader, base, targets)
     primitives: dict[str, LowRank] = {}
-    for module in target_modules(reader, base):
+    for module in targets:
         yield
-        shape = base.linears[module]
         try:
             rank_and_alpha = settings.of(module)
         except BAD_PATTERN as error:
@@ -62,14 +61,20 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if rank_and_alpha is None:
             continue
         rank, alpha = rank_and_alpha
-        refuse_base_weights(reader, module)
         scaling = alpha / (math.sqrt(rank) if rslora else rank)
-        a = reader.take(f"{PREFIX}{module}.lora_A.weight", (rank, shape.in_features))
-        b = reader.take(f"{PREFIX}{module}.lora_B.weight", (shape.out_features, rank))
-        bias = reader.take(f"{PREFIX}{module}.lora_B.bias", (shape.out_features,)) if has_bias else None
-        magnitude = (
-            reader.take(f"{PREFIX}{module}.lora_magnitude_vector", (shape.out_features,)) if dora else None
-        )
+        if module == embedding:
+            if dora or has_bias:
+                reader.problems.append(f"use_dora and lora_bias aren't served on {module}, an embedding")
+                continue
+            names = (f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B")
+            inputs, outputs = base.vocabulary_size, base.hidden_size
+        else:
+            names = (f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight")
+            inputs, outputs = base.linears[module].in_features, base.linears[module].out_features
+        a = reader.take(names[0], (rank, inputs))
+        b = reader.take(names[1], (outputs, rank))
+        bias = reader.take(f"{PREFIX}{module}.lora_B.bias", (outputs,)) if has_bias else None
+        magnitude = reader.take(f"{PREFIX}{module}.lora_magnitude_vector", (outputs,)) if dora else None
         if a is None or b is None or (has_bias and bias is None) or (dora and magnitude is None):
             continue
         # A module's two matrices have one type, whatever the file's have. Scaled in float32, so that a
@@ -81,7 +86,16 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
             reader.problems.append(f"scaling {scaling} makes weights of {module} infinite")
             continue
         primitives[module] = LowRank(a.to(dtype).contiguous(), scaled, bias, magnitude)
-    return CompiledAdapter("lora", reader.parameters, low_rank=primitives, invocation=invocation)
+    return CompiledAdapter(
+        "lora",
+        reader.parameters,
+        embedding=None if embedding is None else primitives.pop(embedding, None),
+        low_rank=primitives,
+        biases=biases,
+        norms=norms,
+        token_rows=take_trainable_tokens(reader, base, targets),
+        invocation=invocation,
+    )
 
 
 def _invocation(reader: FolderReader, vocabulary: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
 from polygraft.adapters.primitives import CompiledAdapter, Dense, LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
@@ -72,7 +72,6 @@ def compile_miss(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
                 f"{shape.out_features} outputs"
             )
             continue
-        refuse_base_weights(reader, module)
         name = f"{PREFIX}{module}.miss_block"
         if variant == "bat":
             blocks = reader.take(name, (shape.out_features // rank, rank, rank), wide=True)

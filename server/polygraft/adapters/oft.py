@@ -12,7 +12,7 @@ from collections.abc import Generator
 import torch
 from packaging.version import InvalidVersion, Version
 
-from polygraft.adapters.per_module import PREFIX, is_alpha, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_alpha, refuse_trained_biases
 from polygraft.adapters.primitives import CompiledAdapter, Rotation
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
@@ -39,7 +39,6 @@ def compile_oft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
     rotations: dict[str, Rotation] = {}
     for module in modules:
         yield
-        refuse_base_weights(reader, module)
         inputs = base.linears[module].in_features
         block = _nearest_divisor(inputs, size) if size else inputs // _nearest_divisor(inputs, number)
         count = 1 if shared else inputs // block

@@ -53,22 +53,12 @@ class ModuleSettings:
         )
 
 
-def refuse_base_weights(reader: FolderReader, module: str) -> None:
-    """Take a copy of the base's module, which PEFT saves beside an adapter on embeddings or the head, and
-    refuse it: it may not be what the base has."""
-    copied = f"{PREFIX}{module}.base_layer.weight"
-    if copied in reader.names():
-        reader.take(copied, (None, None))
-        reader.problems.append(
-            f"it carries a copy of the base's {module}, which isn't served; save it with "
-            "save_embedding_layers=False"
-        )
-
-
 def refuse_trained_biases(reader: FolderReader) -> None:
     """Take the option for training the base's biases, and refuse it unless it is off."""
     if reader.option("bias", str, "none") != "none":
-        reader.problems.append("bias other than 'none' replaces the base's biases, which isn't served")
+        reader.problems.append(
+            "bias other than 'none' replaces the base's biases, which this kind isn't served with"
+        )
 
 
 def is_rank(value: object) -> TypeGuard[int]:

@@ -109,6 +109,39 @@ class Rotation:
 
 
 @dataclass(frozen=True, slots=True)
+class NormWeights:
+    """What a norm multiplies by and adds, in the place of the base's own.
+
+    Args:
+        weight: [width] as the module keeps it, or None for the base's.
+        bias: [width] or None for the base's, if it has any.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of the embedding, of the head, or of both, in the place of the base's own.
+
+    Once it is resolved against the base's weights, a module has at most one of these, without the rows that
+    are the base's own.
+
+    Args:
+        modules: names of the embedding and the head, whichever they are for.
+        weight: [rows, hidden_size]
+        ids: int64 [rows], ascending, the tokens that they stand for; None is all from 0 on.
+        copied: the file says that the base had these; those of the base's own tokens must be equal to them.
+    """
+
+    modules: tuple[str, ...]
+    weight: torch.Tensor
+    ids: torch.Tensor | None = None
+    copied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Bottleneck:
     """Adapter tuning (arXiv 1902.00751) where a layer adds a part's output h to the residual stream r.
 
@@ -251,6 +284,11 @@ class CompiledAdapter:
         kind: PEFT's or AdapterHub's name for the method in lower case.
         low_rank, scales, krons, rotations, dense: by the name of the base's module; one with a `dense` has no
             other.
+        biases: [out_features], in the place of a linear module's own, by its name.
+        norms: by the name of the module.
+        embedding: of the input embedding: a [rank, vocabulary], b [hidden_size, rank].
+        token_rows: in their order, a later one's rows before an earlier one's.
+        vocabulary: how many tokens it knows, where that isn't what the base knows.
         bottlenecks: by the name of the base's residual site.
         coupling: around all layers.
         invocation: tokens at whose last occurrence in a prompt it begins to act; empty: from the start.
@@ -267,6 +305,11 @@ class CompiledAdapter:
     krons: Mapping[str, Kron] = field(default_factory=dict)
     rotations: Mapping[str, Rotation] = field(default_factory=dict)
     dense: Mapping[str, Dense] = field(default_factory=dict)
+    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    norms: Mapping[str, NormWeights] = field(default_factory=dict)
+    embedding: LowRank | None = None
+    token_rows: tuple[TokenRows, ...] = ()
+    vocabulary: int | None = None
     bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
     coupling: Coupling | None = None
     invocation: tuple[int, ...] = ()
@@ -278,7 +321,7 @@ class CompiledAdapter:
     def primitives(self) -> tuple[str, ...]:
         """Names of the primitives it is made of."""
         names = []
-        if self.low_rank:
+        if self.low_rank or self.embedding:
             names.append("reflection" if self.reflects else "low_rank")
         if self.scales or any(primitive.magnitude is not None for primitive in self.low_rank.values()):
             names.append("scale")
@@ -288,6 +331,8 @@ class CompiledAdapter:
             names.append("rotation")
         if self.dense:
             names.append("dense")
+        if self.replaces:
+            names.append("replace")
         if self.bottlenecks:
             names.append("bottleneck")
         if self.coupling:
@@ -299,10 +344,23 @@ class CompiledAdapter:
         return tuple(names)
 
     @property
+    def unmergeable(self) -> str:
+        """What of it doesn't fold into the base's linear modules; empty if all of it does."""
+        beside = {
+            "virtual tokens": self.prefix,
+            "bottlenecks": self.bottlenecks,
+            "an invertible adapter": self.coupling,
+            "a beginning inside the prompt": self.invocation,
+            "norms of its own": self.norms,
+            "tokens of its own": self.token_rows,
+            "low-rank weights on the embedding": self.embedding,
+        }
+        return " and ".join(what for what, part in beside.items() if part)
+
+    @property
     def mergeable(self) -> bool:
         """Whether all of it folds into the base's weights."""
-        beside = self.prefix or self.bottlenecks or self.coupling or self.invocation
-        return bool(self.on_modules) and not beside
+        return bool(self.on_modules) and not self.unmergeable
 
     @property
     def merged_only(self) -> bool:
@@ -310,25 +368,34 @@ class CompiledAdapter:
         return bool(self.dense)
 
     @property
+    def replaces(self) -> bool:
+        """Whether it has anything in the place of the base's own."""
+        return bool(self.biases or self.norms or self.token_rows or self.vocabulary is not None)
+
+    @property
     def in_bank(self) -> bool:
         """Whether it has weights that layers run, or that are folded into theirs."""
-        return bool(self.on_modules or self.bottlenecks or self.coupling)
+        others = self.bottlenecks or self.coupling or self.embedding
+        return bool(self.on_modules or others or self.replaces)
 
     @property
     def on_modules(self) -> tuple[str, ...]:
-        """Names of the base's modules that it has weights for."""
-        by_name = (self.low_rank, self.scales, self.krons, self.rotations, self.dense)
+        """Names of the base's linear modules that it has weights for."""
+        by_name = (self.low_rank, self.scales, self.krons, self.rotations, self.dense, self.biases)
         return tuple(dict.fromkeys(name for parts in by_name for name in parts))
 
     @property
     def modules(self) -> int:
         """Modules and sites of the base that it has weights for."""
-        return len({*self.on_modules, *self.bottlenecks}) + bool(self.coupling)
+        replaced = {*self.norms, *(name for rows in self.token_rows for name in rows.modules)}
+        alone = bool(self.coupling) + bool(self.embedding)
+        return len({*self.on_modules, *replaced, *self.bottlenecks}) + alone
 
     @property
     def rank(self) -> int:
         """The largest rank, 0 without low-rank primitives."""
-        return max((primitive.rank for primitive in self.low_rank.values()), default=0)
+        of_embedding = [self.embedding] if self.embedding else []
+        return max((primitive.rank for primitive in (*self.low_rank.values(), *of_embedding)), default=0)
 
     @property
     def width(self) -> int:
@@ -342,23 +409,13 @@ class CompiledAdapter:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that it keeps in memory, one that modules share once."""
-        by_name = (self.low_rank, self.scales, self.krons, self.rotations, self.dense, self.bottlenecks)
-        parts = (*(part for parts in by_name for part in parts.values()), self.coupling, self.prefix)
+        parts = (*(getattr(self, name) for name in _OF_LAYERS), self.prefix)
         yield from {id(tensor): tensor for part in parts for tensor in _tensors(part)}.values()
 
     def without_layer_weights(self) -> CompiledAdapter:
         """The same with shapes alone in what the layers hold the weights of."""
         shapes = Copies(torch.device("meta")).of
-        return replace(
-            self,
-            low_rank={name: shapes(primitive) for name, primitive in self.low_rank.items()},
-            scales={name: shapes(primitive) for name, primitive in self.scales.items()},
-            krons={name: shapes(primitive) for name, primitive in self.krons.items()},
-            rotations={name: shapes(primitive) for name, primitive in self.rotations.items()},
-            dense={name: shapes(primitive) for name, primitive in self.dense.items()},
-            bottlenecks={name: shapes(primitive) for name, primitive in self.bottlenecks.items()},
-            coupling=shapes(self.coupling),
-        )
+        return replace(self, **{name: shapes(getattr(self, name)) for name in _OF_LAYERS})
 
     @property
     def compiled_bytes(self) -> int:
@@ -366,15 +423,22 @@ class CompiledAdapter:
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
+_OF_LAYERS = (
+    "low_rank", "scales", "krons", "rotations", "dense", "biases", "norms", "embedding", "token_rows",
+    "bottlenecks", "coupling",
+)  # fmt: skip
 Part = TypeVar("Part")
 
 
 def _tensors(part: Any) -> Iterator[torch.Tensor]:
-    """All tensors of a primitive, or of a part of one."""
+    """All tensors of a primitive, of a part of one, or of several."""
     if isinstance(part, torch.Tensor):
         yield part
     elif isinstance(part, tuple):
         for item in part:
+            yield from _tensors(item)
+    elif isinstance(part, Mapping):
+        for item in part.values():
             yield from _tensors(item)
     elif hasattr(part, "__dataclass_fields__"):
         for item in fields(part):
@@ -395,13 +459,17 @@ class Copies:
         self._copied: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, part: Part) -> Part:
-        """The copy of a primitive, or of a part of one."""
+        """The copy of a primitive, of a part of one, or of several."""
+        whole: Any = part
         if isinstance(part, torch.Tensor):
             if id(part) not in self._copied:
                 self._copied[id(part)] = part, part.to(self._device, copy=True)
             return cast("Part", self._copied[id(part)][1])
+        if isinstance(whole, tuple):
+            return cast("Part", tuple(map(self.of, whole)))
+        if isinstance(whole, Mapping):
+            return cast("Part", {name: self.of(item) for name, item in whole.items()})
         if not hasattr(part, "__dataclass_fields__"):
             return part
-        whole: Any = part
-        copies = {item.name: self.of(getattr(part, item.name)) for item in fields(whole)}
+        copies = {item.name: self.of(getattr(whole, item.name)) for item in fields(whole)}
         return cast("Part", replace(whole, **copies))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.projections import shared_projections
 from polygraft.adapters.reader import FolderReader, shown
@@ -34,7 +34,6 @@ def compile_pvera(reader: FolderReader, base: BaseSpec) -> Generator[None, None,
     for module in modules:
         yield
         shape = base.linears[module]
-        refuse_base_weights(reader, module)
         lambda_b = reader.take(f"{PREFIX}{module}.pvera_lambda_b", (shape.out_features,), wide=True)
         lambda_d = reader.take(f"{PREFIX}{module}.pvera_lambda_d", (2 * rank,), wide=True)
         if projections is None or lambda_b is None or lambda_d is None:

@@ -20,7 +20,6 @@ from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
     is_rank,
-    refuse_base_weights,
     refuse_trained_biases,
 )
 from polygraft.adapters.primitives import CompiledAdapter, Dense
@@ -76,7 +75,6 @@ def compile_randlora(reader: FolderReader, base: BaseSpec) -> Generator[None, No
     for module in modules:
         yield
         shape = base.linears[module]
-        refuse_base_weights(reader, module)
         if factors is not None:
             _take_copies(reader, module, factors)
         side = min(shape.in_features, shape.out_features)

@@ -45,6 +45,10 @@ class FolderReader:
         self.name = folder.name
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.saved: tuple[str, ...] = ()
+        """What `modules_to_save` named."""
+        self.ties = False
+        """Whether what is trained of the embedding is the head's as well, where the base ties the two."""
         self._config = dict(folder.config)
         self._tensors = folder.tensors()
         self._dtype = adapter_dtype
@@ -93,6 +97,11 @@ class FolderReader:
     def holds(self, name: str) -> bool:
         """Whether there is such a tensor that hasn't been taken."""
         return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """A tensor's shape; None if there is none of that name, or it has been taken."""
+        tensor = self._tensors.get(name)
+        return None if tensor is None else tuple(tensor.shape)
 
     def take(self, name: str, shape: tuple[int | None, ...], *, wide: bool = False) -> torch.Tensor | None:
         """Take a tensor, in the type that adapters are kept in; None after noting what is wrong.

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _OPTIONS: Mapping[str, str] = {
-    "modules_to_save": "it replaces whole modules of the base, which no primitive does",
-    "trainable_token_indices": "it replaces rows of the base's embeddings, which no primitive does",
+    "modules_to_save": "this kind saves no modules, in PEFT it has no effect; remove it",
+    "trainable_token_indices": "this kind has no trained tokens, in PEFT it has no effect; remove it",
+    "ensure_weight_tying": "this kind ties nothing, in PEFT it has no effect; remove it",
     "target_parameters": "it adapts experts' stacked weights before each expert's activation, inside a "
     "module that side paths and merged copies of linear modules don't reach",
     "layer_replication": "it makes the base deeper, and there is one base for all adapters",
@@ -42,13 +43,11 @@ _KINDS: Mapping[str, str] = {
     "GLORA": "what it does to weights and biases could be folded into merged copies, but nobody has written "
     "that yet",
     "LILY": "it weighs experts by an average over all tokens of a batch, so answers depend on the neighbours",
-    "LN_TUNING": _REPLACES,
     "OSF": "it replaces the smaller singular vectors of the base's weights; the others aren't in the file",
     "PEANUT": _RESOLVABLE,
     "POLY": _ROUTES,
     "PSOFT": _DECOMPOSED,
     "SHADOW": "it runs a second network beside the base",
-    "TRAINABLE_TOKENS": "it replaces rows of the base's embeddings, which no primitive does",
     "XLORA": f"{_ROUTES}; its LoRAs can be served one by one",
 }
 

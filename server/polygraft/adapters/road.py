@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_base_weights
+from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import CompiledAdapter, Dense
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
@@ -69,7 +69,6 @@ def compile_road(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if outputs % size:
             reader.problems.append(f"group_size {size} doesn't divide {module}'s {outputs} outputs")
             continue
-        refuse_base_weights(reader, module)
         count = outputs // 2 * _NUMBERS[variant]
         angle = reader.take(f"{PREFIX}{module}.road_theta", (count,), wide=True)
         scale = reader.take(f"{PREFIX}{module}.road_alpha", (count,), wide=True)

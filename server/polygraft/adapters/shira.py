@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_base_weights
+from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import CompiledAdapter, Dense
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.sparse import Sparse
@@ -29,7 +29,6 @@ def compile_shira(reader: FolderReader, base: BaseSpec) -> Generator[None, None,
     for module in modules:
         yield
         shape = base.linears[module]
-        refuse_base_weights(reader, module)
         count = rank * (shape.in_features + shape.out_features)
         values = reader.take(f"{PREFIX}{module}.shira_weight", (count,), wide=True)
         most = max(shape.in_features, shape.out_features)

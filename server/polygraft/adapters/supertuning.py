@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polygraft.adapters.per_module import PREFIX, is_alpha, is_rank, refuse_base_weights
+from polygraft.adapters.per_module import PREFIX, is_alpha, is_rank
 from polygraft.adapters.primitives import CompiledAdapter, Dense
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.sparse import Sparse
@@ -60,7 +60,6 @@ def compile_supertuning(reader: FolderReader, base: BaseSpec) -> Generator[None,
     for module in modules:
         yield
         shape = base.linears[module]
-        refuse_base_weights(reader, module)
         name = f"{PREFIX}{module}.supertuning_"
         size = shape.in_features * shape.out_features
         count = int(size * (1 - sparsity))

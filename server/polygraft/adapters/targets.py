@@ -6,7 +6,7 @@ and peft/utils/other.py, 0.21): an adapter must land on the same modules here as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import regex
 
@@ -18,6 +18,9 @@ ALL_LINEAR = "all-linear"
 _MATCH_SECONDS = 0.05
 """A pattern comes from the folder, and one that backtracks without end would hold up every request."""
 
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+"""Those that PEFT takes for the names of embeddings (peft/utils/constants.py, EMBEDDING_LAYER_NAMES)."""
+
 BAD_PATTERN = (regex.error, TimeoutError)
 """What matching raises: not a regular expression, or one that takes too long."""
 
@@ -28,9 +31,13 @@ def matches(pattern: str, name: str, *, whole: bool) -> regex.Match[str] | None:
     return match(pattern, name, timeout=_MATCH_SECONDS)
 
 
-def target_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
+def target_modules(reader: FolderReader, base: BaseSpec, also: Collection[str] = ()) -> list[str]:
     """Take the targeting options and return the targeted modules, noting targets that don't exist or
-    can't be served."""
+    can't be served. What is in `modules_to_save` is no target.
+
+    Args:
+        also: modules other than linear ones that the kind is served on.
+    """
     targets = reader.option("target_modules", (str, list), None)
     excluded = reader.option("exclude_modules", (str, list), [])
     layers = reader.option("layers_to_transform", (int, list), None)
@@ -54,7 +61,7 @@ def target_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
             found = [name for name in names if _targeted(name, targets, layers, patterns)]
             each = [targets] if isinstance(targets, str) else [[target] for target in targets]
             missing = [one for one in each if not any(_named(name, one) for name in names)]
-        found = [name for name in found if not _named(name, excluded)]
+        found = [name for name in found if not _named(name, excluded) and not _within(name, reader.saved)]
     except BAD_PATTERN as error:
         reader.problems.append(
             "target_modules, exclude_modules or layers_pattern is not a regular expression that can be "
@@ -67,11 +74,25 @@ def target_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
     if not found and not missing:
         reader.problems.append("exclude_modules or layers_to_transform leaves no module of the base")
     reader.problems += [
-        f"target {name} is a {base.others[name]}, which low-rank weights aren't served on"
+        f"target {name} is a {base.others[name]}, which this kind isn't served on"
         for name in found
-        if name in base.others
+        if name in base.others and name not in also
     ]
-    return [name for name in found if name in base.linears]
+    return [name for name in found if name in base.linears or name in also]
+
+
+def with_tied_head(reader: FolderReader, base: BaseSpec, targets: list[str]) -> list[str]:
+    """The targets, and where `ensure_weight_tying` says so the embedding and the head that it is tied to.
+
+    The head's weights are the embedding's then, exchanged and transposed, and PEFT saves them under both
+    names (peft/tuners/lora/model.py, `_add_targets_to_tie`).
+    """
+    embeddings = set(EMBEDDING_NAMES)
+    if not reader.ties or not any(name.split(".")[-1] in embeddings for name in targets):
+        return targets
+    if any(ending.split(".")[-1] in embeddings for ending in reader.saved):
+        return targets
+    return list(dict.fromkeys((*targets, *base.token_modules)))
 
 
 def matching_key(patterns: Iterable[str], module: str) -> str | None:
@@ -96,6 +117,11 @@ def _named(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return matches(targets, name, whole=True) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _within(name: str, saved: Iterable[str]) -> bool:
+    """Whether a module is one of those to save, or in one."""
+    return any(matches(rf"(^|.*\.){one}($|\..*)", name, whole=False) for one in saved)
 
 
 def _targeted(

@@ -13,7 +13,7 @@ from collections.abc import Generator
 
 import torch
 
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.projections import KEYS
 from polygraft.adapters.reader import FolderReader, shown
@@ -50,7 +50,6 @@ def compile_tinylora(reader: FolderReader, base: BaseSpec) -> Generator[None, No
     for place, module in enumerate(modules):
         yield
         shape = base.linears[module]
-        refuse_base_weights(reader, module)
         own = min(rank, shape.in_features, shape.out_features)
         name = f"{PREFIX}{module}.tinylora_"
         a = reader.take(f"{name}A", (own, shape.in_features), wide=True)

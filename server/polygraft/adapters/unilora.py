@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 import torch
 
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
@@ -49,7 +49,6 @@ def compile_unilora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
     for module in modules:
         yield
         shape = base.linears[module]
-        refuse_base_weights(reader, module)
         shapes = (rank, shape.in_features), (shape.out_features, rank)
         factors = None
         if saved:

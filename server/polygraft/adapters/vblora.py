@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
@@ -54,7 +54,6 @@ def compile_vblora(reader: FolderReader, base: BaseSpec) -> Generator[None, None
                 f"{shape.out_features} outputs"
             )
             continue
-        refuse_base_weights(reader, module)
         if not reader.has_room(rank, rank * (shape.in_features + shape.out_features)):
             break
         rows = mixtures.take(f"{PREFIX}{module}.vblora_logits_A", rank, shape.in_features // length)

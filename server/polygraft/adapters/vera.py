@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_base_weights, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import CompiledAdapter, LowRank
 from polygraft.adapters.projections import shared_projections
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _TRAINING_ONLY = ("vera_dropout", "d_initial", "fan_in_fan_out", "init_weights")
@@ -23,9 +24,9 @@ _TRAINING_ONLY = ("vera_dropout", "d_initial", "fan_in_fan_out", "init_weights")
 def compile_vera(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile a VeRA folder; yields between modules. Problems are noted in the reader."""
     rank = reader.option("r", int, 256)
-    refuse_trained_biases(reader)
     reader.ignore(*_TRAINING_ONLY)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     if not is_rank(rank):
         reader.problems.append(f"rank {shown(rank)} makes no sense")
         modules = []
@@ -34,7 +35,6 @@ def compile_vera(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     for module in modules:
         yield
         shape = base.linears[module]
-        refuse_base_weights(reader, module)
         lambda_b = reader.take(f"{PREFIX}{module}.vera_lambda_b", (shape.out_features,), wide=True)
         lambda_d = reader.take(f"{PREFIX}{module}.vera_lambda_d", (rank,), wide=True)
         if projections is None or lambda_b is None or lambda_d is None:
@@ -46,4 +46,4 @@ def compile_vera(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         b = reader.keep(lambda_b[:, None] * shared_b[: shape.out_features], module)
         if a is not None and b is not None:
             primitives[module] = LowRank(a, b)
-    return CompiledAdapter("vera", reader.parameters, low_rank=primitives)
+    return CompiledAdapter("vera", reader.parameters, low_rank=primitives, biases=biases, norms=norms)

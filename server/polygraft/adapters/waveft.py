@@ -18,7 +18,6 @@ from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
     is_rank,
-    refuse_base_weights,
     refuse_trained_biases,
 )
 from polygraft.adapters.primitives import CompiledAdapter, Dense
@@ -56,7 +55,6 @@ def compile_waveft(reader: FolderReader, base: BaseSpec) -> Generator[None, None
         if not is_rank(several) or several > shape.in_features * shape.out_features:
             reader.problems.append(f"n_frequency {shown(several)} for {module} makes no sense")
             continue
-        refuse_base_weights(reader, module)
         values = reader.take(f"{PREFIX}{module}.waveft_spectrum", (several,), wide=True)
         if values is None or not reader.has_room(0, 3 * _SQUARE * several):
             continue

@@ -54,8 +54,8 @@ def _norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> FusedRmsNo
         and isinstance(eps, float)
     ):
         return None
-    for scale in (weight, 1 + weight.float()):
-        candidate = FusedRmsNorm(scale, eps, kernels)
+    for offset in (0.0, 1.0):
+        candidate = FusedRmsNorm(weight, eps, kernels, offset)
         if _agree(module, candidate, _random(len(weight)).to(dtype)):
             return candidate
     return None

@@ -17,9 +17,11 @@ from polygraft.layers.decoder_layer import FusedDecoderLayer
 from polygraft.layers.fused import FusedMlp, FusedRmsNorm
 from polygraft.layers.linear import LinearGroup, PackedLinear
 from polygraft.layers.native.kernels import Kernels
+from polygraft.layers.norms import AdaptedNorm
 from polygraft.layers.step import NO_SEGMENTS, AttentionPlan, StepContext
 
 _TRIAL_ROWS = 5
+_Norm = AdaptedNorm | FusedRmsNorm | None
 
 
 def fuse_decoder_layers(
@@ -70,7 +72,7 @@ def _candidate(
     return FusedDecoderLayer(layer.forward, attention, norms, found, sites, mlp.activation, step, kernels)
 
 
-def _norms(layer: nn.Module, self_attn: nn.Module) -> list[FusedRmsNorm | None] | None:
+def _norms(layer: nn.Module, self_attn: nn.Module) -> list[_Norm] | None:
     """As `FusedDecoderLayer` takes them. Llama has two norms around its parts, Gemma four."""
     outer = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
     further = [
@@ -80,7 +82,8 @@ def _norms(layer: nn.Module, self_attn: nn.Module) -> list[FusedRmsNorm | None] 
     norms = [outer[0], None, outer[1], None] if further == [None, None] else outer + further
     needed = [norm for norm in norms if norm is not None]
     norms += inner
-    if len(needed) not in (2, 4) or not all(n is None or isinstance(n, FusedRmsNorm) for n in norms):
+    bare = [norm.base_layer if isinstance(norm, AdaptedNorm) else norm for norm in norms]
+    if len(needed) not in (2, 4) or not all(n is None or isinstance(n, FusedRmsNorm) for n in bare):
         return None
     return norms
 
@@ -97,7 +100,7 @@ def _group(parent: nn.Module, *names: str) -> LinearGroup | None:
     return first.group
 
 
-def _fit(attention: PagedAttention, norms: list[FusedRmsNorm | None], groups: list[LinearGroup]) -> bool:
+def _fit(attention: PagedAttention, norms: list[_Norm], groups: list[LinearGroup]) -> bool:
     """Whether each part reads what the one before it gives: the operator takes widths on trust."""
     site, (qkv, o, gate_up, down) = attention.site, groups
     hidden, inner = qkv.in_features, down.in_features

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from polygraft.base.residual_sites import ResidualSite, WatchSums
 from polygraft.errors import UnsupportedArchitecture
 from polygraft.layers.attention import AttentionSite, probed_sites
 
-_PROBE_ROWS = 3
+_PROBE_ROWS = 11  # no likely number of heads, so that rows and heads can be told apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,34 @@ class LinearShape:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingShape:
+    """The input embedding.
+
+    Args:
+        tied: its weight is the head's as well.
+        resizable: nothing else of the base reads token ids, so that it may be given larger ones.
+    """
+
+    name: str
+    rows: int
+    tied: bool
+    resizable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NormShape:
+    """A norm that sees every row of a step once, each by itself.
+
+    Args:
+        axis: of the rows in what it reads: 1, or 2 behind the heads.
+    """
+
+    width: int
+    has_bias: bool
+    axis: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class BaseSpec:
     """Names and shapes of a base model.
 
@@ -37,6 +65,8 @@ class BaseSpec:
         linears: by module name; each sees every row of a step exactly once (the head: every sampled one).
         same_input: names of `linears` in groups that read the same tensor, such as q, k and v.
         others: every other module's name and class name, for telling why it can't be targeted.
+        embedding: None if it is no plain table.
+        norms: by module name.
         attention: by module name, in the model's order.
         residual: sites of bottleneck adapters by name; none where layers aren't made for them.
         parameters: of the whole model, tied ones counted once.
@@ -47,11 +77,42 @@ class BaseSpec:
     linears: Mapping[str, LinearShape]
     same_input: tuple[tuple[str, ...], ...]
     others: Mapping[str, str]
+    embedding: EmbeddingShape | None
+    norms: Mapping[str, NormShape]
     attention: Mapping[str, AttentionSite]
     residual: Mapping[str, ResidualSite]
     hidden_size: int
     vocabulary_size: int
     parameters: int
+
+    @property
+    def head(self) -> str | None:
+        """Name of the module that computes the logits, if adapters can target it."""
+        return next((name for name, shape in self.linears.items() if shape.is_head), None)
+
+    @property
+    def token_modules(self) -> tuple[str, ...]:
+        """The embedding and the head, as far as adapters can have rows of their own for them."""
+        embedding = () if self.embedding is None else (self.embedding.name,)
+        head = self.head
+        return embedding if head is None or self.linears[head].has_bias else (*embedding, head)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding and the head share their weight."""
+        return self.embedding is not None and self.embedding.tied
+
+    def resized(self, vocabulary: int) -> BaseSpec:
+        """The same base with an embedding and a head for another number of tokens."""
+        return replace(
+            self,
+            linears={
+                name: replace(shape, out_features=vocabulary) if shape.is_head else shape
+                for name, shape in self.linears.items()
+            },
+            embedding=None if self.embedding is None else replace(self.embedding, rows=vocabulary),
+            vocabulary_size=vocabulary,
+        )
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -68,16 +129,16 @@ def not_through_interface(architecture: str) -> str:
     return f"{architecture} doesn't send its attention through transformers' AttentionInterface"
 
 
-def _probe(model: PreTrainedModel, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _probe(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
     """Run a few rows, given as the model takes them, as a packed step would.
 
     Returns:
         the last row's logits [vocabulary].
     """
-    device = next(model.parameters()).device
+    device = positions.device
     logits: torch.Tensor = model(
         **rows,
-        position_ids=torch.arange(_PROBE_ROWS, device=device)[None],
+        position_ids=positions,
         # Of two dimensions, so that each layer gets a mask made, which tells whom it sees.
         attention_mask=torch.ones(1, _PROBE_ROWS, dtype=torch.long, device=device),
         use_cache=False,
@@ -86,7 +147,7 @@ def _probe(model: PreTrainedModel, rows: Mapping[str, torch.Tensor]) -> torch.Te
     return logits
 
 
-def _rows_are_apart(model: PreTrainedModel, ids: torch.Tensor) -> bool:
+def _rows_are_apart(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> bool:
     """Whether the last row stays finite behind rows that aren't numbers.
 
     `Probe` lets no row attend to another, so what reaches it comes by another way: a convolution or a
@@ -94,7 +155,7 @@ def _rows_are_apart(model: PreTrainedModel, ids: torch.Tensor) -> bool:
     """
     embedded = model.get_input_embeddings()(ids)
     embedded[:, :-1] = torch.nan
-    return bool(_probe(model, {"inputs_embeds": embedded}).isfinite().all())
+    return bool(_probe(model, {"inputs_embeds": embedded}, positions).isfinite().all())
 
 
 def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
@@ -116,12 +177,14 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
         inputs.setdefault(module, []).append(x)
 
     named = dict(model.named_modules())
-    hooks = [m.register_forward_pre_hook(note_input) for m in named.values() if linear_shape(m)]
+    watched = (m for m in named.values() if linear_shape(m) or _is_norm(m) or isinstance(m, nn.Embedding))
+    hooks = [module.register_forward_pre_hook(note_input) for module in watched]
     ids = torch.arange(_PROBE_ROWS, device=next(model.parameters()).device)[None] % config.vocab_size
+    positions = torch.arange(_PROBE_ROWS, device=ids.device)[None]
     sums = WatchSums(model)
     try:
         with torch.inference_mode(), sums:
-            _probe(model, {"input_ids": ids})
+            _probe(model, {"input_ids": ids}, positions)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
         if not probed_sites(model):
             raise UnsupportedArchitecture(not_through_interface(config.model_type)) from error
@@ -138,13 +201,14 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
             "through transformers' AttentionInterface; all of them must"
         )
     with torch.inference_mode():
-        if ids.device.type != "meta" and not _rows_are_apart(model, ids):
+        if ids.device.type != "meta" and not _rows_are_apart(model, ids, positions):
             raise UnsupportedArchitecture(
                 f"{config.model_type} carries state from token to token outside attention, which would mix "
                 "the requests of a step"
             )
     linears = {}
     others = {}
+    norms: dict[str, NormShape] = {}
     same_input: dict[int, tuple[str, ...]] = {}
     for path, module in named.items():
         shape = linear_shape(module)
@@ -157,15 +221,67 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
             same_input[key] = (*same_input.get(key, ()), path)
         elif path:
             others[path] = type(module).__name__
+            axis = _row_axis(inputs.get(module, ())) if _is_norm(module) else None
+            if axis is not None:
+                width, has_bias = len(module.weight), getattr(module, "bias", None) is not None
+                norms[path] = NormShape(width, has_bias, axis)
     return BaseSpec(
         name=name,
         architecture=config.model_type,
         linears=linears,
         same_input=tuple(same_input.values()),
         others=others,
+        embedding=_embedding(model, inputs, positions),
+        norms=norms,
         attention=attention,
         residual=sums.sites(),
         hidden_size=model.get_input_embeddings().weight.shape[1],
         vocabulary_size=config.vocab_size,
         parameters=parameters,
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it multiplies by a vector, and adds one at most, and has nothing else."""
+    parameters = dict(module.named_parameters())
+    return (
+        type(module).__name__.endswith("Norm")
+        and "weight" in parameters
+        and parameters.keys() <= {"weight", "bias"}
+        and all(parameter.dim() == 1 for parameter in parameters.values())
+    )
+
+
+def _row_axis(inputs: Sequence[torch.Tensor]) -> int | None:
+    """Where a norm that has seen the probe's rows once has them: [1, rows, ...] or [1, heads, rows, ...]."""
+    shape = inputs[0].shape if len(inputs) == 1 else torch.Size()
+    axes = [axis for axis in range(1, len(shape) - 1) if shape[axis] == _PROBE_ROWS]
+    return axes[0] if len(axes) == 1 and shape[0] == 1 else None
+
+
+def _embedding(
+    model: PreTrainedModel, inputs: Mapping[nn.Module, list[torch.Tensor]], positions: torch.Tensor
+) -> EmbeddingShape | None:
+    table = model.get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is table), None)
+    if not isinstance(table, nn.Embedding) or name is None or len(inputs.get(table, ())) != 1:
+        return None
+    head = model.get_output_embeddings()
+    rows = table.num_embeddings
+    # An id may reach a table of its own after arithmetic, so whatever is as large as a vocabulary and isn't
+    # read by positions counts.
+    by_position = positions.untyped_storage()._cdata
+    others = (
+        module
+        for module, read in inputs.items()
+        if isinstance(module, nn.Embedding)
+        and module is not table
+        and 2 * module.num_embeddings >= rows
+        and any(x.untyped_storage()._cdata != by_position for x in read)
+    )
+    return EmbeddingShape(
+        name,
+        rows,
+        tied=head is not None and head.weight is table.weight,
+        resizable=table.max_norm is None and not any(True for _ in others),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from enum import Enum, auto
 
@@ -25,6 +25,7 @@ from polygraft.engine.scheduler import Scheduler
 from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, InvalidRequest, PolygraftError
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.base_dependent import resolve_against_base
+from polygraft.layers.resolve_rows import resolve_token_rows
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class AdapterManager:
             yield from self._load_from_store(name)
 
     def _try_base(self) -> Job:
-        self._base_canary = yield from self._canary_logits(None)
+        self._base_canary = yield from self._canary_logits(self._usual, None)
         if not torch.isfinite(self._base_canary).all():
             raise BaseModelError("the base's logits are not finite")
 
@@ -172,8 +173,9 @@ class AdapterManager:
                 raise folder
             compiled = yield from compile_adapter(folder, self._base, self._limits)
             yield None
-            prompts = self._prompts.read(folder)
+            prompts = self._prompts.read(folder, compiled.vocabulary)
             yield None
+            compiled = yield from resolve_token_rows(name, compiled, self._bank)
             compiled = yield from resolve_against_base(compiled, self._bank.modules)
             self._check_room(name, compiled)
             slot = self._bank.install(compiled) if compiled.in_bank else 0
@@ -181,7 +183,7 @@ class AdapterManager:
             self._check_copy(adapter)
             if prompts is not None:
                 self._prompts.add(adapter, prompts)
-            warnings = yield from self._canary(adapter)
+            warnings = yield from self._canary(adapter, _own_tokens(compiled))
             info = ready_info(
                 adapter,
                 source,
@@ -190,7 +192,7 @@ class AdapterManager:
                 content_hash=folder.content_hash,
                 load_seconds=time.monotonic() - started,
                 warnings=(*compiled.warnings, *warnings),
-                own_prompts=prompts is not None,
+                own_prompts=prompts is not None and prompts.is_own,
                 merged=self._copies.info(adapter),
             )
             self.registry.finish_load(adapter, info)
@@ -249,25 +251,37 @@ class AdapterManager:
                 ],
             )
 
-    def _canary(self, adapter: Adapter) -> Generator[bool | None, None, list[str]]:
-        """Run a few tokens with the adapter and without; returns warnings, raises AdapterInvalid."""
-        invocation = adapter.compiled.invocation
-        logits = yield from self._canary_logits(adapter, invocation)
+    def _canary(self, adapter: Adapter, tokens: Sequence[int]) -> Generator[bool | None, None, list[str]]:
+        """Run a few tokens with the adapter and without; returns warnings, raises AdapterInvalid.
+
+        Args:
+            tokens: some that the adapter has rows of its own for.
+        """
+        known = self._base.vocabulary_size
+        canary = [*tokens, *(token % (adapter.compiled.vocabulary or known) for token in self._usual)]
+        canary = [*canary[:_CANARY_TOKENS], *adapter.compiled.invocation]
+        logits = yield from self._canary_logits(canary, adapter)
         if not torch.isfinite(logits).all():
             raise AdapterInvalid(adapter.name, ["its logits are not finite"])
-        if self._base_canary is None:
-            self._base_canary = yield from self._canary_logits(None)
-        base = (yield from self._canary_logits(None, invocation)) if invocation else self._base_canary
-        if torch.equal(logits, base):
+        base = self._base_canary
+        if canary != self._usual:
+            comparable = max(canary) < known
+            base = (yield from self._canary_logits(canary, None)) if comparable else None
+        elif base is None:
+            base = self._base_canary = yield from self._canary_logits(canary, None)
+        if base is not None and torch.equal(logits, base):
             return ["it changes nothing: its logits are the base's"]
         return []
 
+    @property
+    def _usual(self) -> list[int]:
+        """The tokens that canaries have unless an adapter has rows of its own."""
+        return [(31 + 7919 * i) % self._base.vocabulary_size for i in range(_CANARY_TOKENS)]
+
     def _canary_logits(
-        self, adapter: Adapter | None, ending: tuple[int, ...] = ()
+        self, tokens: list[int], adapter: Adapter | None
     ) -> Generator[bool | None, None, torch.Tensor]:
-        vocabulary = self._base.vocabulary_size
-        tokens = [(31 + 7919 * i) % vocabulary for i in range(_CANARY_TOKENS)]
-        logits = yield from self._canaries.logits([*tokens, *ending], adapter)
+        logits = yield from self._canaries.logits(tokens, adapter)
         return logits[0]
 
     def unload(self, name: str, done: Future[AdapterInfo], *, wait: bool) -> None:
@@ -305,6 +319,12 @@ class AdapterManager:
         """What has happened since the last call."""
         events, self._events = self._events, []
         return events
+
+
+def _own_tokens(compiled: CompiledAdapter) -> list[int]:
+    """Some tokens that an adapter has rows of its own for."""
+    own = (rows.ids for rows in compiled.token_rows if rows.ids is not None)
+    return [token for ids in own for token in ids[: _CANARY_TOKENS // 2].tolist()]
 
 
 def _follow(first: Future[AdapterInfo], second: Future[AdapterInfo]) -> None:

@@ -38,17 +38,25 @@ class AdapterPrompts:
         any."""
         return next((self._own[g] for g in stack.generations if g in self._own), self.base)
 
-    def read(self, folder: AdapterFolder) -> Prompts | None:
+    def read(self, folder: AdapterFolder, vocabulary: int | None = None) -> Prompts | None:
         """What a folder brings along; None if that is the base's own.
 
+        Args:
+            vocabulary: tokens that the adapter has rows for, if not as many as the base.
+
         Raises:
-            AdapterInvalid: a file is broken, or there are more tokens than the base has embeddings for.
+            AdapterInvalid: a file is broken, or there are more tokens than rows for them.
         """
-        tokenizer = self._tokenizer(folder)
+        known = vocabulary or self._base.spec.vocabulary_size
+        tokenizer = self._tokenizer(folder, known)
+        if tokenizer is None and vocabulary is not None:
+            self._check_size(folder.name, self._base.backend, known, "the base's tokenizer")
         template = self._template(folder)
-        if tokenizer is None and template in (None, self._base.tokenizer.chat_template):
+        if tokenizer is None and template == self._base.tokenizer.chat_template:
+            template = None
+        if tokenizer is None and template is None and vocabulary is None:
             return None
-        return Prompts(self._base, tokenizer, template)
+        return Prompts(self._base, tokenizer, template, vocabulary)
 
     def add(self, adapter: Adapter, prompts: Prompts) -> None:
         """Use these for an adapter's requests."""
@@ -58,7 +66,7 @@ class AdapterPrompts:
         """An adapter is gone."""
         self._own.pop(adapter.generation, None)
 
-    def _tokenizer(self, folder: AdapterFolder) -> Any:
+    def _tokenizer(self, folder: AdapterFolder, vocabulary: int) -> Any:
         content = folder.texts.get(TOKENIZER)
         if content is None:
             return None
@@ -68,16 +76,7 @@ class AdapterPrompts:
             raise AdapterInvalid(folder.name, [f"{TOKENIZER} can't be read: {error}"]) from None
         if backend.to_str() == self._base.backend.to_str():
             return None
-        size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        if size > self._base.spec.vocabulary_size:
-            raise AdapterInvalid(
-                folder.name,
-                [
-                    f"{TOKENIZER} has ids up to {size - 1}, the base's vocabulary has "
-                    f"{self._base.spec.vocabulary_size}: added tokens need embeddings of their own, which "
-                    "aren't served"
-                ],
-            )
+        self._check_size(folder.name, backend, vocabulary, TOKENIZER)
         with tempfile.TemporaryDirectory(prefix="polygraft-") as aside:
             for file, text in folder.texts.items():
                 (Path(aside) / file).write_bytes(text)
@@ -86,6 +85,19 @@ class AdapterPrompts:
                 return PreTrainedTokenizerFast.from_pretrained(aside, local_files_only=True)
             except Exception as error:  # noqa: BLE001 - whatever is wrong with the files, the load fails with it
                 raise AdapterInvalid(folder.name, [f"its tokenizer can't be loaded: {error}"]) from None
+
+    @staticmethod
+    def _check_size(name: str, backend: Tokenizer, vocabulary: int, whose: str) -> None:
+        size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if size > vocabulary:
+            raise AdapterInvalid(
+                name,
+                [
+                    f"{whose} has ids up to {size - 1}, and there are embeddings for {vocabulary} tokens: "
+                    "the rows of added ones are to be saved with the adapter (modules_to_save, or "
+                    "save_embedding_layers)"
+                ],
+            )
 
     @staticmethod
     def _template(folder: AdapterFolder) -> str | None:

@@ -38,7 +38,7 @@ from polygraft.engine.request import (
 )
 from polygraft.engine.scheduler import Batch, Scheduler
 from polygraft.engine.scoring import ScoreJob, ScoreSequence, Scoring
-from polygraft.engine.sequence import CanarySequence, Generation, SoftPromptSequence
+from polygraft.engine.sequence import CanarySequence, Generation, Sequence, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefixes
 from polygraft.engine.step_result import StepResult, step_stats
 from polygraft.errors import InvalidRequest
@@ -311,7 +311,9 @@ class Engine:
             sequence = item.sequence
             self.scheduler.advance(item)
             first, end = end, end + len(item.logit_rows)
-            if isinstance(sequence, CanarySequence | ScoreSequence):
+            if isinstance(sequence, CanarySequence):
+                sequence.take(logits[first:end, : self._vocabulary(sequence)])
+            elif isinstance(sequence, ScoreSequence):
                 sequence.take(logits[first:end])
             elif isinstance(sequence, Generation):
                 sequence.take_prompt(logits[first:end])
@@ -330,6 +332,11 @@ class Engine:
         # All parts of the batch are taken note of: an end may now remove any sequence.
         outputs = [output for sequence in scored for output in self._scoring.complete(sequence)]
         return outputs + self._generations.sample(generations, rows, logits)
+
+    def _vocabulary(self, sequence: Sequence) -> int:
+        """How many tokens a sequence knows."""
+        own = (adapter.compiled.vocabulary for adapter in sequence.stack.adapters)
+        return next((size for size in own if size is not None), self.base.spec.vocabulary_size)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, prefixes and pins add up."""

@@ -48,6 +48,7 @@ class Intake:
             self._check_copy(request, stack)
             max_new_tokens = self._check_length(request, len(prompt_ids), stack)
             prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
+            prompts.check_biased([token for token, _ in request.sampling.logit_bias])
         except PolygraftError:
             stack.release()
             raise

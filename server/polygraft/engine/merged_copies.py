@@ -92,8 +92,9 @@ class MergedCopies:
         May be called on any thread: it reads only what never changes.
         """
         if not adapter.compiled.mergeable:
-            why = "has no weights that fold into the base's: its virtual tokens stay beside it"
-            raise AdapterUnavailable(adapter.name, f"{adapter.compiled.kind} {why}")
+            beside = adapter.compiled.unmergeable or "nothing"
+            why = f"{adapter.compiled.kind} has {beside}, which doesn't fold into the base's weights"
+            raise AdapterUnavailable(adapter.name, why)
         if not self.fits(adapter):
             raise AdapterUnavailable(
                 adapter.name,

@@ -42,7 +42,8 @@ class ModelRunner:
         """Run a batch; keys and values of its rows are in the cache afterwards.
 
         Returns:
-            logits [all items' `logit_rows`, vocabulary], in the batch's order.
+            logits [all items' `logit_rows`, tokens], in the batch's order; as many as the row that knows the
+            most, -inf for those that a row doesn't know.
         """
         self.switched = self._switch.use(None if batch.copy is None else batch.copy.weights)
         items = batch.items
@@ -52,10 +53,11 @@ class ModelRunner:
         ]
         device = self._base.device
         ids, positions = self._rows(items)
+        wanted = self._bank.segments(*_runs([run for item in items for run in item.runs(item.logit_rows)]))
         self._step.begin(
             self._attention_plan(items, starts),
             self._bank.segments(*_runs([run for item in items for run in item.runs(range(item.count))])),
-            self._bank.segments(*_runs([run for item in items for run in item.runs(item.logit_rows)])),
+            wanted,
             rows=len(ids),
         )
         inputs = {"input_ids": ids[None].to(device)}
@@ -70,9 +72,10 @@ class ModelRunner:
                     use_cache=False,
                     logits_to_keep=torch.tensor(head_rows, dtype=torch.long, device=device),
                 )
+                logits: torch.Tensor = output.logits[0]
+                self._bank.replaced.clear_foreign(logits, wanted)
         finally:
             self._step.end()
-        logits: torch.Tensor = output.logits[0]
         return logits
 
     def _rows(self, items: list[Scheduled]) -> tuple[torch.Tensor, torch.Tensor]:

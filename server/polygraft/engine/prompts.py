@@ -22,13 +22,22 @@ class Prompts:
     Args:
         tokenizer: transformers' fast tokenizer; None is the base's own.
         chat_template: instead of the tokenizer's.
+        vocabulary: tokens that there are rows for; None is as many as the base has.
     """
 
-    def __init__(self, base: Base, tokenizer: Any = None, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
+        self.is_own = tokenizer is not None or chat_template is not None
+        """Whether anything but the number of tokens is an adapter's."""
         self._tokenizer = base.tokenizer if tokenizer is None else tokenizer
         self._template = chat_template
         self._backend: Tokenizer = base.backend if tokenizer is None else tokenizer.backend_tokenizer
-        self._vocabulary = base.spec.vocabulary_size
+        self._vocabulary = vocabulary or base.spec.vocabulary_size
         self._context_length = base.context_length
         longest = max(map(len, self._backend.get_vocab()), default=1)
         self._most_characters = longest * base.context_length
@@ -166,6 +175,13 @@ class Prompts:
         for at, token in enumerate(ids):
             if not 0 <= token < self._vocabulary:
                 raise InvalidRequest(f"{field}[{at}]", f"must be in [0, {self._vocabulary}), got {token}")
+
+    def check_biased(self, ids: Sequence[int]) -> None:
+        """Raise InvalidRequest for an id of a logit bias that is outside the vocabulary."""
+        for token in ids:
+            if not 0 <= token < self._vocabulary:
+                field = f"sampling.logit_bias[{token}]"
+                raise InvalidRequest(field, f"the token id must be in [0, {self._vocabulary})")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens. Raises InvalidRequest for an id outside the vocabulary."""

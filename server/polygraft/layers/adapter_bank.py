@@ -12,6 +12,7 @@ from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.layers.bottlenecks import BottleneckSites
 from polygraft.layers.couplings import Couplings
 from polygraft.layers.low_rank_bank import LowRankBank, Run, choose_operators
+from polygraft.layers.replaced import ReplacedModules
 from polygraft.layers.step import Segments, StepContext
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ class AdapterBank:
         self.bottlenecks = BottleneckSites(
             model, base.residual, step, kernels, model.device, first_bit=len(modules)
         )
-        self._couplings = self._make_couplings(model, base, step, bit=len(modules) + len(base.residual))
+        bit = len(modules) + len(base.residual)
+        self._couplings = self._make_couplings(model, base, step, bit)
+        self.replaced = ReplacedModules(model, base, step, kernels, first_bit=bit + 1)
         # By slot: bits of the sites, and the largest width of a bottleneck.
         self._beside: dict[int, tuple[int, int]] = {}
         self._hidden = base.hidden_size
@@ -51,9 +54,14 @@ class AdapterBank:
         """Take an adapter in, resolved against the base; returns its slot. Slots count from 1, since 0 stands
         for the base."""
         slot = self.modules.install(
-            compiled.low_rank, compiled.scales, compiled.krons, compiled.rotations, compiled.dense
+            compiled.low_rank,
+            compiled.scales,
+            compiled.krons,
+            compiled.rotations,
+            compiled.dense,
+            compiled.biases,
         )
-        bits = self.bottlenecks.install(slot, compiled.bottlenecks)
+        bits = self.bottlenecks.install(slot, compiled.bottlenecks) | self.replaced.install(slot, compiled)
         if compiled.coupling is not None:
             assert self._couplings is not None, "compiled for another base"
             bits |= self._couplings.install(slot, compiled.coupling)
@@ -64,6 +72,7 @@ class AdapterBank:
         """Let an adapter go; no step that uses it may be running."""
         del self._beside[slot]
         self.bottlenecks.remove(slot)
+        self.replaced.remove(slot)
         if self._couplings is not None:
             self._couplings.remove(slot)
         self.modules.remove(slot)

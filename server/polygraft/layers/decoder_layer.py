@@ -16,7 +16,10 @@ from polygraft.layers.fused import FusedRmsNorm
 from polygraft.layers.linear import LinearGroup
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import DecoderLayerStruct, NormStruct
+from polygraft.layers.norms import AdaptedNorm
 from polygraft.layers.step import StepContext
+
+_NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q", "k")
 
 
 class FusedDecoderLayer:
@@ -24,7 +27,8 @@ class FusedDecoderLayer:
 
     Args:
         original: the layer's own forward, for rows of another type.
-        norms: before and after the attention, before and after the feed-forward, over queries, over keys.
+        norms: before and after the attention, before and after the feed-forward, over queries, over keys;
+            wrapped where adapters can replace them.
         groups: q k v; o; gate up; down.
         sites: of bottleneck adapters, where the attention and the feed-forward are added; or none.
     """
@@ -33,7 +37,7 @@ class FusedDecoderLayer:
         self,
         original: Callable[..., object],
         attention: PagedAttention,
-        norms: Sequence[FusedRmsNorm | None],
+        norms: Sequence[AdaptedNorm | FusedRmsNorm | None],
         groups: Sequence[LinearGroup],
         sites: Sequence[BottleneckSite],
         activation: int,
@@ -46,7 +50,8 @@ class FusedDecoderLayer:
         self._head_dim = attention.site.head_dim
         self._norms = norms  # the structure points into them
         # Of all that adapters can have weights for, in the order of decoder_layer.h's `Adapted`.
-        self._bits = [*(group.bits for group in groups), *(1 << site.index for site in sites)]
+        own_norms = sum(1 << norm.index for norm in norms if isinstance(norm, AdaptedNorm))
+        self._bits = [*(group.bits for group in groups), own_norms, *(1 << site.index for site in sites)]
         self._groups, self._sites = groups, sites
         self._dtype = groups[0].dtype
         self._step = step
@@ -54,11 +59,14 @@ class FusedDecoderLayer:
         self._struct = DecoderLayerStruct(
             attention.address,
             *(group.address for group in groups),
-            *(NormStruct(None, 0.0) if n is None else NormStruct(n.scale.data_ptr(), n.eps) for n in norms),
+            *(NormStruct() if n is None else NormStruct(n.scale.data_ptr(), n.eps) for n in norms),
             self.hidden_size,
             activation,
             *(site.address for site in sites),
         )
+        for norm, name in zip(norms, _NORMS, strict=True):
+            if isinstance(norm, AdaptedNorm):
+                norm.bind(getattr(self._struct, name))
         self._address = ctypes.addressof(self._struct)
         self._width = kernels.decoder_layer_buffer(self._address)
 

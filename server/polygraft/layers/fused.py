@@ -20,15 +20,21 @@ class FusedRmsNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * scale`, in float32 and rounded once.
 
     Args:
-        scale: [width], the module's weight, or one more than it, as Gemma's has it.
+        weight: [width], the module's.
+        offset: what is added to it: 1 for Gemma's.
     """
 
-    def __init__(self, scale: torch.Tensor, eps: float, kernels: Kernels) -> None:
+    def __init__(self, weight: torch.Tensor, eps: float, kernels: Kernels, offset: float = 0.0) -> None:
         super().__init__()
         # No parameter: it stays in float32 whatever type the model has.
-        self.scale = scale.detach().float().clone()
+        self.scale = weight.detach().float() + offset
         self.eps = eps
+        self._offset = offset
         self._kernels = kernels
+
+    def with_weight(self, weight: torch.Tensor) -> FusedRmsNorm:
+        """The same norm with another weight [width]."""
+        return FusedRmsNorm(weight, self.eps, self._kernels, self._offset)
 
     @property
     def nbytes(self) -> int:

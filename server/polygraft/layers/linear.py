@@ -129,6 +129,10 @@ class LinearGroup:
         """A copy of one module's weight [out_features, in_features]."""
         return self._panels.unpacked(member)
 
+    def gather(self, at: torch.Tensor) -> torch.Tensor:
+        """Copies of some rows [n, in_features] of the weight of a single module that isn't quantized."""
+        return self._panels.gather(at)
+
     def bias(self, member: int) -> torch.Tensor | None:
         """One module's bias, float32 [out_features], or None."""
         bias = self._biases[member]

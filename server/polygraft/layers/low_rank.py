@@ -84,8 +84,13 @@ class LowRankSlots:
         scale: Scale | None = None,
         kron: Kron | None = None,
         rotation: Rotation | None = None,
+        own_bias: torch.Tensor | None = None,
     ) -> PackedAdapter:
-        """What an adapter has for the module, as the operators read it."""
+        """What an adapter has for the module, as the operators read it.
+
+        Args:
+            own_bias: [out_features], in the place of the module's.
+        """
         a = b = bias = out_scale = None
         if primitive is not None:
             resolved = primitive.magnitude is None and not primitive.through_base
@@ -95,6 +100,11 @@ class LowRankSlots:
             b = nn.functional.pad(primitive.b.to(self._device), (0, 0, 0, -width % panel))
             b = b.view(b.shape[0] // panel, panel, primitive.rank).transpose(1, 2)
             a, bias = primitive.a.to(self._device), primitive.bias
+        if own_bias is not None:
+            assert scale is None or not scale.after_bias, "no kind scales a bias of its own"
+            assert self._base_bias is not None
+            more = own_bias.float() - self._base_bias.detach().float().to(own_bias.device)
+            bias = more if bias is None else bias.float() + more.to(bias.device)
         if scale is not None and scale.output is not None:
             bias = self._with_scaled_bias(bias, scale)
             out_scale = self._padded(scale.output)

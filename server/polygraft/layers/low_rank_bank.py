@@ -56,7 +56,11 @@ class LowRankBank:
     """
 
     def __init__(
-        self, model: nn.Module, modules: Mapping[str, bool], step: StepContext, native: bool
+        self,
+        model: nn.Module,
+        modules: Mapping[str, bool],
+        step: StepContext,
+        native: bool,
     ) -> None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         kernels, self._triton = choose_operators(device, native)
@@ -99,24 +103,31 @@ class LowRankBank:
         krons: Mapping[str, Kron] | None = None,
         rotations: Mapping[str, Rotation] | None = None,
         dense: Mapping[str, Dense] | None = None,
+        biases: Mapping[str, torch.Tensor] | None = None,
     ) -> int:
         """Take an adapter in; returns its slot. Slots count from 1, since 0 stands for the base.
 
         Args:
             low_rank, scales, krons, rotations, dense: by the name of the module, resolved against the base.
+            biases: likewise, in the place of the modules' own.
         """
         scales, krons, rotations, dense = scales or {}, krons or {}, rotations or {}, dense or {}
-        others = {*low_rank, *scales, *krons, *rotations}
+        biases = biases or {}
+        others = {*low_rank, *scales, *krons, *rotations, *biases}
         assert not others & {*dense}, "a module has a dense change or others"
         slot = self._free.pop() if self._free else len(self._touched) + 1
         if slot >= self._tables.shape[1]:
             self._grow(2 * slot)
         touched = rank = 0
-        names = list(dict.fromkeys((*low_rank, *scales, *krons, *rotations)))
+        names = list(dict.fromkeys((*low_rank, *scales, *krons, *rotations, *biases)))
         weights = together(
             [
                 self._slots[name].pack(
-                    low_rank.get(name), scales.get(name), krons.get(name), rotations.get(name)
+                    low_rank.get(name),
+                    scales.get(name),
+                    krons.get(name),
+                    rotations.get(name),
+                    biases.get(name),
                 )
                 for name in names
             ]

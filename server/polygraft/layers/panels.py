@@ -80,6 +80,14 @@ class Panels:
             panels = panels * self.scale[mine][:, None, :, None]
         return unpack(panels, (min(outputs, last * columns) - first * columns, inputs))
 
+    def gather(self, at: torch.Tensor) -> torch.Tensor:
+        """Copies of some rows [n, in_features] of the only module's weight, which isn't quantized."""
+        assert len(self._shapes) == 1
+        assert self.scale is None
+        columns = self.weight.shape[2]
+        picked = self.weight[at // columns, :, at % columns].flatten(1)
+        return picked[:, : self._shapes[0][1]]
+
     def addresses(self, member: int) -> tuple[int, int | None, int | None]:
         """Of one module's weight, scale and values."""
         first = sum(self._counts[:member])

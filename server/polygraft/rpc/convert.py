@@ -46,7 +46,7 @@ def generate_request(message: pb.GenerateRequest, request_id: str, model: ModelI
     """
     return Request(
         id=request_id,
-        prompt=_input(message, model),
+        prompt=_input(message),
         adapters=adapter_refs(message),
         lora_path=_lora_path(message.lora_path, model.default_lora_path),
         path_required=message.lora_path != pb.LORA_PATH_UNSPECIFIED,
@@ -58,11 +58,11 @@ def generate_request(message: pb.GenerateRequest, request_id: str, model: ModelI
 
 def score_request(message: pb.ScoreRequest, request_id: str, model: ModelInfo) -> ScoreRequest:
     """Continuations to score. Raises: as `generate_request`."""
-    prompt = "" if message.WhichOneof("input") == "prompt" and not message.prompt else _input(message, model)
+    prompt = "" if message.WhichOneof("input") == "prompt" and not message.prompt else _input(message)
     return ScoreRequest(
         id=request_id,
         prompt=prompt,
-        continuations=_continuations(message, model),
+        continuations=_continuations(message),
         adapters=adapter_refs(message),
         lora_path=_lora_path(message.lora_path, model.default_lora_path),
         path_required=message.lora_path != pb.LORA_PATH_UNSPECIFIED,
@@ -70,7 +70,7 @@ def score_request(message: pb.ScoreRequest, request_id: str, model: ModelInfo) -
     )
 
 
-def _continuations(message: pb.ScoreRequest, model: ModelInfo) -> tuple[str | tuple[int, ...], ...]:
+def _continuations(message: pb.ScoreRequest) -> tuple[str | tuple[int, ...], ...]:
     texts, ids = message.continuations, message.continuation_token_ids
     if texts and ids:
         raise InvalidRequest("continuation_token_ids", "must be empty where continuations is set")
@@ -83,7 +83,6 @@ def _continuations(message: pb.ScoreRequest, model: ModelInfo) -> tuple[str | tu
     for index, tokens in enumerate(ids):
         if not tokens.ids:
             raise InvalidRequest(f"continuation_token_ids[{index}].ids", "must not be empty")
-        _check_token_ids(f"continuation_token_ids[{index}].ids", tuple(tokens.ids), model)
     return tuple(texts) or tuple(tuple(tokens.ids) for tokens in ids)
 
 
@@ -98,7 +97,7 @@ def tokenize_request(message: pb.TokenizeRequest) -> tuple[str | Chat, tuple[Ada
     raise InvalidRequest("input", "one of prompt and chat must be set")
 
 
-def _input(message: pb.GenerateRequest | pb.ScoreRequest, model: ModelInfo) -> str | tuple[int, ...] | Chat:
+def _input(message: pb.GenerateRequest | pb.ScoreRequest) -> str | tuple[int, ...] | Chat:
     match message.WhichOneof("input"):
         case "prompt":
             if not message.prompt:
@@ -108,7 +107,6 @@ def _input(message: pb.GenerateRequest | pb.ScoreRequest, model: ModelInfo) -> s
             ids = tuple(message.token_ids.ids)
             if not ids:
                 raise InvalidRequest("token_ids.ids", "must not be empty")
-            _check_token_ids("token_ids.ids", ids, model)
             return ids
         case "chat":
             return _chat(message.chat)
@@ -176,18 +174,15 @@ def _sampling(options: pb.SamplingOptions, model: ModelInfo) -> SamplingParams:
         repetition_penalty=repetition,
         presence_penalty=presence,
         frequency_penalty=frequency,
-        logit_bias=_logit_bias(options, model),
+        logit_bias=_logit_bias(options),
     )
 
 
-def _logit_bias(options: pb.SamplingOptions, model: ModelInfo) -> tuple[tuple[int, float], ...]:
+def _logit_bias(options: pb.SamplingOptions) -> tuple[tuple[int, float], ...]:
     biases = tuple(sorted(options.logit_bias.items()))
     _check("sampling.logit_bias", len(biases) <= _MAX_BIASES, f"at most {_MAX_BIASES} elements", len(biases))
     for token, bias in biases:
-        field = f"sampling.logit_bias[{token}]"
-        if token >= model.vocabulary_size:
-            raise InvalidRequest(field, f"the token id must be in [0, {model.vocabulary_size})")
-        _check(field, -_MAX_BIAS <= bias <= _MAX_BIAS, "in [-100, 100]", bias)
+        _check(f"sampling.logit_bias[{token}]", -_MAX_BIAS <= bias <= _MAX_BIAS, "in [-100, 100]", bias)
     return biases
 
 
@@ -219,7 +214,6 @@ def _stopping(options: pb.StoppingOptions, model: ModelInfo) -> StoppingParams:
         _check(f"stopping.stop_sequences[{index}]", fits, "of 1 to 512 characters", len(text))
     ids = tuple(options.stop_token_ids)
     _check("stopping.stop_token_ids", len(ids) <= _MAX_STOP_TOKEN_IDS, "at most 64", len(ids))
-    _check_token_ids("stopping.stop_token_ids", ids, model)
     time_limit = options.time_limit if options.HasField("time_limit") else None
     if time_limit is not None:
         fits = 0 < time_limit <= _MAX_TIME_LIMIT
@@ -232,13 +226,6 @@ def _stopping(options: pb.StoppingOptions, model: ModelInfo) -> StoppingParams:
         ignore_eos=options.ignore_eos,
         time_limit=time_limit,
     )
-
-
-def _check_token_ids(field: str, ids: tuple[int, ...], model: ModelInfo) -> None:
-    size = model.vocabulary_size
-    if ids and max(ids) >= size:
-        index = next(index for index, token in enumerate(ids) if token >= size)
-        raise InvalidRequest(f"{field}[{index}]", f"must be in [0, {size}), got {ids[index]}")
 
 
 def _check(field: str, fits: bool, accepted: str, value: float) -> None:

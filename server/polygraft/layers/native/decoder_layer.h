@@ -15,6 +15,7 @@ namespace {
 struct Norm {
   const float* scale;  // null: there is none
   float eps;
+  const int64_t* table;  // by slot the address of an adapter's own scale, or 0; null: no adapter has any
 };
 
 struct DecoderLayer {  // layers/decoder_layer.py fills it
@@ -38,8 +39,9 @@ struct Rows {  // the step's rows as a layer sees them; layers/decoder_layer.py 
   void* buffer;  // of the base's type, as many elements for each row as `buffer_width` says
 };
 
-// Which products have side paths in this step, and which sites bottlenecks, a bit each.
-enum Adapted { kQkv = 1, kO = 2, kGateUp = 4, kDown = 8, kAttentionSite = 16, kMlpSite = 32 };
+// Which products have side paths in this step, whether any norm has a scale of its own, and which sites have
+// bottlenecks, a bit each.
+enum Adapted { kQkv = 1, kO = 2, kGateUp = 4, kDown = 8, kNorms = 16, kAttentionSite = 32, kMlpSite = 64 };
 
 inline int64_t outputs_of(const Group& group) {
   int64_t width = 0;
@@ -51,6 +53,26 @@ inline int64_t outputs_of(const Group& group) {
 inline int64_t buffer_width(const DecoderLayer& layer) {
   const Layer& attention = *layer.attention;
   return layer.hidden + outputs_of(*layer.qkv) + attention.heads * attention.value_dim + outputs_of(*layer.gate_up);
+}
+
+// Rows [from, to) of `number` heads of `width` each, every run of rows by its adapter's own scale if it has one.
+// `out` may be `x`.
+template <typename T>
+void norm_rows(const Norm& norm, const Segment* segments, int64_t num_segments, int64_t from, int64_t to,
+               int64_t number, int64_t width, const T* x, T* out) {
+  auto run = [&](int64_t until, const float* scale) {
+    const int64_t at = from * number * width;
+    if (until > from) rms_norm(x + at, (until - from) * number, width, scale, norm.eps, out + at);
+    from = std::max(from, until);
+  };
+  for (int64_t s = 0; norm.table && s < num_segments; s++) {
+    const Segment& segment = segments[s];
+    const auto* own = reinterpret_cast<const float*>(norm.table[segment.slot]);
+    if (!own || segment.last <= from || segment.first >= to) continue;
+    run(segment.first, norm.scale);
+    run(std::min<int64_t>(segment.last, to), own);
+  }
+  run(to, norm.scale);
 }
 
 // x and out [rows, hidden]; out is not x.
@@ -86,12 +108,13 @@ void decoder_layer(const DecoderLayer& layer, const Rows& step, int64_t adapted,
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t from = rows * thread / team, count = rows * (thread + 1) / team - from;
+    const int64_t own = adapted & kNorms ? step.num_segments : 0;
     auto normalise = [&](const Norm& norm, const T* in, T* to) {
-      if (norm.scale) rms_norm(in + from * hidden, count, hidden, norm.scale, norm.eps, to + from * hidden);
+      if (norm.scale) norm_rows(norm, step.segments, own, from, from + count, 1, hidden, in, to);
     };
     auto place = [&](const Norm& norm, T* in, int64_t number) {
       T* mine = in + from * number * dim;
-      if (norm.scale) rms_norm(mine, count * number, dim, norm.scale, norm.eps, mine);
+      if (norm.scale) norm_rows(norm, step.segments, own, from, from + count, number, dim, in, in);
       rotate(mine, number * dim, dim, count, number, dim, static_cast<const T*>(step.cos) + from * dim,
              static_cast<const T*>(step.sin) + from * dim, mine);
     };

@@ -79,7 +79,7 @@ class GroupStruct(ctypes.Structure):
 class NormStruct(ctypes.Structure):
     """decoder_layer.h's `Norm`."""
 
-    _fields_ = (("scale", ctypes.c_void_p), ("eps", ctypes.c_float))
+    _fields_ = (("scale", ctypes.c_void_p), ("eps", ctypes.c_float), ("table", ctypes.c_void_p))
 
 
 class SiteStruct(ctypes.Structure):
