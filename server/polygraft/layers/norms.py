@@ -36,7 +36,10 @@ class AdaptedNorm(nn.Module):
     def bind(self, struct: NormStruct) -> None:
         """Keep the table's address up to date where the C++ operator reads it."""
         self._struct = struct
-        struct.table = self._table.data_ptr()
+        self._point()
+
+    def _point(self) -> None:
+        self._struct.table, self._struct.slots = self._table.data_ptr(), len(self._table)
 
     def install(self, slot: int, weights: NormWeights) -> None:
         """Put an adapter's weights into a slot."""
@@ -44,7 +47,7 @@ class AdaptedNorm(nn.Module):
             table = torch.zeros(max(16, 2 * slot), dtype=torch.int64)
             table[: len(self._table)] = self._table
             self._table = table
-            self._struct.table = table.data_ptr()
+            self._point()
         if isinstance(self.base_layer, FusedRmsNorm):
             assert weights.weight is not None
             fused = self.base_layer.with_weight(weights.weight)

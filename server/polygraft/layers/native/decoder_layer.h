@@ -15,7 +15,8 @@ namespace {
 struct Norm {
   const float* scale;  // null: there is none
   float eps;
-  const int64_t* table;  // by slot the address of an adapter's own scale, or 0; null: no adapter has any
+  const int64_t* table;  // by slot the address of an adapter's own scale, or 0
+  int64_t slots;         // in the table; adapters in later ones have none
 };
 
 struct DecoderLayer {  // layers/decoder_layer.py fills it
@@ -65,9 +66,10 @@ void norm_rows(const Norm& norm, const Segment* segments, int64_t num_segments, 
     if (until > from) rms_norm(x + at, (until - from) * number, width, scale, norm.eps, out + at);
     from = std::max(from, until);
   };
-  for (int64_t s = 0; norm.table && s < num_segments; s++) {
+  for (int64_t s = 0; s < num_segments; s++) {
     const Segment& segment = segments[s];
-    const auto* own = reinterpret_cast<const float*>(norm.table[segment.slot]);
+    const auto* own =
+        segment.slot < norm.slots ? reinterpret_cast<const float*>(norm.table[segment.slot]) : nullptr;
     if (!own || segment.last <= from || segment.first >= to) continue;
     run(segment.first, norm.scale);
     run(std::min<int64_t>(segment.last, to), own);

@@ -79,7 +79,12 @@ class GroupStruct(ctypes.Structure):
 class NormStruct(ctypes.Structure):
     """decoder_layer.h's `Norm`."""
 
-    _fields_ = (("scale", ctypes.c_void_p), ("eps", ctypes.c_float), ("table", ctypes.c_void_p))
+    _fields_ = (
+        ("scale", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("table", ctypes.c_void_p),
+        ("slots", ctypes.c_int64),
+    )
 
 
 class SiteStruct(ctypes.Structure):
