@@ -64,6 +64,16 @@ def test_show(call: Invoke, mixed: Script) -> None:
         assert part in shown
 
 
+def test_one_that_is_served_merged_only(call: Invoke, script: Script) -> None:
+    copy = adapters_pb2.MergedCopy(state=adapters_pb2.MERGE_STATE_READY, memory_bytes=1000, dtype="float32")
+    script.adapters = [adapter("waves", kind="fourierft", mergeable=True, merged_only=True, merged=copy)]
+    assert "only, ready" in call("adapters", "list").stdout
+    shown = call("adapters", "show", "waves").stdout
+    assert "on a merged copy only" in shown
+    assert "only, ready; 1.0 kB in float32" in shown
+    assert json.loads(call("adapters", "show", "waves", "--json").stdout)["merged_only"] is True
+
+
 def test_show_unknown(call: Invoke) -> None:
     result = call("adapters", "show", "nobody")
     assert (result.exit_code, result.stderr) == (1, "error: adapter 'nobody': not registered\n")
@@ -108,6 +118,7 @@ class Report:
     share_of_base: float = 921_600 / 134_515_008
     disk_bytes: int = 1_850_000
     compiled_bytes: int = 1_843_200
+    merged_only: bool = False
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -126,6 +137,13 @@ def test_check(invoke: Invoke, checks: ModuleType, tmp_path: Path) -> None:
     assert result.exit_code == 0
     for part in ("yes", "4 on 20 modules, 8 on 40 modules", "921,600 (0.685% of", "1.8 MB"):
         assert part in result.stdout
+
+
+def test_check_of_one_that_would_be_served_merged_only(
+    invoke: Invoke, checks: ModuleType, tmp_path: Path
+) -> None:
+    checks.check_folder = lambda folder, model: Report(str(folder), fits=True, merged_only=True)  # type: ignore[attr-defined]
+    assert "on a merged copy only" in invoke("adapters", "check", tmp_path).stdout
 
 
 def test_check_that_fails(invoke: Invoke, checks: ModuleType, tmp_path: Path) -> None:

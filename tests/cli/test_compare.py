@@ -40,6 +40,7 @@ def cell(distinct: int, concurrency: int, path: str, rate: float) -> Figures:
 def test_mixes_are_of_adapters_alike() -> None:
     served = [
         mergeable("other", rank=4), mergeable("b"), mergeable("a"), adapter("prefix", virtual_tokens=8),
+        adapter("dense", mergeable=True, merged_only=True),
         adapter("failed", mergeable=True, state=adapters_pb2.ADAPTER_STATE_FAILED),
     ]  # fmt: skip
     names = comparable([adapter_from(each) for each in served])

@@ -280,13 +280,14 @@ def test_where_the_path_is_left_to_the_server_a_stack_is_never_merged(
     llama: Path, llama_store: Path, path: LoraPath
 ) -> None:
     engine = make_engine(llama, llama_store)
+    tried = engine.copies.count  # those that loading made of what is served merged only
     for n in range(3):
         requests = [
             ask("lora", "lora-bias", id=f"a{n}", path=path, required=False, steps=20),
             ask(("lora", 0.5), id=f"b{n}", path=path, required=False, steps=20),
         ]
         assert [end.path for *_, end in run(engine, *requests)] == [LoraPath.UNMERGED] * 2
-    assert engine.copies.count == 0
+    assert engine.copies.count == tried
     check_clean(engine)
 
 
