@@ -33,6 +33,7 @@ MERGEABLE = [
     "lora-all-linear",
     "rslora-patterns",
     "lora-bias",
+    "dora-biases",
     "lora-regex",
     "lora-layers",
     "lora-head",

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from polygraft.adapters.primitives import CompiledAdapter, LowRank, NormWeights, TokenRows
 from polygraft.base.loader import Base, load_base
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.native.structures import NormStruct
+from polygraft.layers.norms import AdaptedNorm
 from polygraft.layers.panels import Panels
 from polygraft.layers.step import AttentionPlan, StepContext
 from tests.tiny import CONFIGS, VOCABULARY
@@ -172,6 +175,17 @@ def test_slots_beyond_the_first_tables(tiny_model: Callable[[str], Path]) -> Non
         served.begin([(1, 2, slots[0])], rows=2)
         assert torch.equal(norm(x), out)
     served.step.end()
+
+
+def test_operators_are_told_how_many_slots_a_norms_table_has() -> None:
+    norm = AdaptedNorm(nn.LayerNorm(4), 0, 1, StepContext())
+    struct = NormStruct()
+    norm.bind(struct)
+    assert struct.slots == 0
+    for slot in (1, 40, 3):
+        norm.install(slot, NormWeights(torch.ones(4), torch.ones(4)))
+        assert struct.slots == len(norm._table) > slot
+        assert struct.table == norm._table.data_ptr()
 
 
 def test_what_is_kept_is_counted() -> None:
