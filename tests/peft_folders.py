@@ -255,6 +255,12 @@ MERGED_ONLY = (
     "supra",
 )
 """Kinds that are served on merged copies alone."""
+COMMON = (
+    "lora", "lora-all-linear", "rslora-patterns", "lora-bias", "lora-regex", "lora-layers", "lora-head",
+    "lora-tokens", "lora-saved-norms", "dora", "ia3", "prefix", "prefix-projection", "prompt", "p-tuning", "adalora",
+    "loha", "lokr", "oft", "vera", "multitask-prompt", "cpt", "cartridge",
+)  # fmt: skip
+"""At least one for each primitive that a step runs: for tests that need adapters, but not every kind."""
 # Parameters that are multiplied by each other are larger, so that the product is as large as the others.
 SCALES = {
     "lora_E": 1.0, "delora_lambda": 8.0, "unilora_": 0.6, "vblora_logits": 1.0, "vblora_vector": 0.3, "tinylora_": 1.0,

@@ -32,6 +32,6 @@ def spec(specs: Callable[[str], BaseSpec]) -> BaseSpec:
 
 
 @pytest.fixture
-def specimen(llama_store: Path) -> Callable[[str], Specimen]:
+def specimen(adapter_store: Callable[[str], Path]) -> Callable[[str], Specimen]:
     """A fresh copy of an intact adapter by kind."""
-    return lambda kind: Specimen.load(llama_store / kind)
+    return lambda kind: Specimen.load(adapter_store("llama") / kind)

@@ -48,10 +48,13 @@ def test_a_prefix_in_numbers(llama_store: Path, llama: Path) -> None:
     assert (report.parameters, report.compiled_bytes) == (5 * 2 * 3 * 2 * 16, 4 * 5 * 2 * 3 * 2 * 16)
 
 
-def test_the_report_agrees_with_what_the_engine_loads(llama_store: Path, llama: Path, spec: BaseSpec) -> None:
-    engine = make_engine(llama, llama_store)
+def test_the_report_agrees_with_what_the_engine_loads(
+    adapter_store: Callable[[str], Path], llama: Path, spec: BaseSpec
+) -> None:
+    store = adapter_store("llama")
+    engine = make_engine(llama, store)
     for kind in KINDS:
-        report = check_against(llama_store / kind, spec, AdapterLimits())
+        report = check_against(store / kind, spec, AdapterLimits())
         info = engine.adapters.registry.get(kind)
         fields = (
             "kind", "primitives", "modules", "rank", "virtual_tokens", "parameters", "disk_bytes",

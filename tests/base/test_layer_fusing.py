@@ -47,13 +47,13 @@ def fused_layers(model: nn.Module) -> list[nn.Module]:
 def test_a_mixed_step_gives_the_same_logits(
     monkeypatch: pytest.MonkeyPatch,
     tiny_model: Callable[[str], Path],
-    adapter_store: Callable[[str], Path],
+    common_store: Callable[[str], Path],
     architecture: str,
     layers: int,
     precision: str,
 ) -> None:
     rows = [([7 + at, *range(20, 30 + 5 * at)], name) for at, name in enumerate(ADAPTERS)]
-    model, store = tiny_model(architecture), adapter_store(architecture)
+    model, store = tiny_model(architecture), common_store(architecture)
     engine = make_engine(model, store, precision=precision)
     assert len(fused_layers(engine.base.model)) == layers
     monkeypatch.setattr(engine_module, "fuse_decoder_layers", lambda *_: 0)

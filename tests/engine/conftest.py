@@ -13,13 +13,13 @@ from tests.engines import make_engine
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_model: Callable[[str], Path], adapter_store: Callable[[str], Path]) -> Callable[[], Engine]:
+def shared(tiny_model: Callable[[str], Path], common_store: Callable[[str], Path]) -> Callable[[], Engine]:
     """One engine with every adapter, or a new one if a test left it dirty."""
     made: list[Engine] = []
 
     def get() -> Engine:
         if not made or made[0].has_work:
-            made[:] = [make_engine(tiny_model("llama"), adapter_store("llama"))]
+            made[:] = [make_engine(tiny_model("llama"), common_store("llama"))]
         return made[0]
 
     return get

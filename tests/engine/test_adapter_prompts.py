@@ -51,10 +51,10 @@ def copy_of(store: Path, name: str, **files: str | dict[str, object]) -> None:
 @pytest.fixture(scope="module")
 def engine(
     tiny_model: Callable[[str], Path],
-    adapter_store: Callable[[str], Path],
+    common_store: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Engine:
-    llama, llama_store = tiny_model("llama"), adapter_store("llama")
+    llama, llama_store = tiny_model("llama"), common_store("llama")
     store = tmp_path_factory.mktemp("texts") / "store"
     store.mkdir()
     shutil.copytree(llama_store / "lora", store / "lora")

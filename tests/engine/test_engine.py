@@ -223,10 +223,10 @@ def test_the_time_limit_while_waiting(llama: Path, clock: Clock) -> None:
 def chunked(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_model: Callable[[str], Path],
-    adapter_store: Callable[[str], Path],
+    common_store: Callable[[str], Path],
 ) -> Engine:
     """An engine that takes a prompt in several steps."""
-    store = copy_of(adapter_store("llama"), tmp_path_factory.mktemp("few"), "lora", "prefix", "p-tuning")
+    store = copy_of(common_store("llama"), tmp_path_factory.mktemp("few"), "lora", "prefix", "p-tuning")
     return make_engine(tiny_model("llama"), store, max_num_batched_tokens=16)
 
 

@@ -33,7 +33,7 @@ from tests.engine.asking import PROMPT, check_clean, tokens_of
 from tests.engine.stores import copy_of, poison
 from tests.engines import greedy, make_engine, run_greedy
 from tests.equivalence.reference import load_reference, task_of
-from tests.peft_folders import KINDS
+from tests.peft_folders import COMMON
 from tests.tiny import EOS, byte_tokenizer
 
 TOLERANCE = 2e-4  # on a token
@@ -92,7 +92,7 @@ def check(got: Sequence[ContinuationScore], expected: Sequence[tuple[list[float]
         assert score.is_greedy is is_greedy
 
 
-@pytest.mark.parametrize("adapter", [None, *KINDS])
+@pytest.mark.parametrize("adapter", [None, *COMMON])
 def test_scores_are_pefts_alone_and_mixed(
     engine: Engine, llama: Path, llama_store: Path, adapter: str | None
 ) -> None:

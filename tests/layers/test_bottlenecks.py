@@ -249,12 +249,12 @@ def stacked(*stacks: Stack) -> Stack:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_mixed_rows_equal_hooks_on_the_model(
     tiny_model: Callable[[str], Path],
-    adapter_store: Callable[[str], Path],
+    common_store: Callable[[str], Path],
     tmp_path: Path,
     architecture: str,
     native: bool,
 ) -> None:
-    store = copy_of(adapter_store(architecture), tmp_path / "store", "lora")
+    store = copy_of(common_store(architecture), tmp_path / "store", "lora")
     engine = make_engine(tiny_model(architecture), store, native=native)
     fused = [isinstance(m.forward, FusedDecoderLayer) for m in engine.base.model.modules()]
     assert any(fused) == (native and architecture != "gpt2" and load_kernels() is not None)
