@@ -8,6 +8,7 @@ from pathlib import Path
 
 from polygraft.adapters.folder import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.base.loader import inspect_without_weights
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
@@ -74,7 +75,16 @@ def check_against(folder: Path, base: BaseSpec, limits: AdapterLimits) -> CheckR
         parameters=compiled.parameters,
         share_of_base=compiled.parameters / base.parameters,
         disk_bytes=files.disk_bytes,
-        compiled_bytes=compiled.compiled_bytes,
+        compiled_bytes=compiled.compiled_bytes + _more_with_weights(compiled, base),
         merged_only=compiled.merged_only,
         warnings=compiled.warnings,
+    )
+
+
+def _more_with_weights(compiled: CompiledAdapter, base: BaseSpec) -> int:
+    """Bytes by which it becomes larger when a load multiplies its B by the base's weights."""
+    return sum(
+        base.linears[name].out_features * primitive.rank * primitive.a.itemsize - primitive.b.nbytes
+        for name, primitive in compiled.low_rank.items()
+        if primitive.through_base
     )
