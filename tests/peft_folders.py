@@ -258,7 +258,7 @@ MERGED_ONLY = (
 COMMON = (
     "lora", "lora-all-linear", "rslora-patterns", "lora-bias", "lora-regex", "lora-layers", "lora-head",
     "lora-tokens", "lora-saved-norms", "dora", "ia3", "prefix", "prefix-projection", "prompt", "p-tuning", "adalora",
-    "loha", "lokr", "oft", "vera", "multitask-prompt", "cpt", "cartridge",
+    "loha", "lokr", "oft", "boft", "hra", "hra-orthogonal", "ia3-shared-input", "vera", "multitask-prompt", "cpt", "cartridge",
 )  # fmt: skip
 """At least one for each primitive that a step runs: for tests that need adapters, but not every kind."""
 # Parameters that are multiplied by each other are larger, so that the product is as large as the others.

@@ -98,7 +98,7 @@ def ask_of(of: Adapter | None, **options: Unpack[GenerateOptions]) -> Ask:
 
 
 def by_the_merged_path(adapters: Iterable[Adapter]) -> list[Ask]:
-    return [ask_of(a, lora_path=LoraPath.MERGED) for a in adapters if a.kind == "lora"]
+    return [ask_of(a, lora_path=LoraPath.MERGED) for a in adapters if a.kind == "lora" and a.mergeable]
 
 
 def first_burst(adapters: list[Adapter]) -> list[Ask]:

@@ -84,8 +84,8 @@ REFUSED: list[tuple[Request, type[PolygraftError], str]] = [
     (request(PROMPT, "lora", max_new_tokens=300), ContextLengthExceeded, "prompt: "),
     (request(PROMPT, "lora", max_new_tokens=3, min_new_tokens=4), InvalidRequest, "min_new_tokens: .* at most"),
     (Request("r", (1,), (), LoraPath.MERGED, True), InvalidRequest, "lora_path: MERGED needs an adapter"),
-    (Request("r", (1,), (AdapterRef("prefix"),), LoraPath.MERGED, True), AdapterUnavailable, "'prefix': prefix_tuning has no weights"),
-    (Request("r", (1,), (AdapterRef("prompt"),), LoraPath.MERGED, True), AdapterUnavailable, "'prompt': prompt_tuning has no weights"),
+    (Request("r", (1,), (AdapterRef("prefix"),), LoraPath.MERGED, True), AdapterUnavailable, "'prefix': prefix_tuning has virtual tokens"),
+    (Request("r", (1,), (AdapterRef("prompt"),), LoraPath.MERGED, True), AdapterUnavailable, "'prompt': prompt_tuning has virtual tokens"),
     (Request("r", (1,), (AdapterRef("lora", 10**6),)), AdapterNotFound, "generation 1000000 isn't loaded"),
 ]  # fmt: skip
 

@@ -22,10 +22,10 @@ PROMPT = list(range(30, 60))
 
 
 @pytest.fixture
-def store(llama_store: Path, tmp_path: Path) -> Path:
+def store(adapter_store: Callable[[str], Path], tmp_path: Path) -> Path:
     """Three of them beside others."""
     for kind in ("fourierft", "hira", "road", "lora", "prefix"):
-        shutil.copytree(llama_store / kind, tmp_path / "store" / kind)
+        shutil.copytree(adapter_store("llama") / kind, tmp_path / "store" / kind)
     return tmp_path / "store"
 
 
