@@ -5,6 +5,7 @@ Needs nothing but the standard library, so that answers can be scored where no t
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -34,7 +35,11 @@ class Recipe:
 
     name: str
     peft: dict[str, Any]
-    """`peft_type` and the arguments of PEFT's config class."""
+    """`peft_type` and the arguments of PEFT's config class; empty for a bottleneck adapter."""
+    bottleneck: dict[str, Any]
+    """Of a bottleneck adapter: `reduction_factor`, as AdapterHub's `SeqBnConfig` has it; else empty."""
+    quantization: str
+    """Of the base that it is trained and measured on: "none" or "nf4"."""
     training: Training
     train: list[Example]
     held_out: list[Example]
@@ -43,7 +48,7 @@ class Recipe:
     """`score(prompt, expected, answer)`, from 0 to 1."""
     max_new_tokens: int
     init_text: str = ""
-    """Prefix tuning only: the prefix starts as the keys and values of this text."""
+    """What a prefix starts as the keys and values of, and P-tuning's prompt as the embeddings of."""
 
 
 def names() -> list[str]:
@@ -61,18 +66,22 @@ def load(name: str) -> Recipe:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    train = module.train_examples()
-    held_out = module.held_out_examples()
+    # A task that several kinds are trained on is a module beside this one.
+    task = importlib.import_module(module.TASK) if hasattr(module, "TASK") else module
+    train = task.train_examples()
+    held_out = task.held_out_examples()
     seen = {prompt for prompt, _ in train}
     assert not any(prompt in seen for prompt, _ in held_out), f"{name}: a held-out prompt is trained on"
     return Recipe(
         name=name,
-        peft=module.PEFT,
+        peft=getattr(module, "PEFT", {}),
+        bottleneck=getattr(module, "BOTTLENECK", {}),
+        quantization=getattr(module, "QUANTIZATION", "none"),
         training=Training(**module.TRAINING),
         train=train,
         held_out=held_out,
-        score=module.score,
-        max_new_tokens=module.MAX_NEW_TOKENS,
+        score=task.score,
+        max_new_tokens=task.MAX_NEW_TOKENS,
         init_text=getattr(module, "INIT_TEXT", ""),
     )
 

@@ -1,8 +1,9 @@
-"""The default model with the sample adapters, as a user runs them, against PEFT itself."""
+"""The default model with the sample adapters, as a user runs them, against the libraries themselves."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import subprocess
@@ -44,7 +45,7 @@ async def ask(
     )
 
 
-def answer_of_peft(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+def library_answer(model: Any, tokenizer: Any, prompt: str) -> list[int]:
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}],
         add_generation_prompt=True,
@@ -76,14 +77,25 @@ def test_base_answers_as_one_knows_it(mixed: dict[str, Generation]) -> None:
     assert mixed[""].text == "The capital of France is Paris."
 
 
-@pytest.mark.parametrize("at", range(6))
-def test_every_answer_of_the_burst_is_pefts_own(mixed: dict[str, Generation], at: int) -> None:
-    adapter, prompt = questions()[at]
+def with_adapter(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model with a sample in it, by PEFT, or by the code that trains the samples in AdapterHub's form."""
+    if (folder / "adapter_model.safetensors").exists():
+        return PeftModel.from_pretrained(model, str(folder))
+    monkeypatch.syspath_prepend(str(SAMPLES))
+    bottleneck = importlib.import_module("bottleneck")
+    return bottleneck.load(model, folder)
+
+
+@pytest.mark.parametrize("adapter", dict(questions()))
+def test_every_answer_of_the_burst_is_the_librarys_own(
+    mixed: dict[str, Generation], adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = ensure_default_model(progress=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter:
-        model = PeftModel.from_pretrained(model, str(SAMPLES / adapter))
-    expected = answer_of_peft(model.eval(), AutoTokenizer.from_pretrained(folder), prompt)
+        model = with_adapter(model, SAMPLES / adapter, monkeypatch)
+    prompt = dict(questions())[adapter]
+    expected = library_answer(model.eval(), AutoTokenizer.from_pretrained(folder), prompt)
     assert list(mixed[adapter].token_ids) == expected
 
 
