@@ -24,12 +24,13 @@ from tests.adapterhub.reference import adapted
 # What PEFT can't do: LoHa and LoKr take a packed weight's shape for the module's, HRA multiplies by what a
 # quantized module keeps as if that were its weight, AdaLoRA over eight bits returns float32 from its modules, which
 # attention refuses beside the others' bfloat16, and SHiRA multiplies by a float32 weight. DeLoRA takes a norm of the
-# packed numbers, TinyLoRA their singular values, and Uni-LoRA makes its scales whole.
+# packed numbers, TinyLoRA their singular values, Uni-LoRA makes its scales whole, and Super-Tuning multiplies by them.
 _QUANTIZED = ("int8", "nf4", "fp4")
 CANT = {
     PeftType.LOHA: ("nf4", "fp4"), PeftType.LOKR: ("nf4", "fp4"), PeftType.HRA: _QUANTIZED,
     PeftType.ADALORA: ("int8",), PeftType.SHIRA: ("int8",),
     PeftType.DELORA: _QUANTIZED, PeftType.TINYLORA: _QUANTIZED, PeftType.UNILORA: _QUANTIZED,
+    PeftType.SUPERTUNING: _QUANTIZED,
 }  # fmt: skip
 # Those that return float32 from modules over quantized weights.
 WIDE = (IA3Layer, PveraLayer, RandLoraLayer, RoadLayer)
