@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,17 +43,25 @@ def one_of_each(specimen: Specimen) -> Iterator[str]:
     yield from {name.split(".")[-2:][0] + name[-3:]: name for name in specimen.tensors}.values()
 
 
+def without_copies(specimen: Specimen) -> Specimen:
+    """Without the copies of RandLoRA's shared factors that PEFT saves with every module: they may be missing."""
+    copies = [name for name in specimen.tensors if re.search(r"_proj\.randlora_[AB]$", name)]
+    for name in copies:
+        del specimen.tensors[name]
+    return specimen
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors(
     specimen: Callable[[str], Specimen], refused: Callable[[Specimen], tuple[str, ...]], kind: str
 ) -> None:
-    for name in one_of_each(specimen(kind)):
-        damaged = specimen(kind)
+    for name in one_of_each(without_copies(specimen(kind))):
+        damaged = without_copies(specimen(kind))
         whole = damaged.tensors.pop(name)
         assert refused(damaged) == (f"tensor {name} is missing",)
         damaged.tensors[f"{name}.more"] = whole
         assert refused(damaged) == (f"tensor {name} is missing", f"tensor {name}.more isn't expected")
-        damaged = specimen(kind)
+        damaged = without_copies(specimen(kind))
         damaged.tensors[name] = whole[None]
         (problem,) = refused(damaged)
         assert problem.startswith(f"tensor {name} has shape [1, ")
