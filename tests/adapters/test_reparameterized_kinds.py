@@ -129,7 +129,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("gralora", {"r": 6, "gralora_k": 3}, f"gralora_k 3 doesn't divide {NO_DIVISOR}"),
     ("gralora", {"hybrid_r": 2}, f"tensor {Q0}.gralora_A_general.weight is missing"),
     ("gralora-hybrid", {"hybrid_r": 0}, f"tensor {Q0}.gralora_A_general.weight isn't expected"),
-    ("miss", {"init_weights": "bat"}, "init_weights='bat' isn't served: it multiplies the base's weights"),
+    ("miss", {"init_weights": "bat"}, "r 6 with mini_r 1 doesn't fit model.layers.0.self_attn.q_proj's 64 inputs"),
     ("miss", {"init_weights": "balance"}, "init_weights 'balance' isn't one of PEFT's variants"),
     ("miss", {"r": 65}, f"r 65 with mini_r 1 doesn't fit {NO_DIVISOR}"),
     ("miss", {"r": -1}, "r -1 with mini_r 1 makes no sense"),
