@@ -2,9 +2,9 @@
 
 It runs in an environment of its own, since `adapters` pins an older transformers than the server needs:
 
-    python -m venv /tmp/adapterhub
-    /tmp/adapterhub/bin/pip install torch==2.13.0 adapters==1.3.0 safetensors
-    /tmp/adapterhub/bin/python tests/adapterhub/make_fixtures.py
+    python -m venv build/adapterhub
+    build/adapterhub/bin/pip install torch==2.13.0 adapters==1.3.0 safetensors
+    build/adapterhub/bin/python tests/adapterhub/make_fixtures.py
 
 `fixtures/ARCHITECTURE/base` is a tiny model that transformers 5 reads as well; beside it lie a folder for
 each of its adapters and `expected.safetensors`, the float32 logits of some of `PROMPT`'s rows under each of
