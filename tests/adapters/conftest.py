@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from polygraft.base.loader import inspect_without_weights
 from polygraft.base.spec import BaseSpec
-from tests.adapters.specimen import Specimen
+from polygraft.errors import AdapterInvalid
+from tests.adapters.specimen import Specimen, compile_folder
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,21 @@ def spec(specs: Callable[[str], BaseSpec]) -> BaseSpec:
 def specimen(adapter_store: Callable[[str], Path]) -> Callable[[str], Specimen]:
     """A fresh copy of an intact adapter by kind."""
     return lambda kind: Specimen.load(adapter_store("llama") / kind)
+
+
+CheckRefused = Callable[[str, dict[str, Any], str], None]
+"""Takes a kind, what is changed in its configuration, and a part of the problem that it must make."""
+
+
+@pytest.fixture
+def check_refused(specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path) -> CheckRefused:
+    """Fails unless an adapter with a changed configuration is refused, for the reason that is expected."""
+
+    def check(kind: str, options: dict[str, Any], expected: str) -> None:
+        damaged = specimen(kind)
+        damaged.config.update(options)
+        with pytest.raises(AdapterInvalid) as caught:
+            compile_folder(damaged.save(tmp_path / "a"), spec)
+        assert any(expected in problem for problem in caught.value.problems), caught.value.problems
+
+    return check

@@ -18,6 +18,7 @@ from polygraft.adapters.kinds import AdapterLimits
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from polygraft.layers.merging import dense_weight
+from tests.adapters.conftest import CheckRefused
 from tests.adapters.specimen import Q0, Specimen, compile_folder
 from tests.peft_folders import CAUSAL, MERGED_ONLY, TARGETS, save_adapter
 
@@ -199,18 +200,9 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("kind", "options", "expected"), OPTIONS, ids=[f"{kind}-{str(o)[:60]}" for kind, o, _ in OPTIONS]
 )
 def test_configurations_that_cant_be_served(
-    specimen: Callable[[str], Specimen],
-    spec: BaseSpec,
-    tmp_path: Path,
-    kind: str,
-    options: dict[str, Any],
-    expected: str,
+    check_refused: CheckRefused, kind: str, options: dict[str, Any], expected: str
 ) -> None:
-    damaged = specimen(kind)
-    damaged.config.update(options)
-    with pytest.raises(AdapterInvalid) as caught:
-        compile_folder(damaged.save(tmp_path / "a"), spec)
-    assert any(expected in problem for problem in caught.value.problems), caught.value.problems
+    check_refused(kind, options, expected)
 
 
 def test_elements_outside_a_module(

@@ -15,6 +15,7 @@ from polygraft.adapters.kinds import AdapterLimits
 from polygraft.adapters.primitives import Prefix, SoftPrompt
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
+from tests.adapters.conftest import CheckRefused
 from tests.adapters.specimen import Q0, Specimen, compile_folder
 
 Change = Callable[[Specimen], None]
@@ -211,16 +212,9 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("kind", "options", "expected"), OPTIONS, ids=[f"{kind}-{str(o)[:60]}" for kind, o, _ in OPTIONS]
 )
 def test_configurations_that_cant_be_served(
-    specimen: Callable[[str], Specimen],
-    spec: BaseSpec,
-    tmp_path: Path,
-    kind: str,
-    options: dict[str, Any],
-    expected: str,
+    check_refused: CheckRefused, kind: str, options: dict[str, Any], expected: str
 ) -> None:
-    damaged = specimen(kind)
-    damaged.config.update(options)
-    assert any(expected in problem for problem in refusals(damaged, spec, tmp_path))
+    check_refused(kind, options, expected)
 
 
 def test_everything_that_is_wrong_is_told_at_once(
