@@ -12,15 +12,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 
-from polygraft.adapters.primitives import (
-    Bottleneck,
-    CompiledAdapter,
-    Coupling,
-    CouplingLayers,
-    LowRank,
-    Prefix,
-    Scale,
-)
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import Bottleneck, Coupling, CouplingLayers, LowRank, Prefix, Scale
 from polygraft.base.residual_sites import ResidualSite
 from polygraft.base.spec import BaseSpec
 from polygraft.layers.activations import ACTIVATIONS

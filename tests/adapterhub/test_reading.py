@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save
 
 from polygraft.adapters.adapterhub.form import ADAPTERHUB_PICKLE, ADAPTERHUB_WEIGHTS, HEAD_CONFIG
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
-from polygraft.adapters.primitives import CompiledAdapter, Prefix
+from polygraft.adapters.primitives import Prefix
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapterhub.library import FIXTURES, REFUSED, keys

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.folder import CONFIG, WEIGHTS, read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
-from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.base.spec import BaseSpec
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"

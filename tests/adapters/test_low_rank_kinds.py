@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.kinds import AdapterLimits
-from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapters.conftest import CheckRefused

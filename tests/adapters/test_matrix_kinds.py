@@ -14,10 +14,10 @@ from peft.tuners.lokr.layer import factorization
 from peft.tuners.oft.layer import OFTLayer
 from transformers import AutoModelForCausalLM
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.adapters.lokr import _divided
 from polygraft.adapters.oft import _nearest_divisor
-from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapters.conftest import CheckRefused

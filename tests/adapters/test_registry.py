@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.info import AdapterInfo, AdapterState
-from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
 from polygraft.engine.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted

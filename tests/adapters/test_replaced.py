@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapters.specimen import Specimen, compile_folder

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.names import STACK
-from polygraft.adapters.primitives import CompiledAdapter, Prefix, SoftPrompt
+from polygraft.adapters.primitives import Prefix, SoftPrompt
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
 from polygraft.engine.block_pool import BlockPool

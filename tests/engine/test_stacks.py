@@ -7,16 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from polygraft.adapters.primitives import (
-    Bottleneck,
-    CompiledAdapter,
-    Coupling,
-    CouplingLayers,
-    Kron,
-    LowRank,
-    Rotation,
-    Scale,
-)
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import Bottleneck, Coupling, CouplingLayers, Kron, LowRank, Rotation, Scale
 from polygraft.adapters.registry import AdapterRegistry
 from polygraft.adapters.stack import check_stack
 from polygraft.engine.engine import Engine

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.activations import get_activation
 
-from polygraft.adapters.primitives import Bottleneck, CompiledAdapter, Coupling, CouplingLayers, NormAfter
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import Bottleneck, Coupling, CouplingLayers, NormAfter
 from polygraft.adapters.stack import Stack, check_stack
 from polygraft.engine.engine import Engine
 from polygraft.engine.sequence import CanarySequence

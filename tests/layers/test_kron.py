@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polygraft.adapters.primitives import CompiledAdapter, Kron, LowRank, Rotation
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import Kron, LowRank, Rotation
 from polygraft.layers.low_rank_bank import LowRankBank
 from polygraft.layers.packed_adapter import PackedAdapter
 from tests.layers.served import MAKES, Parts, Served, random

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import CompiledAdapter, LowRank, NormWeights, TokenRows
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import LowRank, NormWeights, TokenRows
 from polygraft.base.loader import Base, load_base
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.native.kernels import load_kernels

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import CompiledAdapter, LowRank, Scale
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import LowRank, Scale
 from polygraft.layers.base_dependent import resolve_against_base
 from polygraft.layers.linear import LinearGroup, PackedLinear
 from polygraft.layers.low_rank_bank import LowRankBank, Run

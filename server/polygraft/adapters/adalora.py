@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from typing import Any
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.lora import TRAINING_ONLY
 from polygraft.adapters.per_module import PREFIX, is_alpha, is_rank
-from polygraft.adapters.primitives import CompiledAdapter, LowRank
+from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
 from polygraft.adapters.trainable_tokens import take_trainable_tokens

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX
-from polygraft.adapters.primitives import CompiledAdapter, LowRank
+from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.targets import target_modules
 from polygraft.base.spec import BaseSpec

@@ -12,9 +12,10 @@ from collections.abc import Generator
 
 import torch
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.oft import cayley
 from polygraft.adapters.per_module import PREFIX, refuse_trained_biases
-from polygraft.adapters.primitives import CompiledAdapter, Rotation, Scale
+from polygraft.adapters.primitives import Rotation, Scale
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
 from polygraft.base.spec import BaseSpec

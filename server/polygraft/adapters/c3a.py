@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
-from polygraft.adapters.primitives import CompiledAdapter, Dense
+from polygraft.adapters.primitives import Dense
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import BAD_PATTERN, ending_key, target_modules
 from polygraft.base.spec import BaseSpec

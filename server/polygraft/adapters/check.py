@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.folder import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
-from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.base.loader import inspect_without_weights
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid

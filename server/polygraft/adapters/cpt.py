@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from polygraft.adapters.primitives import CompiledAdapter, SoftPrompt
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import SoftPrompt
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.soft_prompt import take_embeddings
 from polygraft.base.spec import BaseSpec

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from polygraft.adapters.primitives import CompiledAdapter, Scale
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import Scale
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.targets import BAD_PATTERN, matches, target_modules
 from polygraft.base.spec import BaseSpec

@@ -18,6 +18,7 @@ from polygraft.adapters.adapterhub.form import is_adapterhub
 from polygraft.adapters.beft import compile_beft
 from polygraft.adapters.boft import compile_boft
 from polygraft.adapters.c3a import compile_c3a
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.cpt import compile_cpt
 from polygraft.adapters.delora import compile_delora
 from polygraft.adapters.folder import AdapterFolder
@@ -34,7 +35,6 @@ from polygraft.adapters.miss import compile_miss
 from polygraft.adapters.multitask_prompt_tuning import compile_multitask_prompt_tuning
 from polygraft.adapters.oft import compile_oft
 from polygraft.adapters.prefix_tuning import compile_cartridge, compile_prefix_tuning
-from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.adapters.pvera import compile_pvera
 from polygraft.adapters.randlora import compile_randlora
 from polygraft.adapters.reader import FolderReader, shown

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX
-from polygraft.adapters.primitives import CompiledAdapter, NormWeights
+from polygraft.adapters.primitives import NormWeights
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.saved_modules import take_norm
 from polygraft.adapters.targets import target_modules

@@ -12,8 +12,9 @@ from collections.abc import Generator
 
 import torch
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX, ModuleSettings
-from polygraft.adapters.primitives import CompiledAdapter, Kron
+from polygraft.adapters.primitives import Kron
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.targets import BAD_PATTERN, target_modules
 from polygraft.base.spec import BaseSpec

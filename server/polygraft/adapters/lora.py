@@ -14,8 +14,9 @@ from collections.abc import Generator
 
 import torch
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX, ModuleSettings
-from polygraft.adapters.primitives import CompiledAdapter, LowRank
+from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import BAD_PATTERN, target_modules, with_tied_head
 from polygraft.adapters.trainable_tokens import take_trainable_tokens

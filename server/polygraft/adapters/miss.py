@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
-from polygraft.adapters.primitives import CompiledAdapter, Dense, LowRank
+from polygraft.adapters.primitives import Dense, LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
 from polygraft.base.spec import BaseSpec

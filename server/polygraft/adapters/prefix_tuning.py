@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from polygraft.adapters.primitives import CompiledAdapter, Prefix
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import Prefix
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.soft_prompt import take_virtual_tokens
 from polygraft.base.spec import BaseSpec

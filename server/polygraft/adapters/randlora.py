@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 import torch
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
     is_rank,
     refuse_trained_biases,
 )
-from polygraft.adapters.primitives import CompiledAdapter, Dense
+from polygraft.adapters.primitives import Dense
 from polygraft.adapters.projections import KEYS
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules

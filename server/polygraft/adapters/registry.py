@@ -11,8 +11,8 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.info import AdapterInfo, AdapterState, MergedInfo
-from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.engine.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
 

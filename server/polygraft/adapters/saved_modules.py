@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from polygraft.adapters.primitives import CompiledAdapter, NormWeights, TokenRows
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import NormWeights, TokenRows
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import EMBEDDING_NAMES
 from polygraft.base.spec import BaseSpec

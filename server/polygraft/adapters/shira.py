@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX, is_rank
-from polygraft.adapters.primitives import CompiledAdapter, Dense
+from polygraft.adapters.primitives import Dense
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.sparse import Sparse
 from polygraft.adapters.targets import target_modules

@@ -11,7 +11,8 @@ from collections.abc import Generator
 
 import torch
 
-from polygraft.adapters.primitives import CompiledAdapter, SoftPrompt
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import SoftPrompt
 from polygraft.adapters.reader import FolderReader
 from polygraft.base.spec import BaseSpec
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.names import STACK, STACK_KIND
-from polygraft.adapters.primitives import CompiledAdapter
 from polygraft.adapters.registry import Adapter
 from polygraft.errors import InvalidRequest
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX, is_alpha, is_rank
-from polygraft.adapters.primitives import CompiledAdapter, Dense
+from polygraft.adapters.primitives import Dense
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.sparse import Sparse
 from polygraft.adapters.targets import target_modules

@@ -13,8 +13,9 @@ from collections.abc import Generator
 
 import torch
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
-from polygraft.adapters.primitives import CompiledAdapter, LowRank
+from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.projections import KEYS
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules

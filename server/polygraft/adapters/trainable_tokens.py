@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX
-from polygraft.adapters.primitives import CompiledAdapter, TokenRows
+from polygraft.adapters.primitives import TokenRows
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
 from polygraft.base.spec import BaseSpec

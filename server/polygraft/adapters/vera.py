@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import PREFIX, is_rank
-from polygraft.adapters.primitives import CompiledAdapter, LowRank
+from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.projections import shared_projections
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
     is_rank,
     refuse_trained_biases,
 )
-from polygraft.adapters.primitives import CompiledAdapter, Dense
+from polygraft.adapters.primitives import Dense
 from polygraft.adapters.projections import KEYS
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.sparse import RandomPlaces, Sparse

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.layers.bottlenecks import BottleneckSites
 from polygraft.layers.couplings import Couplings
 from polygraft.layers.low_rank_bank import LowRankBank, Run, choose_operators

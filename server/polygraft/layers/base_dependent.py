@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from polygraft.adapters.primitives import CompiledAdapter, LowRank, Scale
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import LowRank, Scale
 from polygraft.layers.low_rank_bank import LowRankBank
 
 

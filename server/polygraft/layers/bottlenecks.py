@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import LAYER_NORM_EPSILON, Bottleneck, shapes_of
+from polygraft.adapters.copies import shapes_of
+from polygraft.adapters.primitives import LAYER_NORM_EPSILON, Bottleneck
 from polygraft.layers.activations import ACTIVATIONS
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import SiteStruct

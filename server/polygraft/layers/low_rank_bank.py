@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import Copies, Dense, Kron, LowRank, Rotation, Scale
+from polygraft.adapters.copies import Copies
+from polygraft.adapters.primitives import Dense, Kron, LowRank, Rotation, Scale
 from polygraft.layers.linear import PackedLinear
 from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots
 from polygraft.layers.merging import AnySite, PackedSite, PlainSite

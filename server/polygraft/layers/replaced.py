@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.layers.native.kernels import Kernels
 from polygraft.layers.norms import AdaptedNorm
 from polygraft.layers.step import Segments, StepContext

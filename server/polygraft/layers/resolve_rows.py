@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import CompiledAdapter, LowRank, TokenRows
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import LowRank, TokenRows
 from polygraft.errors import AdapterInvalid
 from polygraft.layers.adapter_bank import AdapterBank
 

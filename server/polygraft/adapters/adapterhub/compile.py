@@ -13,7 +13,7 @@ from polygraft.adapters.adapterhub.lora import compile_lora
 from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.prefix import compile_prefix
 from polygraft.adapters.adapterhub.source import Method, Parts, Source
-from polygraft.adapters.primitives import CompiledAdapter
+from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
