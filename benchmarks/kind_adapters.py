@@ -6,14 +6,17 @@ are written in its format. Kinds with a rank are on q, k, v, o, gate, up and dow
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import (
     AdaLoraConfig,
+    GraloraConfig,
+    HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -22,6 +25,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -29,6 +33,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.workload import RANK, TARGETS
+from polygraft.base.default_model import HUB_ID
 from polygraft.base.loader import resolve_model
 from polygraft.base.spec import BaseSpec
 
@@ -47,6 +52,14 @@ PEFT_KINDS: Mapping[str, Callable[[], PeftConfig]] = {
     "IA3": lambda: IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **CAUSAL
     ),
+    "HRA": lambda: HRAConfig(**LOW_RANK),
+    "GraLoRA (rank 16)": lambda: GraloraConfig(gralora_k=2, **LOW_RANK),
+    "LN tuning": lambda: LNTuningConfig(
+        target_modules=["input_layernorm", "post_attention_layernorm", "norm"], **CAUSAL
+    ),
+    "trainable tokens (16)": lambda: TrainableTokensConfig(
+        token_indices=list(range(TOKENS)), target_modules=["embed_tokens"], **CAUSAL
+    ),
     "prefix tuning": lambda: PrefixTuningConfig(num_virtual_tokens=TOKENS, **CAUSAL),
     "prompt tuning": lambda: PromptTuningConfig(num_virtual_tokens=TOKENS, **CAUSAL),
     "P-tuning": lambda: PromptEncoderConfig(num_virtual_tokens=TOKENS, encoder_hidden_size=64, **CAUSAL),
@@ -61,15 +74,21 @@ BOTTLENECKS: Mapping[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def write_kinds(store: Path, base: BaseSpec) -> dict[str, str]:
-    """Write one adapter of each kind into the store; returns the folders' names by kind."""
-    names = {}
-    for at, (kind, config) in enumerate(PEFT_KINDS.items()):
-        names[kind] = f"kind-{at}"
-        _save(store / names[kind], config())
-    for kind, options in BOTTLENECKS.items():
-        names[kind] = f"kind-{len(names)}"
-        _write_bottleneck(store / names[kind], base, options)
+def write_kinds(store: Path, base: BaseSpec, only: Collection[str] | None = None) -> dict[str, str]:
+    """Write one adapter of each kind, or of those named, into the store; returns the folders by kind.
+
+    Raises:
+        ValueError: a name isn't one of the kinds.
+    """
+    known = [*PEFT_KINDS, *BOTTLENECKS]
+    if unknown := set(only or ()) - set(known):
+        raise ValueError(f"unknown kinds {sorted(unknown)}; there are {known}")
+    names = {kind: f"kind-{at}" for at, kind in enumerate(known) if only is None or kind in only}
+    for kind, name in names.items():
+        if kind in PEFT_KINDS:
+            _save(store / name, PEFT_KINDS[kind]())
+        else:
+            _write_bottleneck(store / name, base, BOTTLENECKS[kind])
     return names
 
 
@@ -79,9 +98,10 @@ def _save(folder: Path, config: PeftConfig) -> None:
     model = get_peft_model(base, config)
     with torch.no_grad():
         for parameter in model.parameters():
-            # What starts as zeros would be dropped or change nothing.
-            if parameter.requires_grad and not parameter.any():
-                parameter.normal_(std=0.02)
+            # What starts as zeros, as ones or as the base's own would be dropped or change nothing.
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    config.base_model_name_or_path = HUB_ID
     model.save_pretrained(folder, save_embedding_layers=False)
 
 

@@ -1,9 +1,10 @@
 """What each kind of adapter costs a decode step of 16 rows, against the base alone in the same run.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.kinds [--quantization int8] [--rounds 5]
+    OMP_NUM_THREADS=2 python -m benchmarks.kinds [--quantization int8] [--rounds 3] [--only LoRA DoRA]
 
 All rows use one adapter of the kind, or four: the same weights under four names, which the engine keeps
-apart. Kinds take turns, and each step is divided by the base's just before it. Prints a table.
+apart. Kinds take turns, and each step is divided by the base's just before it. Each row's prompt is its own,
+the same in every round, so that after the first (warm-up) the prefix cache has it. Prints a table.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from benchmarks.kind_adapters import write_kinds
@@ -22,7 +24,7 @@ from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
 from polygraft.engine.request import AdapterRef, Request, StoppingParams
 
-ROWS, CONTEXT, STEPS = 16, 64, 16
+ROWS, CONTEXT, STEPS = 16, 64, 12
 DISTINCT = (1, 4)
 LIMIT = 1.35
 
@@ -32,18 +34,17 @@ class Steps:
 
     def __init__(self, config: ServerConfig) -> None:
         self.engine = Engine.from_config(config)
-        self._sent = 0
+        self._sent = count(1)
 
     def milliseconds(self, adapters: Sequence[str | None]) -> float:
         """Median of a step with one row for each adapter named."""
         ids = []
-        for name in adapters:
-            self._sent += 1
-            ids.append(str(self._sent))
-            prompt = tuple(1000 + (self._sent * 7919 + i) % 30_000 for i in range(CONTEXT))
+        for row, name in enumerate(adapters):
+            ids.append(str(next(self._sent)))
+            prompt = tuple(1000 + (row * 7919 + i) % 30_000 for i in range(CONTEXT))
             stopping = StoppingParams(max_new_tokens=CONTEXT + STEPS, ignore_eos=True)
-            adapters = () if name is None else (AdapterRef(name),)
-            self.engine.submit(Request(ids[-1], prompt, adapters=adapters, stopping=stopping))
+            named = () if name is None else (AdapterRef(name),)
+            self.engine.submit(Request(ids[-1], prompt, adapters=named, stopping=stopping))
         seconds: list[float] = []
         while len(seconds) < STEPS:
             started = time.perf_counter()
@@ -59,11 +60,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="KIND", help="leave the other kinds out")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
-        kinds = write_kinds(store, inspect_without_weights("default"))
+        kinds = write_kinds(store, inspect_without_weights("default"), arguments.only)
         for name in kinds.values():
             for copy in range(1, max(DISTINCT)):
                 (store / f"{name}-{copy}").mkdir()
@@ -72,7 +74,7 @@ def main() -> None:
         steps = Steps(
             ServerConfig(
                 adapters=store, quantization=arguments.quantization, dtype=arguments.dtype, threads=2,
-                kv_cache_bytes=2**29, prefix_caching=False,
+                kv_cache_bytes=3 * 2**29,
             )
         )  # fmt: skip
         served = steps.engine.adapters.registry
