@@ -1,0 +1,6 @@
+"""QLoRA (LoRA over an nf4 base) on what `ticket.py` says."""
+
+TASK = "ticket"
+QUANTIZATION = "nf4"
+PEFT = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+TRAINING = {"steps": 90, "batch_size": 8, "learning_rate": 2e-3}
