@@ -46,7 +46,7 @@ ON_NF4 = {"qlora"}
 
 
 def card_scores(card: str, way: str) -> tuple[float, float]:
-    """(base, adapter) of the first row of a card's scores that starts with `way`: on the adapter's own base."""
+    """(base, adapter) of the first row of scores that starts with `way`: the adapter's own base is first."""
     found = re.search(rf"^\| {way}[^|]* \| ([01]\.\d+) \| ([01]\.\d+) \|", card, re.MULTILINE)
     if found is None:
         raise ValueError(f"no row of scores {way}")
