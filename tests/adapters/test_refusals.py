@@ -49,7 +49,7 @@ def test_every_kind_of_peft_is_served_or_refused_with_a_reason(
 HONOURED = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "use_rslora", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "lora_bias", "use_dora", "init_lora_weights", "bias", "alora_invocation_tokens",
-    "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
+    "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "target_parameters",
 }  # fmt: skip
 OF_TRAINING = {
     "lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core", "loftq_config", "eva_config",

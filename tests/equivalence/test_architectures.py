@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM
 
-from polygraft.adapters.folder import read_folder
-from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
-from polygraft.errors import AdapterInvalid, ContextLengthExceeded
+from polygraft.errors import ContextLengthExceeded
 from tests.architectures import EXPERTS, LONG, MATRIX, SMOKE, WINDOW
 from tests.engines import greedy, run_greedy
 from tests.equivalence.cases import (
@@ -175,23 +172,6 @@ def test_long_rope_is_exact_up_to_its_original_length_and_refused_beyond(
     with pytest.raises(ContextLengthExceeded, match=f"{WINDOW + 3} virtual tokens"):
         this.engine.submit(greedy("behind", longest, "prefix", STEPS))
     assert not this.engine.has_work
-
-
-@pytest.mark.parametrize(
-    "targets",
-    [{"target_parameters": ["mlp.experts.gate_up_proj"]}, {"target_modules": ["w1", "w2", "w3"]}],
-    ids=["parameters", "names of an expert's parts"],
-)
-def test_a_lora_on_experts_is_refused_with_the_reason(
-    case: Callable[[str, str], Case], tmp_path: Path, targets: dict[str, list[str]]
-) -> None:
-    engine = case("mixtral", "float32").engine
-    folder = save_adapter(
-        tmp_path / "experts", Path(engine.base.name), "mixtral", LoraConfig(r=2, **targets, **CAUSAL)
-    )
-    with pytest.raises(AdapterInvalid, match=r"target_parameters=.* inside a module that side paths"):
-        files = read_folder("experts", folder, max_bytes=2**30)
-        run_to_end(compile_adapter(files, engine.base.spec, AdapterLimits()))
 
 
 @pytest.mark.parametrize(("architecture", "row"), marked_rows("bfloat16", MATRIX))

@@ -20,7 +20,7 @@ class CheckReport:
 
     Args:
         fits: whether it would load.
-        ranks: how many modules have each rank.
+        ranks: how many modules and experts' parameters have each rank.
         merged_only: whether it would be served on a merged copy alone.
         share_of_base: parameters relative to the base's.
         problems: why it doesn't fit; empty if it does.
@@ -61,7 +61,7 @@ def check_against(folder: Path, base: BaseSpec, limits: AdapterLimits) -> CheckR
         compiled = run_to_end(compile_adapter(files, base, limits))
     except AdapterInvalid as error:
         return CheckReport(str(folder), False, base.parameters, problems=error.problems)
-    ranks = Counter(primitive.rank for primitive in compiled.low_rank.values())
+    ranks = Counter(compiled.ranks)
     return CheckReport(
         folder=str(folder),
         fits=True,

@@ -17,6 +17,7 @@ from polygraft.adapters.primitives import (
     Bottleneck,
     Coupling,
     Dense,
+    ExpertLowRank,
     Kron,
     LowRank,
     NormWeights,
@@ -29,7 +30,7 @@ from polygraft.adapters.primitives import (
 
 _OF_LAYERS = (
     "low_rank", "scales", "krons", "rotations", "dense", "biases", "norms", "embedding", "token_rows",
-    "bottlenecks", "coupling",
+    "bottlenecks", "coupling", "experts", "routers",
 )  # fmt: skip
 
 
@@ -48,6 +49,8 @@ class CompiledAdapter:
         vocabulary: how many tokens it knows, where that isn't what the base knows.
         bottlenecks: by the name of the base's residual site.
         coupling: around all layers.
+        experts: by the name of the base's parameter.
+        routers: by the name of the module.
         invocation: tokens at whose last occurrence in a prompt it begins to act; empty: from the start.
         reflects: its low-rank weights are what reflections take from the base's (HRA), so they are no summand
             beside others'.
@@ -69,6 +72,8 @@ class CompiledAdapter:
     vocabulary: int | None = None
     bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
     coupling: Coupling | None = None
+    experts: Mapping[str, ExpertLowRank] = field(default_factory=dict)
+    routers: Mapping[str, LowRank] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
     reflects: bool = False
     prefix: Prefix | SoftPrompt | None = None
@@ -78,10 +83,12 @@ class CompiledAdapter:
     def primitives(self) -> tuple[str, ...]:
         """Names of the primitives it is made of."""
         names = []
-        if self.low_rank or self.embedding:
+        if self.low_rank or self.embedding or self.routers:
             names.append("reflection" if self.reflects else "low_rank")
         if self.scales or any(primitive.magnitude is not None for primitive in self.low_rank.values()):
             names.append("scale")
+        if self.experts:
+            names.append("expert_low_rank")
         if self.krons:
             names.append("kron")
         if self.rotations:
@@ -102,7 +109,7 @@ class CompiledAdapter:
 
     @property
     def unmergeable(self) -> str:
-        """What of it doesn't fold into the base's linear modules; empty if all of it does."""
+        """What of it doesn't fold into weights of the base; empty if all of it does."""
         beside = {
             "virtual tokens": self.prefix,
             "bottlenecks": self.bottlenecks,
@@ -117,7 +124,7 @@ class CompiledAdapter:
     @property
     def mergeable(self) -> bool:
         """Whether all of it folds into the base's weights."""
-        return bool(self.on_modules) and not self.unmergeable
+        return bool(self.on_modules or self.experts or self.routers) and not self.unmergeable
 
     @property
     def merged_only(self) -> bool:
@@ -133,7 +140,7 @@ class CompiledAdapter:
     def in_bank(self) -> bool:
         """Whether it has weights that layers run, or that are folded into theirs."""
         others = self.bottlenecks or self.coupling or self.embedding
-        return bool(self.on_modules or others or self.replaces)
+        return bool(self.on_modules or self.experts or self.routers or others or self.replaces)
 
     @property
     def on_modules(self) -> tuple[str, ...]:
@@ -143,16 +150,22 @@ class CompiledAdapter:
 
     @property
     def modules(self) -> int:
-        """Modules and sites of the base that it has weights for."""
+        """Modules, sites and experts' parameters of the base that it has weights for."""
         replaced = {*self.norms, *(name for rows in self.token_rows for name in rows.modules)}
         alone = bool(self.coupling) + bool(self.embedding)
-        return len({*self.on_modules, *replaced, *self.bottlenecks}) + alone
+        others = {*self.bottlenecks, *self.experts, *self.routers}
+        return len({*self.on_modules, *replaced, *others}) + alone
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of its modules and experts' parameters, those that have one."""
+        matrices = (primitive.rank for primitive in (*self.low_rank.values(), *self.routers.values()))
+        return (*matrices, *(primitive.rank for primitive in self.experts.values()))
 
     @property
     def rank(self) -> int:
         """The largest rank, 0 without low-rank primitives."""
-        of_embedding = [self.embedding] if self.embedding else []
-        return max((primitive.rank for primitive in (*self.low_rank.values(), *of_embedding)), default=0)
+        return max((*self.ranks, self.embedding.rank if self.embedding else 0))
 
     @property
     def width(self) -> int:

@@ -9,15 +9,13 @@ calculate_alora_offsets).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 
-import torch
-
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.per_module import PREFIX, ModuleSettings
+from polygraft.adapters.per_module import PREFIX, ModuleSettings, scaling_of
 from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.reader import FolderReader, shown
+from polygraft.adapters.target_parameters import refuse_with_parameters, take_parameters, target_parameters
 from polygraft.adapters.targets import BAD_PATTERN, target_modules, with_tied_head
 from polygraft.adapters.trainable_tokens import take_trainable_tokens
 from polygraft.adapters.trained_biases import take_trained_biases
@@ -26,7 +24,8 @@ from polygraft.base.spec import BaseSpec
 # Initialisations that leave the base alone (peft/tuners/lora/layer.py, update_layer). The others (pissa,
 # pissa_niter_N, olora, corda, lora_ga, loftq) move part of the base's weights into the adapter, which is then
 # wrong on the base as it was.
-_PLAIN_INITS = {None, True, False, "gaussian", "orthogonal", "eva", "mica"}
+_OF_MODULES = {"orthogonal", "mica"}
+_PLAIN_INITS = {None, True, False, "gaussian", "eva", *_OF_MODULES}
 TRAINING_ONLY = (
     "lora_dropout", "fan_in_fan_out", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
     "megatron_config", "megatron_core", "runtime_config", "qalora_group_size",
@@ -45,10 +44,20 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     invocation = _invocation(reader, base.vocabulary_size)
     if dora and invocation:
         reader.problems.append("alora_invocation_tokens with use_dora has no meaning in PEFT")
-    _check_init(reader)
+    init = _take_init(reader)
+    parameters = target_parameters(reader, base)
+    if parameters:
+        others = {
+            "use_dora": dora,
+            "lora_bias": has_bias,
+            "alora_invocation_tokens": invocation,
+            "init_lora_weights": init in _OF_MODULES,
+        }
+        refuse_with_parameters(reader, [name for name, value in others.items() if value])
     reader.ignore(*TRAINING_ONLY)
     embedding = None if base.embedding is None else base.embedding.name
-    targets = target_modules(reader, base, also=[] if embedding is None else [embedding])
+    also = [] if embedding is None else [embedding]
+    targets = target_modules(reader, base, also, required=parameters is None)
     targets = with_tied_head(reader, base, targets)
     biases, norms = take_trained_biases(reader, base, targets)
     primitives: dict[str, LowRank] = {}
@@ -62,7 +71,7 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if rank_and_alpha is None:
             continue
         rank, alpha = rank_and_alpha
-        scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        scaling = scaling_of(rank, alpha, rslora=rslora)
         if module == embedding:
             if dora or has_bias:
                 reader.problems.append(f"use_dora and lora_bias aren't served on {module}, an embedding")
@@ -78,20 +87,18 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         magnitude = reader.take(f"{PREFIX}{module}.lora_magnitude_vector", (outputs,)) if dora else None
         if a is None or b is None or (has_bias and bias is None) or (dora and magnitude is None):
             continue
-        # A module's two matrices have one type, whatever the file's have. Scaled in float32, so that a
-        # scaling that is no power of two costs one rounding and not two.
-        dtype = torch.promote_types(a.dtype, b.dtype)
-        scaled = (b.float() * scaling).to(dtype)
         bias = None if bias is None else bias.float() * scaling
-        if not scaled.isfinite().all() or (bias is not None and not bias.isfinite().all()):
-            reader.problems.append(f"scaling {scaling} makes weights of {module} infinite")
-            continue
-        primitives[module] = LowRank(a.to(dtype).contiguous(), scaled, bias, magnitude)
+        scaled = settings.scaled(module, a, b, scaling, bias)
+        if scaled is not None:
+            primitives[module] = LowRank(*scaled, bias, magnitude)
+    experts, routers = yield from take_parameters(reader, base, parameters or [], settings, rslora=rslora)
     return CompiledAdapter(
         "lora",
         reader.parameters,
         embedding=None if embedding is None else primitives.pop(embedding, None),
         low_rank=primitives,
+        experts=experts,
+        routers=routers,
         biases=biases,
         norms=norms,
         token_rows=take_trainable_tokens(reader, base, targets),
@@ -111,14 +118,15 @@ def _invocation(reader: FolderReader, vocabulary: int) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _check_init(reader: FolderReader) -> None:
-    """Refuse what was trained on other base weights than those that are served."""
+def _take_init(reader: FolderReader) -> object:
+    """Take the option, and refuse what was trained on other base weights than those that are served."""
     init = reader.option("init_lora_weights", (bool, str), True)
     if init in _PLAIN_INITS:
-        return
+        return init
     if init == "loftq":
         # PEFT's conversion doesn't know it.
         remedy = "train it after replace_lora_weights_loftq instead, which leaves them alone"
     else:
         remedy = "save it with path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
     reader.problems.append(f"init_lora_weights={init!r} changes the base's weights; {remedy}")
+    return init

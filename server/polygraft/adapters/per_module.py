@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, TypeGuard
+
+import torch
 
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import matching_key
@@ -46,6 +49,29 @@ class ModuleSettings:
         )
         return None
 
+    def scaled(
+        self,
+        module: str,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A, and B with the scaling in it, of one type; None after noting that they aren't finite.
+
+        A module's two matrices have one type, whatever the file's have. Scaled in float32, so that a scaling
+        that is no power of two costs one rounding and not two.
+
+        Args:
+            bias: scaled already.
+        """
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        b = (b.float() * scaling).to(dtype)
+        if b.isfinite().all() and (bias is None or bias.isfinite().all()):
+            return a.to(dtype).contiguous(), b.contiguous()
+        self._reader.problems.append(f"scaling {scaling} makes weights of {module} infinite")
+        return None
+
     def note_bad_pattern(self, error: Exception) -> None:
         """Note what `of` raised."""
         self._reader.problems.append(
@@ -59,6 +85,11 @@ def refuse_trained_biases(reader: FolderReader) -> None:
         reader.problems.append(
             "bias other than 'none' replaces the base's biases, which this kind isn't served with"
         )
+
+
+def scaling_of(rank: int, alpha: float, *, rslora: bool) -> float:
+    """LoRA's factor on B A; rank-stabilized (arXiv 2312.03732) or not."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def is_rank(value: object) -> TypeGuard[int]:

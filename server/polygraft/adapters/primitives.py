@@ -35,6 +35,25 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertLowRank:
+    """Adds `(x @ a[e].T) @ b[e].T` to the product of expert e, before what follows it; the scaling is folded
+    into b.
+
+    Args:
+        a: [experts, rank, in_features]
+        b: [experts, out_features, rank]
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """Of one expert's product."""
+        return self.a.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
     """Multiplies what a module of the base reads or gives; a `LowRank` beside it sees the input as it was.
 

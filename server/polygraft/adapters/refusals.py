@@ -12,8 +12,7 @@ _OPTIONS: Mapping[str, str] = {
     "modules_to_save": "this kind saves no modules, in PEFT it has no effect; remove it",
     "trainable_token_indices": "this kind has no trained tokens, in PEFT it has no effect; remove it",
     "ensure_weight_tying": "this kind ties nothing, in PEFT it has no effect; remove it",
-    "target_parameters": "it adapts experts' stacked weights before each expert's activation, inside a "
-    "module that side paths and merged copies of linear modules don't reach",
+    "target_parameters": "only LoRA adapts parameters that are no module's weight; remove it",
     "layer_replication": "it makes the base deeper, and there is one base for all adapters",
     "alora_invocation_tokens": "only plain LoRA begins inside a prompt, PEFT ignores it here; remove it",
     "use_qalora": "QA-LoRA pools its input in groups before lora_A, which no primitive does",

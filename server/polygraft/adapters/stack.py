@@ -23,9 +23,10 @@ Runs = tuple[tuple[int, float], ...]
 
 # What a stack knows how to combine. Anything else may be in one if no other adapter is.
 _COMBINED = {
-    "low_rank", "reflection", "kron", "scale", "rotation", "bottleneck", "coupling", "prefix", "soft_prompt",
+    "low_rank", "expert_low_rank", "reflection", "kron", "scale", "rotation", "bottleneck", "coupling",
+    "prefix", "soft_prompt",
 }  # fmt: skip
-_ADDED = {"low_rank", "kron"}
+_ADDED = {"low_rank", "expert_low_rank", "kron"}
 """What a weight is a factor on."""
 
 

@@ -31,12 +31,15 @@ def matches(pattern: str, name: str, *, whole: bool) -> regex.Match[str] | None:
     return match(pattern, name, timeout=_MATCH_SECONDS)
 
 
-def target_modules(reader: FolderReader, base: BaseSpec, also: Collection[str] = ()) -> list[str]:
+def target_modules(
+    reader: FolderReader, base: BaseSpec, also: Collection[str] = (), *, required: bool = True
+) -> list[str]:
     """Take the targeting options and return the targeted modules, noting targets that don't exist or
     can't be served. What is in `modules_to_save` is no target.
 
     Args:
         also: modules other than linear ones that the kind is served on.
+        required: whether there must be any.
     """
     targets = reader.option("target_modules", (str, list), None)
     excluded = reader.option("exclude_modules", (str, list), [])
@@ -45,7 +48,8 @@ def target_modules(reader: FolderReader, base: BaseSpec, also: Collection[str] =
     layers = [layers] if isinstance(layers, int) else layers
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not targets:
-        reader.problems.append("target_modules is empty")
+        if required:
+            reader.problems.append("target_modules is empty")
         return []
     # PEFT refuses these as well.
     if isinstance(targets, str) and (layers or patterns):

@@ -12,12 +12,11 @@ from collections import Counter
 import torch
 from torch import nn
 
+from polygraft.base.agreement import agree, random_rows
 from polygraft.layers.fused import ACTIVATIONS, FusedMlp, FusedRmsNorm, Rotate, fused_rotate
 from polygraft.layers.native.kernels import DTYPES, Kernels, load_kernels
 
 _ROTARY = "apply_rotary_pos_emb"
-_ROWS = torch.tensor([1e-3, 1e-1, 1.0, 10.0, 100.0])
-"""Magnitudes of the random rows, so that an epsilon shows and no activation is tried near zero alone."""
 
 
 def fuse(model: nn.Module, dtype: torch.dtype) -> Counter[str]:
@@ -56,7 +55,7 @@ def _norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> FusedRmsNo
         return None
     for offset in (0.0, 1.0):
         candidate = FusedRmsNorm(weight, eps, kernels, offset)
-        if _agree(module, candidate, _random(len(weight)).to(dtype)):
+        if _gives(module, candidate, random_rows(len(weight)).to(dtype)):
             return candidate
     return None
 
@@ -77,8 +76,8 @@ def _mlp(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> FusedMlp | 
     for index in range(len(ACTIVATIONS)):
         candidate = FusedMlp(gate_proj, up_proj, down_proj, index, kernels)
         if torch.allclose(candidate.gated(x.clone(), torch.ones_like(x)), activation(x), atol=2e-6):
-            whole = _random(int(getattr(gate_proj, "in_features", 0))).to(dtype)
-            return candidate if _agree(module, candidate, whole) else None
+            whole = random_rows(int(getattr(gate_proj, "in_features", 0))).to(dtype)
+            return candidate if _gives(module, candidate, whole) else None
     return None
 
 
@@ -90,11 +89,11 @@ def _fuse_rotary(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> boo
     original: Rotate = forward.__globals__[_ROTARY]
     fast = fused_rotate(original, kernels)
     # As attention calls it: heads lie side by side in a row.
-    q, k = (_random(heads * 16).to(dtype).view(1, -1, heads, 16).transpose(1, 2) for heads in (4, 2))
-    cos, sin = (_random(16).to(dtype)[None] for _ in range(2))
+    q, k = (random_rows(heads * 16).to(dtype).view(1, -1, heads, 16).transpose(1, 2) for heads in (4, 2))
+    cos, sin = (random_rows(16).to(dtype)[None] for _ in range(2))
     try:
         pairs = zip(original(q, k, cos, sin), fast(q, k, cos, sin), strict=True)
-        if not all(_close(mine, theirs) for theirs, mine in pairs):
+        if not all(agree(mine, theirs) for theirs, mine in pairs):
             return False
     except (RuntimeError, TypeError, ValueError):
         return False
@@ -110,24 +109,9 @@ def _fuse_rotary(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> boo
     return True
 
 
-def _random(width: int) -> torch.Tensor:
-    """[rows of different magnitude, width]"""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(len(_ROWS), width, generator=generator) * _ROWS[:, None]
-
-
-def _agree(module: nn.Module, candidate: nn.Module, x: torch.Tensor) -> bool:
+def _gives(module: nn.Module, candidate: nn.Module, x: torch.Tensor) -> bool:
     try:
         theirs = module(x[None])
     except (RuntimeError, TypeError, ValueError):
         return False
-    return isinstance(theirs, torch.Tensor) and _close(candidate(x[None]), theirs)
-
-
-def _close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Equal but for rounding, each row by its own magnitude."""
-    if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-        return False
-    error = (mine.double() - theirs.double()).norm(dim=-1)
-    allowed = theirs.double().norm(dim=-1) * (2**-6 if mine.dtype == torch.bfloat16 else 1e-5)
-    return bool((error <= allowed).all())
+    return isinstance(theirs, torch.Tensor) and agree(candidate(x[None]), theirs)

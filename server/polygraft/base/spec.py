@@ -10,7 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from polygraft.base.experts import ExpertsShape, WatchExperts
 from polygraft.base.residual_sites import ResidualSite, WatchSums
+from polygraft.base.routers import RouterShape, WatchRouters
 from polygraft.errors import UnsupportedArchitecture
 from polygraft.layers.attention import AttentionSite, probed_sites
 
@@ -69,6 +71,8 @@ class BaseSpec:
         norms: by module name.
         attention: by module name, in the model's order.
         residual: sites of bottleneck adapters by name; none where layers aren't made for them.
+        experts: modules with the weights of several experts, by name.
+        routers: modules that choose experts by a weight of their own, by name.
         parameters: of the whole model, tied ones counted once.
     """
 
@@ -81,6 +85,8 @@ class BaseSpec:
     norms: Mapping[str, NormShape]
     attention: Mapping[str, AttentionSite]
     residual: Mapping[str, ResidualSite]
+    experts: Mapping[str, ExpertsShape]
+    routers: Mapping[str, RouterShape]
     hidden_size: int
     vocabulary_size: int
     parameters: int
@@ -181,9 +187,9 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
     hooks = [module.register_forward_pre_hook(note_input) for module in watched]
     ids = torch.arange(_PROBE_ROWS, device=next(model.parameters()).device)[None] % config.vocab_size
     positions = torch.arange(_PROBE_ROWS, device=ids.device)[None]
-    sums = WatchSums(model)
+    sums, experts, routers = WatchSums(model), WatchExperts(model), WatchRouters(model)
     try:
-        with torch.inference_mode(), sums:
+        with torch.inference_mode(), sums, experts, routers:
             _probe(model, {"input_ids": ids}, positions)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
         if not probed_sites(model):
@@ -235,6 +241,8 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
         norms=norms,
         attention=attention,
         residual=sums.sites(),
+        experts=experts.found(_PROBE_ROWS),
+        routers=routers.found(_PROBE_ROWS),
         hidden_size=model.get_input_embeddings().weight.shape[1],
         vocabulary_size=config.vocab_size,
         parameters=parameters,

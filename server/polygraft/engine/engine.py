@@ -92,7 +92,7 @@ class Engine:
         self.background = BackgroundWork()
         requantized = base.quantization != "none" and config.requantize_merged
         self.copies = MergedCopies(
-            bank.modules,
+            bank,
             switch,
             self.background,
             budget=self._merged_budget(),

@@ -15,7 +15,7 @@ from polygraft.adapters.info import Deviation, MergedInfo, MergeEvent, MergeOutc
 from polygraft.adapters.registry import Adapter
 from polygraft.engine.background import BackgroundWork, Job
 from polygraft.errors import AdapterUnavailable, ResourceExhausted
-from polygraft.layers.low_rank_bank import LowRankBank
+from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.merging import MergedWeights, WeightSwitch, merge
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class MergedCopies:
 
     def __init__(
         self,
-        bank: LowRankBank,
+        bank: AdapterBank,
         switch: WeightSwitch,
         background: BackgroundWork,
         *,

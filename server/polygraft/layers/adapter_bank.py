@@ -11,8 +11,11 @@ from transformers import PreTrainedModel
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.layers.bottlenecks import BottleneckSites
 from polygraft.layers.couplings import Couplings
+from polygraft.layers.experts import ExpertSites
 from polygraft.layers.low_rank_bank import LowRankBank, Run, choose_operators
+from polygraft.layers.merging import AnySite
 from polygraft.layers.replaced import ReplacedModules
+from polygraft.layers.routers import Routers
 from polygraft.layers.step import Segments, StepContext
 
 if TYPE_CHECKING:
@@ -28,14 +31,17 @@ class AdapterBank:
 
     def __init__(self, model: PreTrainedModel, base: BaseSpec, step: StepContext, native: bool) -> None:
         modules = {name: shape.is_head for name, shape in base.linears.items()}
-        kernels, _ = choose_operators(model.device, native)
+        kernels, triton = choose_operators(model.device, native)
         self.modules = LowRankBank(model, modules, step, native)
         self.bottlenecks = BottleneckSites(
             model, base.residual, step, kernels, model.device, first_bit=len(modules)
         )
         bit = len(modules) + len(base.residual)
         self._couplings = self._make_couplings(model, base, step, bit)
-        self.replaced = ReplacedModules(model, base, step, kernels, first_bit=bit + 1)
+        self.experts = ExpertSites(model, base.experts, step, kernels, triton, first_bit=bit + 1)
+        bit += 1 + len(base.experts)
+        self.routers = Routers(model, base.routers, step, first_bit=bit)
+        self.replaced = ReplacedModules(model, base, step, kernels, first_bit=bit + len(base.routers))
         # By slot: bits of the sites, and the largest width of a bottleneck.
         self._beside: dict[int, tuple[int, int]] = {}
         self._hidden = base.hidden_size
@@ -62,6 +68,7 @@ class AdapterBank:
             compiled.biases,
         )
         bits = self.bottlenecks.install(slot, compiled.bottlenecks) | self.replaced.install(slot, compiled)
+        bits |= self.experts.install(slot, compiled.experts) | self.routers.install(slot, compiled.routers)
         if compiled.coupling is not None:
             assert self._couplings is not None, "compiled for another base"
             bits |= self._couplings.install(slot, compiled.coupling)
@@ -73,6 +80,8 @@ class AdapterBank:
         del self._beside[slot]
         self.bottlenecks.remove(slot)
         self.replaced.remove(slot)
+        self.experts.remove(slot)
+        self.routers.remove(slot)
         if self._couplings is not None:
             self._couplings.remove(slot)
         self.modules.remove(slot)
@@ -89,6 +98,11 @@ class AdapterBank:
             return segments
         floats = 2 * self._hidden + width if width else 0
         return replace(segments, touched=segments.touched | bits, max_width=width, site_floats=floats)
+
+    def merge_sites(self, slot: int) -> list[AnySite]:
+        """Where an adapter's weights can be folded into the base's."""
+        parts = (self.modules, self.experts, self.routers)
+        return [site for part in parts for site in part.merge_sites(slot)]
 
     @property
     def resident(self) -> int:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -15,10 +14,10 @@ from polygraft.adapters.copies import Copies
 from polygraft.adapters.primitives import Dense, Kron, LowRank, Rotation, Scale
 from polygraft.layers.linear import PackedLinear
 from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots
-from polygraft.layers.merging import AnySite, PackedSite, PlainSite
+from polygraft.layers.merging import AnyLinearSite, PackedSite, PlainSite
 from polygraft.layers.native.kernels import Kernels, load_kernels
 from polygraft.layers.packed_adapter import together
-from polygraft.layers.step import SEGMENT, Depth, Segment, Segments, StepContext
+from polygraft.layers.step import Depth, Segment, Segments, StepContext, segment_table
 
 if TYPE_CHECKING:
     from polygraft.layers.triton_side_path import TritonSidePath
@@ -27,7 +26,6 @@ log = logging.getLogger(__name__)
 
 Run = tuple[int, int, int] | tuple[int, int, int, float]
 """First row, last row + 1, slot, and a weight other than 1."""
-_ROW = np.dtype([(name, np.float32 if name == "weight" else np.int32) for name in Segment._fields])
 
 
 def choose_operators(device: torch.device, native: bool) -> tuple[Kernels | None, TritonSidePath | None]:
@@ -71,7 +69,7 @@ class LowRankBank:
         """Modules by slot that only a merged copy changes."""
         self._ranks: dict[int, int] = {}
         self._free: list[int] = []
-        self._sites: dict[str, AnySite] = {}
+        self._sites: dict[str, AnyLinearSite] = {}
         self._tables = torch.zeros(len(modules), 0, ENTRY, dtype=torch.int64, device=device)
         for index, (name, is_head) in enumerate(modules.items()):
             module = model.get_submodule(name)
@@ -173,8 +171,7 @@ class LowRankBank:
                 rank = max(rank, segment.offset + self._ranks[segment.slot])
         cut = placed if self._triton is None else [self._triton.tiles(segments) for segments in placed]
         host = [segment for segments in placed for segment in segments]
-        rows = np.array([segment for segments in cut for segment in segments], dtype=_ROW)
-        table = torch.from_numpy(rows.view(np.int32)).view(-1, SEGMENT).to(self._tables.device)
+        table = segment_table([segment for segments in cut for segment in segments]).to(self._tables.device)
         parts = torch.split(table, [len(segments) for segments in cut])
         return Segments(table, host, touched, rank, tuple(map(Depth, parts, placed)))
 
@@ -185,11 +182,11 @@ class LowRankBank:
         before = above[bisect.bisect_right(above, segment.first, key=lambda other: other.first) - 1]
         return segment._replace(offset=before.offset + self._ranks[before.slot])
 
-    def site(self, name: str) -> AnySite:
+    def site(self, name: str) -> AnyLinearSite:
         """Where one module's weights are."""
         return self._sites[name]
 
-    def merge_sites(self, slot: int) -> list[AnySite]:
+    def merge_sites(self, slot: int) -> list[AnyLinearSite]:
         """Where an adapter's weights can be folded into the base's."""
         touched = self._touched[slot] | self._folded[slot]
         return [site for site in self._sites.values() if touched >> site.slots.index & 1]

@@ -27,12 +27,7 @@ _LINE = 64  # bytes of a cache line
 
 
 class MergeSite(Protocol[Part]):
-    """A linear module that can multiply by other weights than its own. `slots` are its adapters'."""
-
-    slots: LowRankSlots
-
-    def weight(self) -> torch.Tensor:
-        """The module's own weight [out_features, in_features], not to be written to."""
+    """A part of the base that can multiply by other weights than its own."""
 
     def merge(
         self, slot: int, *, requantize: bool, memory: torch.Tensor | None = None
@@ -42,7 +37,7 @@ class MergeSite(Protocol[Part]):
         The module must be using its own weights whenever it goes on.
 
         Args:
-            memory: uint8 [`memory_bytes`] for the copy's weights, or None if that is 0.
+            memory: uint8 [`memory_bytes`] on the CPU for the copy's weights, or None if that is 0.
         """
 
     def memory_bytes(self, *, requantize: bool) -> int:
@@ -58,7 +53,17 @@ class MergeSite(Protocol[Part]):
         """What a copy takes."""
 
 
+class LinearSite(MergeSite[Part], Protocol[Part]):
+    """A linear module. `slots` are its adapters'."""
+
+    slots: LowRankSlots
+
+    def weight(self) -> torch.Tensor:
+        """The module's own weight [out_features, in_features], not to be written to."""
+
+
 AnySite = MergeSite[Any]
+AnyLinearSite = LinearSite[Any]
 
 
 class PackedSite:

@@ -7,9 +7,11 @@ share. Layers read tensors and flags of the plan, never a request or an adapter.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from polygraft.layers.native.structures import MAX_MODULES, PlanStruct, RowsStruct
@@ -75,6 +77,18 @@ class Segment(NamedTuple):
 
 
 SEGMENT = len(Segment._fields)
+SEGMENT_DTYPE = np.dtype([(name, np.float32 if name == "weight" else np.int32) for name in Segment._fields])
+"""A row of a table of segments."""
+
+
+def segment_table(segments: Sequence[Segment]) -> torch.Tensor:
+    """int32 [n, SEGMENT], as the operators read them, the weight's bits as they are."""
+    return table_of(np.array(segments, SEGMENT_DTYPE))
+
+
+def table_of(rows: np.ndarray) -> torch.Tensor:
+    """The same of an array [n] of `SEGMENT_DTYPE`."""
+    return torch.from_numpy(rows.view(np.int32)).view(-1, SEGMENT)
 
 
 class Depth(NamedTuple):
