@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "side_path.h"
@@ -10,6 +11,10 @@ namespace {
 
 // Rows whose sums fit in the registers beside one panel of weights.
 constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 3;
+// Likewise where the weights are widened on the way, which takes registers too: with one row more they spill, and a
+// tile takes twice as long.
+constexpr int kWideningRows = kLanes == 8 ? 5 : kTileRows;
+constexpr int kWideningTiles = kLanes == 8 ? 6 : 2;  // with more, widening once costs less than in every tile
 constexpr int64_t kBlockInputs = 576;  // inputs in a block of a panel: in float32 it stays in the L1/L2 cache
 
 // How weights lie in a panel, by the type that they are kept in.
@@ -38,13 +43,32 @@ struct Panel<bf16> {  // [in / 2, kPanel] of two inputs' weights each, the first
   }
 };
 
+// Weights that are multiplied next, fetched from memory while others are multiplied. The processor's own prefetching
+// follows what is read, and a panel is read once from memory and then by every tile of rows from the cache: without
+// this, memory and products would take turns.
+struct Ahead {
+  const char* from;  // may lie behind the last panel: nothing is read there
+  int64_t pace;      // bytes in each step of a tile's loop
+
+  // The part of `bytes` from `next` on that a tile fetches in `steps`.
+  static Ahead of_tile(const void* next, int64_t bytes, int64_t tile, int64_t tiles, int64_t steps) {
+    return {static_cast<const char*>(next) + bytes * tile / tiles, (bytes + tiles * steps - 1) / (tiles * steps)};
+  }
+  void step() {
+    __builtin_prefetch(from, 0, 2);
+    from += pace;
+  }
+};
+
 // acc[ROWS, kPanel] (+)= x[ROWS, inputs] w[inputs, kPanel]
 template <int ROWS>
-void multiply_tile(const float* x, int64_t x_stride, const float* w, int64_t inputs, float* out, bool first) {
+void multiply_tile(const float* x, int64_t x_stride, const float* w, int64_t inputs, float* out, bool first,
+                   Ahead ahead) {
   vec acc[ROWS][kVecs];
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < kVecs; v++) acc[r][v] = first ? vec{} : load(out + r * kPanel + v * kLanes);
   for (int64_t i = 0; i < inputs; i++) {
+    ahead.step();
     vec weights[kVecs];
     for (int v = 0; v < kVecs; v++) weights[v] = load(w + i * kPanel + v * kLanes);
     for (int r = 0; r < ROWS; r++) {
@@ -60,11 +84,13 @@ inline vec lower(const uint32_t* w) { return vec(load(w) << 16); }
 inline vec upper(const uint32_t* w) { return vec(load(w) & 0xffff0000u); }
 
 template <int ROWS>
-void multiply_tile(const float* x, int64_t x_stride, const uint32_t* w, int64_t inputs, float* out, bool first) {
+void multiply_tile(const float* x, int64_t x_stride, const uint32_t* w, int64_t inputs, float* out, bool first,
+                   Ahead ahead) {
   vec acc[ROWS][kVecs];
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < kVecs; v++) acc[r][v] = first ? vec{} : load(out + r * kPanel + v * kLanes);
   for (int64_t i = 0; i < inputs; i += 2, w += kPanel) {
+    ahead.step();
     vec weights[kVecs];
     for (int v = 0; v < kVecs; v++) weights[v] = lower(w + v * kLanes);
     for (int r = 0; r < ROWS; r++) {
@@ -83,21 +109,23 @@ void multiply_tile(const float* x, int64_t x_stride, const uint32_t* w, int64_t 
 
 template <typename W, int ROWS = kTileRows>
 void multiply(int64_t rows, const float* x, int64_t x_stride, const W* w, int64_t inputs, float* out,
-              bool first) {
+              bool first, Ahead ahead) {
   if (rows == ROWS) {
-    multiply_tile<ROWS>(x, x_stride, w, inputs, out, first);
+    multiply_tile<ROWS>(x, x_stride, w, inputs, out, first, ahead);
   } else if constexpr (ROWS > 1) {
-    multiply<W, ROWS - 1>(rows, x, x_stride, w, inputs, out, first);
+    multiply<W, ROWS - 1>(rows, x, x_stride, w, inputs, out, first, ahead);
   }
 }
 
-// A block of rows in tiles of as equal a height as can be.
+// A block of rows in tiles of as equal a height as can be, while `bytes` from `next` on are fetched.
 template <typename W>
 void multiply_tiles(int64_t rows, int64_t tiles, const float* x, int64_t x_stride, const W* w, int64_t inputs,
-                    float* out, bool first) {
+                    float* out, bool first, const void* next, int64_t bytes) {
+  const int64_t steps = std::is_integral_v<W> ? inputs / 2 : inputs;
   for (int64_t t = 0; t < tiles; t++) {
     const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
-    multiply(to - from, x + from * x_stride, x_stride, w, inputs, out + from * kPanel, first);
+    multiply(to - from, x + from * x_stride, x_stride, w, inputs, out + from * kPanel, first,
+             Ahead::of_tile(next, bytes, t, tiles, steps));
   }
 }
 
@@ -106,27 +134,31 @@ inline void multiply_panel(const float* x, int64_t rows, int64_t inputs, const f
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t i = 0; i < inputs; i += kBlockInputs) {
     const int64_t count = std::min(kBlockInputs, inputs - i);
-    multiply_tiles(rows, tiles, x + i, inputs, w + i * kPanel, count, acc, i == 0);
+    const float* block = w + i * kPanel;
+    multiply_tiles(rows, tiles, x + i, inputs, block, count, acc, i == 0, block + inputs * kPanel,
+                   count * kPanel * sizeof(float));
   }
 }
 
 inline void multiply_panel(const float* x, int64_t rows, int64_t inputs, const uint32_t* w, float* acc) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t widening = (rows + kWideningRows - 1) / kWideningRows;
   for (int64_t i = 0; i < inputs; i += kBlockInputs) {
     const int64_t count = std::min(kBlockInputs, inputs - i);
     const uint32_t* block = w + i / 2 * kPanel;
-    if (tiles < 3) {
-      multiply_tiles(rows, tiles, x + i, inputs, block, count, acc, i == 0);
+    const uint32_t* next = block + inputs / 2 * kPanel;
+    const int64_t bytes = count / 2 * kPanel * sizeof(uint32_t);
+    if (widening <= kWideningTiles) {
+      multiply_tiles(rows, widening, x + i, inputs, block, count, acc, i == 0, next, bytes);
       continue;
     }
-    // With many rows, widening the weights once costs less than in every tile again.
     alignas(64) float wide[kBlockInputs * kPanel];
     for (int64_t p = 0; p < count / 2; p++)
       for (int v = 0; v < kVecs; v++) {
         store(wide + 2 * p * kPanel + v * kLanes, lower(block + p * kPanel + v * kLanes));
         store(wide + (2 * p + 1) * kPanel + v * kLanes, upper(block + p * kPanel + v * kLanes));
       }
-    multiply_tiles(rows, tiles, x + i, inputs, static_cast<const float*>(wide), count, acc, i == 0);
+    multiply_tiles(rows, tiles, x + i, inputs, static_cast<const float*>(wide), count, acc, i == 0, next, bytes);
   }
 }
 

@@ -77,8 +77,10 @@ inline void multiply_panel_4bit(const float* x, int64_t rows, int64_t inputs, co
   alignas(64) float wide[kBlockInputs * kPanel];
   for (int64_t i = 0; i < inputs; i += kBlockInputs) {
     const int64_t count = std::min(kBlockInputs, inputs - i);
-    widen_4bit(w + i / 2 * kPanel, scale + i / kScaleInputs * kPanel, codes, count, wide);
-    multiply_tiles(rows, tiles, x + i, inputs, static_cast<const float*>(wide), count, acc, i == 0);
+    const uint8_t* block = w + i / 2 * kPanel;
+    widen_4bit(block, scale + i / kScaleInputs * kPanel, codes, count, wide);
+    multiply_tiles(rows, tiles, x + i, inputs, static_cast<const float*>(wide), count, acc, i == 0,
+                   block + inputs / 2 * kPanel, count / 2 * kPanel);
   }
 }
 

@@ -98,9 +98,10 @@ void quantize(const T* x, int64_t rows, int64_t in, Int8Rows& out, int64_t strid
 // acc[ROWS, kPanel] = values[ROWS, inputs] times one panel, in float32 by the columns' and the rows' scales.
 template <int ROWS>
 void multiply_tile_int8(const int16_t* x, const float* row_scale, const int8_t* w, const float* column_scale,
-                    int64_t inputs, float* out) {
+                        int64_t inputs, float* out, Ahead ahead) {
   ivec acc[ROWS][kVecs] = {};
   for (int64_t i = 0; i < inputs; i += 2, w += 2 * kPanel) {
+    ahead.step();
     shorts weights[kVecs];
     for (int v = 0; v < kVecs; v++) weights[v] = load_pairs(w + v * 2 * kLanes);
     for (int r = 0; r < ROWS; r++) {
@@ -116,21 +117,21 @@ void multiply_tile_int8(const int16_t* x, const float* row_scale, const int8_t* 
 
 template <int ROWS = kTileRows>
 void multiply_int8(int64_t rows, const int16_t* x, const float* row_scale, const int8_t* w,
-               const float* column_scale, int64_t inputs, float* out) {
+                   const float* column_scale, int64_t inputs, float* out, Ahead ahead) {
   if (rows == ROWS) {
-    multiply_tile_int8<ROWS>(x, row_scale, w, column_scale, inputs, out);
+    multiply_tile_int8<ROWS>(x, row_scale, w, column_scale, inputs, out, ahead);
   } else if constexpr (ROWS > 1) {
-    multiply_int8<ROWS - 1>(rows, x, row_scale, w, column_scale, inputs, out);
+    multiply_int8<ROWS - 1>(rows, x, row_scale, w, column_scale, inputs, out, ahead);
   }
 }
 
 inline void multiply_panel_int8(const Int8Rows& x, int64_t rows, int64_t inputs, const int8_t* w,
                             const float* column_scale, float* acc) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, panel = inputs * kPanel;  // bytes
   for (int64_t t = 0; t < tiles; t++) {
     const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
     multiply_int8(to - from, x.values.data() + from * inputs, x.scale.data() + from, w, column_scale, inputs,
-              acc + from * kPanel);
+                  acc + from * kPanel, Ahead::of_tile(w + panel, panel, t, tiles, inputs / 2));
   }
 }
 

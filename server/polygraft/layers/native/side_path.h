@@ -121,6 +121,13 @@ void expand(float* out, int64_t rows, const W* b, const float* h, int64_t rank, 
   for (; r < rows; r++) expand_tile<1>(out + r * kPanel, b, h + r * h_stride, rank, h_stride);
 }
 
+// Fetch a panel of B into the cache: each adapter's is a short run, too short for the processor's own prefetching.
+inline void fetch_panel(const Entry& entry, int64_t panel) {
+  const int64_t bytes = entry.rank * kPanel * (entry.dtype == 0 ? sizeof(float) : sizeof(bf16));
+  const char* from = reinterpret_cast<const char*>(entry.b) + panel * bytes;  // may lie behind the last one
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+}
+
 // Add the side paths of rows [row, row + rows) to one panel of their outputs, out [rows, kPanel].
 inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* segments, int64_t num_segments,
                          const Module& module, int64_t in, int64_t panel, const float* h, int64_t h_stride) {
@@ -139,6 +146,7 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
     if (entry.rank > 0) {
       const float* from = h + first * h_stride + segments[s].offset;
       const int64_t at = panel * entry.rank * kPanel;
+      fetch_panel(entry, panel + 1);
       if (entry.dtype == 0)
         expand(to, last - first, reinterpret_cast<const float*>(entry.b) + at, from, entry.rank, h_stride);
       else
