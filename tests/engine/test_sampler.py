@@ -82,6 +82,23 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
     assert sample(row, [SamplingParams()], [0]) == [7]
 
 
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0, top_k=5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [(torch.nan, [3]), (torch.inf, [0]), (-torch.inf, range(VOCABULARY))],
+    ids=["nan", "infinity", "nothing left"],
+)
+def test_rows_that_are_not_finite_get_no_token_and_harm_no_other(
+    params: SamplingParams, dtype: torch.dtype, value: float, where: list[int]
+) -> None:
+    rows = logits(3).to(dtype)
+    sound = sample(rows[[0, 2]], [params] * 2, [0, 2])
+    rows[1, list(where)] = value
+    assert sample(rows, [params] * 3, [0, 1, 2]) == [sound[0], None, sound[1]]
+    assert None not in sound
+
+
 def test_noise_is_even_and_never_repeats() -> None:
     draws = [uniform(seed, position) for seed in range(50) for position in range(100)]
     assert all(0 <= draw < 1 for draw in draws)

@@ -85,18 +85,17 @@ class Generations:
             tokens = sample(
                 logits, [g.request.sampling for g in generations], [g.num_tokens for g in generations]
             )
-            # The largest is NaN if any is, and -inf if none can be picked.
-            finite = torch.isfinite(logits.amax(-1)).tolist()
-        picked = [tokens[at] for at in asking]
+        # Nobody is told the likelihoods of a row that fails.
+        picked = [tokens[at] or 0 for at in asking]
         top = [generations[at].request.response.top_logprobs for at in asking]
         for at, likelihood in zip(asking, likelihoods(raw, picked, top), strict=True):
             generations[at].untold.append(likelihood)
         now = time.monotonic()
         return [
             self._accept(generation, token, now)
-            if ok and generation.finite
+            if token is not None and generation.finite
             else self._fail(generation, PolygraftError("the model's logits are not finite"))
-            for generation, token, ok in zip(generations, tokens, finite, strict=True)
+            for generation, token in zip(generations, tokens, strict=True)
         ]
 
     def _accept(self, generation: Generation, token: int, now: float) -> RequestOutput:

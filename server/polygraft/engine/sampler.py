@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
+import numpy as np
 import torch
 
 from polygraft.engine.request import SamplingParams
@@ -29,7 +30,7 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def sample(logits: torch.Tensor, params: Rows[SamplingParams], positions: Rows[int]) -> list[int]:
+def sample(logits: torch.Tensor, params: Rows[SamplingParams], positions: Rows[int]) -> list[int | None]:
     """Pick one token for each row.
 
     Args:
@@ -38,10 +39,10 @@ def sample(logits: torch.Tensor, params: Rows[SamplingParams], positions: Rows[i
         positions: number of tokens before the one that is picked, for the noise.
 
     Returns:
-        Token ids.
+        Token ids; None for a row whose logits hold NaN or infinity, or nothing that can be picked.
     """
-    tokens = _argmax(logits)
-    drawn = [row for row, p in enumerate(params) if not p.greedy]
+    tokens: list[int | None] = _likeliest(logits)
+    drawn = [row for row, p in enumerate(params) if not p.greedy and tokens[row] is not None]
     if drawn:
         noise = torch.tensor(
             [uniform(params[row].seed, positions[row]) for row in drawn], dtype=torch.float64
@@ -52,13 +53,18 @@ def sample(logits: torch.Tensor, params: Rows[SamplingParams], positions: Rows[i
     return tokens
 
 
-def _argmax(logits: torch.Tensor) -> list[int]:
-    """The first of the largest in each row."""
+def _likeliest(logits: torch.Tensor) -> list[int | None]:
+    """The first of the largest in each row, or None."""
+    # Both ways find NaN if there is any, and -inf only if there is nothing else.
     if logits.device.type == "cpu":
         # numpy's is vectorised; torch's takes ten times as long for bfloat16.
         rows = logits.float().numpy()
-        return [int(token) for token in rows.argmax(-1)]
-    return [int(token) for token in logits.argmax(-1)]
+        first = rows.argmax(-1)
+        finite = np.isfinite(np.take_along_axis(rows, first[:, None], -1)).squeeze(-1)
+    else:
+        first = logits.argmax(-1)
+        finite = logits.gather(-1, first[:, None]).isfinite().squeeze(-1)
+    return [token if ok else None for token, ok in zip(first.tolist(), finite.tolist(), strict=True)]
 
 
 def _draw(logits: torch.Tensor, params: list[SamplingParams], noise: torch.Tensor) -> list[int]:
