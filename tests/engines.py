@@ -10,7 +10,7 @@ import torch
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
-from polygraft.engine.request import AdapterRef, FinishReason, Request, StoppingParams
+from polygraft.engine.request import AdapterRef, CombinationType, FinishReason, Request, StoppingParams
 from polygraft.engine.sequence import CanarySequence
 
 
@@ -59,13 +59,20 @@ def run_greedy(engine: Engine, requests: list[Request]) -> list[list[int]]:
 
 
 def forced_logits(
-    engine: Engine, rows: Sequence[tuple[list[int], str | tuple[AdapterRef, ...] | None]]
+    engine: Engine,
+    rows: Sequence[tuple[list[int], str | tuple[AdapterRef, ...] | None]],
+    combined: Sequence[CombinationType] = (),
 ) -> torch.Tensor:
-    """Logits [rows, vocabulary] behind each token list under its adapters, all in the same steps."""
+    """Logits [rows, vocabulary] behind each token list under its adapters, all in the same steps.
+
+    Args:
+        combined: what each row's adapters are together, if not stacks.
+    """
     sequences = []
     for at, (tokens, name) in enumerate(rows):
         refs = () if name is None else (AdapterRef(name),) if isinstance(name, str) else name
-        sequences.append(CanarySequence(f"forced-{at}", tokens, engine.intake.resolve(refs)))
+        stack = engine.intake.resolve(refs, *combined[at : at + 1])
+        sequences.append(CanarySequence(f"forced-{at}", tokens, stack))
         engine.paths.queue(sequences[-1])
         engine.scheduler.add(sequences[-1])
     while engine.scheduler.has_work:

@@ -10,7 +10,7 @@ import grpc
 
 from polygraft_client import _calls
 from polygraft_client._adapters import AsyncAdapters
-from polygraft_client._models import Generation, Health, LoraPath, Model, Score
+from polygraft_client._models import CombinationType, Generation, Health, LoraPath, Model, Score
 from polygraft_client._requests import Adapters as AdapterRefs
 from polygraft_client._requests import Chat, Continuations, GenerateOptions, split_timeout
 from polygraft_client._streams import AsyncStream
@@ -62,6 +62,7 @@ class AsyncClient:
         chat: Chat | None = None,
         adapter: str | None = None,
         adapters: AdapterRefs = (),
+        combination_type: CombinationType | None = None,
         lora_path: LoraPath | None = None,
         top_logprobs: int = 0,
         timeout: float | None = None,
@@ -74,6 +75,7 @@ class AsyncClient:
             chat=chat,
             adapter=adapter,
             adapters=adapters,
+            combination_type=combination_type,
             lora_path=lora_path,
             top_logprobs=top_logprobs,
         )

@@ -33,6 +33,15 @@ class LoraPath(StrEnum):
     UNKNOWN = "UNKNOWN"
 
 
+class CombinationType(StrEnum):
+    """What the adapters of a request are together."""
+
+    STACK = "STACK"
+    """They act one after another: low-rank weights add up."""
+    LINEAR = "LINEAR"
+    """One LoRA whose A and B are the weighted sums of theirs: PEFT's combination_type="linear"."""
+
+
 class AdapterState(StrEnum):
     """Where an adapter stands."""
 

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client._exceptions import InvalidRequest
-from polygraft_client._models import AdapterRef, ChatMessage, LoraPath
+from polygraft_client._models import AdapterRef, ChatMessage, CombinationType, LoraPath
 
 Chat = Sequence[ChatMessage | Mapping[str, str]]
 """A conversation: `ChatMessage`s, or dicts with the keys "role" and "content"."""
@@ -36,6 +36,8 @@ class GenerateOptions(TypedDict, total=False):
     """Name of the adapter; None is the base model."""
     adapters: Adapters
     """Several adapters instead, at most 8, in the order in which they act; or one with a weight."""
+    combination_type: CombinationType
+    """What they are together."""
     lora_path: LoraPath
     """How low-rank weights are applied."""
     temperature: float | None
@@ -93,6 +95,7 @@ def generate_request(
     chat: Chat | None = None,
     adapter: str | None = None,
     adapters: Adapters = (),
+    combination_type: CombinationType | None = None,
     lora_path: LoraPath | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -120,6 +123,7 @@ def generate_request(
         **_input(prompt=prompt, token_ids=token_ids, chat=chat),
         adapter=adapter,
         adapters=_adapters(adapters),
+        combination_type=None if combination_type is None else f"COMBINATION_TYPE_{combination_type}",
         lora_path=None if lora_path is None else f"LORA_PATH_{lora_path}",
         sampling=_fill(
             inference_pb2.SamplingOptions,
@@ -160,6 +164,7 @@ def score_request(
     chat: Chat | None = None,
     adapter: str | None = None,
     adapters: Adapters = (),
+    combination_type: CombinationType | None = None,
     lora_path: LoraPath | None = None,
     top_logprobs: int = 0,
 ) -> inference_pb2.ScoreRequest:
@@ -173,6 +178,7 @@ def score_request(
         continuation_token_ids=None if as_text else [_ids(at, ids) for at, ids in enumerate(texts)],
         adapter=adapter,
         adapters=_adapters(adapters),
+        combination_type=None if combination_type is None else f"COMBINATION_TYPE_{combination_type}",
         lora_path=None if lora_path is None else f"LORA_PATH_{lora_path}",
         top_logprobs=top_logprobs,
     )

@@ -116,6 +116,9 @@ class ServerConfig(BaseSettings):
     requantize_merged: bool = Field(
         False, description="on a quantized base, keep merged copies quantized too, which rounds a second time"
     )
+    combined_bytes: Bytes = Field(
+        2**28, ge=0, description="memory of linear combinations of adapters, such as 256MiB"
+    )
     kv_cache_bytes: Bytes | None = Field(
         None, gt=0, description="memory of the KV cache, such as 256MiB [default: a quarter of what is free]"
     )

@@ -32,6 +32,18 @@ def test_several_adapters_and_weights(call: Invoke, script: Script) -> None:
     ]
 
 
+def test_combination_types(call: Invoke, script: Script) -> None:
+    two = ("--adapter", "mood", "--adapter", "headline:0.5")
+    for given in ((), ("--combination-type", "stack"), ("--combination-type", "LINEAR")):
+        assert call("generate", "Hello", *two, *given).exit_code == 0
+        assert call("score", "Hello", "a", *two, *given).exit_code == 0
+    requests = [request for request in script.requests if hasattr(request, "combination_type")]
+    assert [request.combination_type for request in requests] == [0, 0, 1, 1, 2, 2]
+    result = call("generate", "Hello", *two, "--combination-type", "cat")
+    assert result.exit_code == 2
+    assert "--combination-type" in result.stderr
+
+
 @pytest.mark.parametrize("adapter", ["mood:", "mood:much", "mood:0.5:1"])
 def test_a_weight_that_is_none(call: Invoke, script: Script, adapter: str) -> None:
     result = call("generate", "Hello", "--adapter", adapter)

@@ -13,6 +13,7 @@ from polygraft_client import (
     AsyncClient,
     ChatMessage,
     Client,
+    CombinationType,
     ContinuationScore,
     FinishReason,
     Health,
@@ -191,6 +192,7 @@ def test_chat_as_dicts_or_messages(client: Client, script: Script) -> None:
         ({"prompt": "bad \ud800"}, "prompt"),
         ({"prompt": "a", "lora_path": LoraPath.UNKNOWN}, "lora_path"),
         ({"prompt": "a", "lora_path": "sideways"}, "lora_path"),
+        ({"prompt": "a", "combination_type": "cat"}, "combination_type"),
         ({"prompt": "a", "adapter": 3}, "adapter"),
         ({"prompt": "a", "adapters": "mood"}, "adapters"),
         ({"prompt": "a", "adapters": ["mood", 3]}, r"adapters\[1\]"),
@@ -223,6 +225,15 @@ def test_several_adapters_reach_the_server(client: Client, script: Script) -> No
     assert [list(request.adapters) for request in script.requests] == [sent] * 4
     assert all(request.adapter == "" for request in script.requests)
     assert answer.adapter_generations == (3, 4, 5, 6)
+
+
+def test_the_combination_type_reaches_the_server(client: Client, script: Script) -> None:
+    for asked in (CombinationType.LINEAR, CombinationType.STACK):
+        client.generate("a", adapters=["mood", "headline"], combination_type=asked)
+        client.score("a", ["b"], adapters=["mood", "headline"], combination_type=asked)
+    client.generate("a", adapters=["mood", "headline"])
+    linear, stack = inference_pb2.COMBINATION_TYPE_LINEAR, inference_pb2.COMBINATION_TYPE_STACK
+    assert [request.combination_type for request in script.requests] == [linear, linear, stack, stack, 0]
 
 
 def test_unknown_options_are_refused(client: Client) -> None:

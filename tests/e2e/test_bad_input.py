@@ -66,6 +66,7 @@ def several(*names: str, **options: Any) -> pb.GenerateRequest:
 
 
 NAN = float("nan")
+LINEAR = pb.COMBINATION_TYPE_LINEAR
 BAD_REQUESTS: dict[str, tuple[pb.GenerateRequest, grpc.StatusCode, str]] = {
     "unknown adapter": (pb.GenerateRequest(prompt="hi", adapter="nobody"), Code.NOT_FOUND, ""),
     "unknown generation": (
@@ -145,6 +146,26 @@ BAD_REQUESTS: dict[str, tuple[pb.GenerateRequest, grpc.StatusCode, str]] = {
         pb.GenerateRequest(prompt="hi", adapters=[pb.AdapterRef(name="prefix", weight=0.5)]),
         Code.INVALID_ARGUMENT,
         "adapters[0].weight",
+    ),
+    "a combination of nothing": (
+        pb.GenerateRequest(prompt="hi", combination_type=LINEAR),
+        Code.INVALID_ARGUMENT,
+        "combination_type",
+    ),
+    "a combination of several kinds": (
+        several("lora", "prefix", combination_type=LINEAR),
+        Code.INVALID_ARGUMENT,
+        "adapters[1]",
+    ),
+    "a combination of several ranks": (
+        several("lora", "rslora-patterns", combination_type=LINEAR),
+        Code.INVALID_ARGUMENT,
+        "adapters[1]",
+    ),
+    "a combination merged": (
+        several("lora", combination_type=LINEAR, lora_path=pb.LORA_PATH_MERGED),
+        Code.INVALID_ARGUMENT,
+        "lora_path",
     ),
     "several merged": (
         several("lora", "lora-bias", lora_path=pb.LORA_PATH_MERGED),

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 
 from polygraft.adapters.info import AdapterState
 from polygraft.engine.engine import Engine
-from polygraft.engine.request import AdapterRef, LoraPath, Request, StoppingParams
+from polygraft.engine.request import AdapterRef, CombinationType, LoraPath, Request, StoppingParams
 from polygraft.engine.sequence import CanarySequence
-from polygraft.errors import AdapterUnavailable
+from polygraft.errors import AdapterUnavailable, InvalidRequest
 from polygraft.layers import experts
 from polygraft.layers.experts_forward import experts_forward
 from tests.architectures import EXPERTS, MATRIX, SMOKE, WINDOW
@@ -332,6 +332,19 @@ def test_several_adapters_in_a_request(
     # They all differ, so that none can have passed for another.
     distance = (logits[:, None] - logits[None]).abs().amax(-1).fill_diagonal_(torch.inf)
     assert distance.min() > 10 * TOLERANCE
+
+
+def test_they_are_in_no_linear_combination(answers: Callable[[str, bool], Answers]) -> None:
+    files = answers("mixtral", False)
+    engine = make_engine(files.model, files.store)
+    for name in ("experts", "routing", "down"):
+        with pytest.raises(
+            InvalidRequest, match=r"adapters\[0\]: .*: PEFT doesn't combine target_parameters"
+        ):
+            engine.intake.resolve((AdapterRef(name),), CombinationType.LINEAR)
+    model = stacked(load_reference(files.model, None, "float32"), files.store, "experts")
+    with pytest.raises(ValueError, match=r"add_weighted_adapter does not support targeting nn\.Parameter"):
+        model.add_weighted_adapter(["experts"], [1.0], "linear", combination_type="linear")
 
 
 def test_a_step_without_such_an_adapter_runs_what_it_ran_before(

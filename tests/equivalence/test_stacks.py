@@ -19,10 +19,10 @@ from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lokr import LoKrLayer
 
 from polygraft.engine.engine import Engine
-from polygraft.engine.request import AdapterRef, Request, StoppingParams
+from polygraft.engine.request import AdapterRef, CombinationType, Request, StoppingParams
 from tests.engines import forced_logits, make_engine, run_greedy
 from tests.equivalence.reference import Reference, forced, generate, load_reference
-from tests.peft_folders import KINDS, save_adapter
+from tests.peft_folders import KINDS, TARGETS, save_adapter
 from tests.tiny import CONFIGS
 
 STEPS = 6
@@ -43,13 +43,13 @@ def together(*names: str) -> Build:
     return build
 
 
-def weighted(**weights: float) -> Build:
+def weighted(combination_type: str = "cat", /, **weights: float) -> Build:
     """PEFT's own `add_weighted_adapter`."""
 
     def build(base: torch.nn.Module, store: Path) -> torch.nn.Module:
         names = [name.replace("_", "-") for name in weights]
         model = together(*names)(base, store)
-        model.add_weighted_adapter(names, list(weights.values()), "all", combination_type="cat")
+        model.add_weighted_adapter(names, list(weights.values()), "all", combination_type=combination_type)
         model.set_adapter("all")
         return model
 
@@ -108,6 +108,7 @@ class Case:
 
     members: tuple[str | tuple[str, float], ...]
     build: Build
+    combination_type: CombinationType = CombinationType.STACK
 
     @property
     def refs(self) -> tuple[AdapterRef, ...]:
@@ -115,6 +116,12 @@ class Case:
             AdapterRef(member) if isinstance(member, str) else AdapterRef(member[0], weight=member[1])
             for member in self.members
         )
+
+
+def linear(**weights: float) -> Case:
+    """A linear combination, by PEFT's own `add_weighted_adapter`."""
+    members = tuple((name.replace("_", "-"), weight) for name, weight in weights.items())
+    return Case(members, weighted("linear", **weights), CombinationType.LINEAR)
 
 
 one = together
@@ -162,6 +169,13 @@ CASES = {
     "reflections, then LoRA": Case(("hra", "lora"), over(one("hra"), "lora")),
     "rotation and a prompt": Case(("prompt", "oft"), over(one("oft"), "prompt")),
     "factors twice": Case(("ia3", "ia3-more"), together("ia3", "ia3-more")),
+    "linear": linear(lora=0.5, lora_layers=0.75),
+    "linear with a negative weight": linear(lora=-1.25, lora_layers=0.5),
+    "linear of three, on embedding and head": linear(lora_embedding=0.75, lora_head=0.5, lora=-0.25),
+    "linear with patterns": linear(lora_patterns=0.5, rslora_patterns=0.5),
+    "linear, rsLoRA first": linear(rslora_patterns=0.25, lora_patterns=-0.5),
+    "linear of one": linear(rslora_patterns=0.5),
+    "linear by regular expressions": linear(lora_regex=0.5, lora_regex_more=0.75),
 }
 
 ALONE = ("lora", "dora", "ia3", "prompt", "prefix")
@@ -175,6 +189,7 @@ class Row:
     prompt: list[int]
     refs: tuple[AdapterRef, ...]
     expected: Reference
+    combination_type: CombinationType = CombinationType.STACK
 
 
 @dataclass(frozen=True)
@@ -187,13 +202,16 @@ class Served:
     def request(self, name: str) -> Request:
         row = self.rows[name]
         stopping = StoppingParams(max_new_tokens=STEPS, ignore_eos=True)
-        return Request(name, tuple(row.prompt), row.refs, stopping=stopping)
+        return Request(
+            name, tuple(row.prompt), row.refs, stopping=stopping, combination_type=row.combination_type
+        )
 
     def forced(self, *names: str) -> torch.Tensor:
         """Logits [rows, STEPS, vocabulary] along the references' tokens, all in the same steps."""
         rows = [self.rows[name] for name in names]
         asked = [(row.prompt + row.expected.tokens[:k], row.refs) for row in rows for k in range(STEPS)]
-        return forced_logits(self.engine, asked).view(len(rows), STEPS, -1)
+        combined = [row.combination_type for row in rows for _ in range(STEPS)]
+        return forced_logits(self.engine, asked, combined).view(len(rows), STEPS, -1)
 
     @functools.cached_property
     def mixed_tokens(self) -> dict[str, list[int]]:
@@ -226,6 +244,19 @@ def served(
         save_adapter(store / "ia3-more", model, architecture, "ia3", seed=98)
         narrow = LoraConfig(r=3, target_modules=ATTENTION[architecture], task_type="CAUSAL_LM")
         save_adapter(store / "lora-attention", model, architecture, narrow, seed=99)
+        targets = TARGETS[architecture]
+        patterns = LoraConfig(
+            r=4,
+            lora_alpha=-3,
+            target_modules=targets,
+            rank_pattern={targets[0]: 2, r"1\..*" + targets[-1]: 7},
+            alpha_pattern={targets[0]: 5},
+            task_type="CAUSAL_LM",
+        )
+        save_adapter(store / "lora-patterns", model, architecture, patterns, seed=97)
+        layer = "h" if architecture == "gpt2" else "layers"
+        regex = LoraConfig(r=5, target_modules=rf".*{layer}\.1\..*_proj", task_type="CAUSAL_LM")
+        save_adapter(store / "lora-regex-more", model, architecture, regex, seed=96)
         return store
 
     @functools.cache
@@ -234,7 +265,8 @@ def served(
         rows = {}
         for at, (name, case) in enumerate(CASES.items()):
             reference = case.build(load_reference(model, None, "float32"), store).eval()
-            rows[name] = Row(random_prompt(at), case.refs, generate(reference, random_prompt(at), STEPS))
+            expected = generate(reference, random_prompt(at), STEPS)
+            rows[name] = Row(random_prompt(at), case.refs, expected, case.combination_type)
         for at, alone in enumerate((None, *ALONE)):
             reference = load_reference(model, None if alone is None else store / alone, "float32")
             refs = () if alone is None else (AdapterRef(alone),)
@@ -281,26 +313,39 @@ def test_every_member_and_its_weight_matters(served: Callable[[str], Served], ar
         others = [tuple(ref for ref in refs if ref is not left) for left in refs if left.weight != 0]
         unweighted = tuple(AdapterRef(ref.name) for ref in refs)
         others += [unweighted] if unweighted != refs else []
-        whole, *rest = forced_logits(this.engine, [(tokens, these) for these in (refs, *others)])
-        for other, logits in zip(others, rest, strict=True):
+        asked = [(these, case.combination_type) for these in (refs, *others)]
+        if case.combination_type is CombinationType.LINEAR:
+            asked.append((refs, CombinationType.STACK))
+        whole, *rest = forced_logits(
+            this.engine, [(tokens, these) for these, _ in asked], [combined for _, combined in asked]
+        )
+        for other, logits in zip(asked[1:], rest, strict=True):
             assert (whole - logits).abs().max() > 10 * TOLERANCE, (name, other)
 
 
-def test_what_docs_say_of_linear_combinations(llama: Path, llama_store: Path, tmp_path: Path) -> None:
+def test_what_docs_say_of_other_combinations(llama: Path, llama_store: Path, tmp_path: Path) -> None:
     model = together("lora", "lora-layers")(load_reference(llama, None, "float32"), llama_store)
-    model.add_weighted_adapter(["lora", "lora-layers"], [0.5, 0.75], "linear", combination_type="linear")
-    model.save_pretrained(str(tmp_path), selected_adapters=["linear"])
-    model.set_adapter("linear")
+    model.add_weighted_adapter(
+        ["lora", "lora-layers"], [0.5, 0.75], "ties", combination_type="ties", density=0.5
+    )
+    model.save_pretrained(str(tmp_path), selected_adapters=["ties"])
+    model.set_adapter("ties")
     expected = generate(model.eval(), random_prompt(1), STEPS)
     engine = make_engine(llama, tmp_path)
-    [logits] = forced_logits(engine, [(random_prompt(1), "linear")])
+    [logits] = forced_logits(engine, [(random_prompt(1), "ties")])
     assert (logits - expected.logits[0]).abs().max() < TOLERANCE
     cat = weighted(lora=0.5, lora_layers=0.75)(load_reference(llama, None, "float32"), llama_store)
     assert (logits - generate(cat.eval(), random_prompt(1), 1).logits[0]).abs().max() > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", ["two", "three with biases and patterns", "weighted", "factors twice"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "two", "three with biases and patterns", "weighted", "factors twice", "linear", "linear, rsLoRA first",
+        "linear of three, on embedding and head",
+    ],
+)  # fmt: skip
 def test_bfloat16_is_as_near_as_peft(
     tiny_model: Callable[[str], Path], served: Callable[[str], Served], architecture: str, name: str
 ) -> None:

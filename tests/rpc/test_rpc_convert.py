@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from polygraft.engine.request import (
     AdapterRef,
     Chat,
     ChatMessage,
+    CombinationType,
     LoraPath,
     Request,
     ResponseParams,
@@ -24,6 +26,11 @@ from tests.rpc.fake_engine import MODEL, replace
 def convert(**fields: Any) -> Request:
     fields = fields if {"prompt", "token_ids", "chat"} & set(fields) else {"prompt": "hi", **fields}
     return generate_request(pb.GenerateRequest(**fields), "id-1", MODEL)
+
+
+def convert_score(**fields: Any) -> ScoreRequest:
+    given = {"prompt": "a", "continuations": ["b"]} | fields
+    return score_request(pb.ScoreRequest(**given), "id-1", MODEL)
 
 
 def test_unset_fields_take_the_models_defaults() -> None:
@@ -118,6 +125,7 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
     ],
     ("adapters", {"adapters": [{"name": f"a{i}"} for i in range(9)]}),
     ("lora_path", {"lora_path": 17}),
+    *[("combination_type", {"combination_type": bad}) for bad in (3, -1)],
     *[("sampling.temperature", {"sampling": {"temperature": bad}}) for bad in (-0.1, 100.1, NAN, INF, -INF)],
     *[("sampling.top_p", {"sampling": {"top_p": bad}}) for bad in (0, 1.01, -1, NAN, INF)],
     *[("sampling.min_p", {"sampling": {"min_p": bad}}) for bad in (-0.01, 1.01, NAN, INF)],
@@ -166,6 +174,16 @@ def test_several_adapters() -> None:
     assert adapter_refs(pb.DetokenizeRequest(adapters=refs)) == expected
 
 
+@pytest.mark.parametrize("kind", [convert, convert_score])
+def test_combination_types(kind: Callable[..., Request | ScoreRequest]) -> None:
+    assert kind().combination_type is CombinationType.STACK
+    for value in (pb.COMBINATION_TYPE_UNSPECIFIED, pb.COMBINATION_TYPE_STACK):
+        assert kind(combination_type=value).combination_type is CombinationType.STACK
+    assert kind(combination_type=pb.COMBINATION_TYPE_LINEAR).combination_type is CombinationType.LINEAR
+    with pytest.raises(InvalidRequest, match="combination_type: unknown value 3"):
+        kind(combination_type=3)
+
+
 def test_the_models_own_repetition_penalty_is_the_default() -> None:
     sampling = replace(MODEL.default_sampling, repetition_penalty=1.1)
     model = replace(MODEL, default_sampling=sampling)
@@ -173,11 +191,6 @@ def test_the_models_own_repetition_penalty_is_the_default() -> None:
     assert generate_request(message, "id", model).sampling.repetition_penalty == 1.1
     message.sampling.repetition_penalty = 1.0
     assert generate_request(message, "id", model).sampling.repetition_penalty == 1.0
-
-
-def convert_score(**fields: Any) -> ScoreRequest:
-    given = {"prompt": "a", "continuations": ["b"]} | fields
-    return score_request(pb.ScoreRequest(**given), "id-1", MODEL)
 
 
 def test_score_request() -> None:
@@ -207,6 +220,7 @@ def test_score_request() -> None:
         ("adapters", {"adapter": "a", "adapters": [{"name": "a"}]}),
         ("adapter", {"adapter": "../a"}),
         ("lora_path", {"lora_path": 17}),
+    *[("combination_type", {"combination_type": bad}) for bad in (3, -1)],
         ("top_logprobs", {"top_logprobs": 21}),
     ],
 )  # fmt: skip

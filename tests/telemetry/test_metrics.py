@@ -35,7 +35,16 @@ STEP = StepStats(
     base_rows=True,
     preemptions=1,
 )
-HELD = Occupancy(running=4, waiting=2, kv_blocks_used=7, kv_blocks_cached=5, kv_blocks_total=100)
+HELD = Occupancy(
+    running=4,
+    waiting=2,
+    kv_blocks_used=7,
+    kv_blocks_cached=5,
+    kv_blocks_total=100,
+    combinations=3,
+    combined_bytes=300,
+    combined_bytes_capacity=400,
+)
 READY = AdapterInfo(
     "json", AdapterState.READY, "json", generation=1, kind="lora", compiled_bytes=1000, load_seconds=0.3
 )
@@ -151,6 +160,9 @@ def test_what_the_engine_holds_is_shown(metrics: Metrics) -> None:
     assert value(metrics, "kv_blocks_used") == 7
     assert value(metrics, "kv_blocks_cached") == 5
     assert value(metrics, "kv_blocks_capacity") == 100
+    assert value(metrics, "combinations") == 3
+    assert value(metrics, "combined_bytes") == 300
+    assert value(metrics, "combined_capacity_bytes") == 400
 
 
 def test_the_widest_step_is_remembered_by_kind(metrics: Metrics) -> None:

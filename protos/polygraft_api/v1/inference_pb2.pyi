@@ -19,6 +19,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _CombinationType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CombinationTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CombinationType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMBINATION_TYPE_UNSPECIFIED: _CombinationType.ValueType  # 0
+    """STACK."""
+    COMBINATION_TYPE_STACK: _CombinationType.ValueType  # 1
+    """They act one after another, in their order: low-rank weights add up, each times its weight."""
+    COMBINATION_TYPE_LINEAR: _CombinationType.ValueType  # 2
+    """One LoRA whose A and B are the weighted sums of theirs, as PEFT's add_weighted_adapter makes it with
+    combination_type="linear". It is made at its first use, while its requests wait, and then kept as long as
+    there is room. INVALID_ARGUMENT for anything but plain LoRAs of PEFT's of the same ranks;
+    FAILED_PRECONDITION where it is larger than the server's memory for combinations.
+    """
+
+class CombinationType(_CombinationType, metaclass=_CombinationTypeEnumTypeWrapper):
+    """What the adapters of a request are together."""
+
+COMBINATION_TYPE_UNSPECIFIED: CombinationType.ValueType  # 0
+"""STACK."""
+COMBINATION_TYPE_STACK: CombinationType.ValueType  # 1
+"""They act one after another, in their order: low-rank weights add up, each times its weight."""
+COMBINATION_TYPE_LINEAR: CombinationType.ValueType  # 2
+"""One LoRA whose A and B are the weighted sums of theirs, as PEFT's add_weighted_adapter makes it with
+combination_type="linear". It is made at its first use, while its requests wait, and then kept as long as
+there is room. INVALID_ARGUMENT for anything but plain LoRAs of PEFT's of the same ranks;
+FAILED_PRECONDITION where it is larger than the server's memory for combinations.
+"""
+Global___CombinationType: _TypeAlias = CombinationType  # noqa: Y015
+
 class _LoraPath:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -38,7 +70,7 @@ class _LoraPathEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoraPath.Val
     LORA_PATH_MERGED: _LoraPath.ValueType  # 3
     """Folded into a copy of the base's weights: steps of one adapter alone. The request waits until the copy is
     there. FAILED_PRECONDITION for an adapter that doesn't fold into weights, or not into the server's budget;
-    INVALID_ARGUMENT for several adapters, or a weight other than 1.
+    INVALID_ARGUMENT for several adapters, a weight other than 1, or a combination.
     """
 
 class LoraPath(_LoraPath, metaclass=_LoraPathEnumTypeWrapper):
@@ -57,7 +89,7 @@ LORA_PATH_UNMERGED: LoraPath.ValueType  # 2
 LORA_PATH_MERGED: LoraPath.ValueType  # 3
 """Folded into a copy of the base's weights: steps of one adapter alone. The request waits until the copy is
 there. FAILED_PRECONDITION for an adapter that doesn't fold into weights, or not into the server's budget;
-INVALID_ARGUMENT for several adapters, or a weight other than 1.
+INVALID_ARGUMENT for several adapters, a weight other than 1, or a combination.
 """
 Global___LoraPath: _TypeAlias = LoraPath  # noqa: Y015
 
@@ -112,6 +144,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
+    COMBINATION_TYPE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text, tokenized as it is, with the model's own leading special tokens."""
     adapter: _builtins.str
@@ -120,6 +153,8 @@ class GenerateRequest(_message.Message):
     """
     lora_path: Global___LoraPath.ValueType
     """How low-rank weights are applied. Default: the server's."""
+    combination_type: Global___CombinationType.ValueType
+    """What the adapters are together. Default: STACK."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, each in [0, vocabulary size)."""
@@ -159,10 +194,11 @@ class GenerateRequest(_message.Message):
         sampling: Global___SamplingOptions | None = ...,
         stopping: Global___StoppingOptions | None = ...,
         response: Global___ResponseOptions | None = ...,
+        combination_type: Global___CombinationType.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "chat", b"chat", "input", b"input", "lora_path", b"lora_path", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "chat", b"chat", "combination_type", b"combination_type", "input", b"input", "lora_path", b"lora_path", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -808,6 +844,7 @@ class ScoreRequest(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     LORA_PATH_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    COMBINATION_TYPE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text, tokenized together with each continuation: the whole, with the model's own
     leading special tokens, is split behind as many tokens as the prompt alone has.
@@ -819,6 +856,8 @@ class ScoreRequest(_message.Message):
     """How low-rank weights are applied, as in GenerateRequest."""
     top_logprobs: _builtins.int
     """Include so many of the likeliest tokens at each position. Range [0, 20]. Default 0."""
+    combination_type: Global___CombinationType.ValueType
+    """What the adapters are together, as in GenerateRequest."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, each in [0, vocabulary size), at least one. Continuations are tokenized on
@@ -859,10 +898,11 @@ class ScoreRequest(_message.Message):
         adapters: _abc.Iterable[Global___AdapterRef] | None = ...,
         lora_path: Global___LoraPath.ValueType = ...,
         top_logprobs: _builtins.int = ...,
+        combination_type: Global___CombinationType.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "chat", b"chat", "continuation_token_ids", b"continuation_token_ids", "continuations", b"continuations", "input", b"input", "lora_path", b"lora_path", "prompt", b"prompt", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "chat", b"chat", "combination_type", b"combination_type", "continuation_token_ids", b"continuation_token_ids", "continuations", b"continuations", "input", b"input", "lora_path", b"lora_path", "prompt", b"prompt", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +28,9 @@ from polygraft.adapters.primitives import (
     SoftPrompt,
     TokenRows,
 )
+
+if TYPE_CHECKING:
+    from polygraft.adapters.linear_combination import LoraSettings
 
 _OF_LAYERS = (
     "low_rank", "scales", "krons", "rotations", "dense", "biases", "norms", "embedding", "token_rows",
@@ -54,6 +58,7 @@ class CompiledAdapter:
         invocation: tokens at whose last occurrence in a prompt it begins to act; empty: from the start.
         reflects: its low-rank weights are what reflections take from the base's (HRA), so they are no summand
             beside others'.
+        lora: what its linear combinations with others depend on beside the weights, of PEFT's LoRAs alone.
         parameters: in the file.
         warnings: it works, but.
     """
@@ -77,6 +82,7 @@ class CompiledAdapter:
     invocation: tuple[int, ...] = ()
     reflects: bool = False
     prefix: Prefix | SoftPrompt | None = None
+    lora: LoraSettings | None = None
     warnings: tuple[str, ...] = ()
 
     @property

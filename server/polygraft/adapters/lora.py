@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.linear_combination import LoraSettings
 from polygraft.adapters.per_module import PREFIX, ModuleSettings, scaling_of
 from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.target_parameters import refuse_with_parameters, take_parameters, target_parameters
-from polygraft.adapters.targets import BAD_PATTERN, target_modules, with_tied_head
+from polygraft.adapters.targets import BAD_PATTERN, find_targets, with_tied_head
 from polygraft.adapters.trainable_tokens import take_trainable_tokens
 from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
@@ -57,10 +58,11 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     reader.ignore(*TRAINING_ONLY)
     embedding = None if base.embedding is None else base.embedding.name
     also = [] if embedding is None else [embedding]
-    targets = target_modules(reader, base, also, required=parameters is None)
-    targets = with_tied_head(reader, base, targets)
+    found = find_targets(reader, base, also, required=parameters is None)
+    targets = with_tied_head(reader, base, list(found.modules))
     biases, norms = take_trained_biases(reader, base, targets)
     primitives: dict[str, LowRank] = {}
+    scalings: dict[str, float] = {}
     for module in targets:
         yield
         try:
@@ -71,7 +73,7 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if rank_and_alpha is None:
             continue
         rank, alpha = rank_and_alpha
-        scaling = scaling_of(rank, alpha, rslora=rslora)
+        scaling = scalings[module] = scaling_of(rank, alpha, rslora=rslora)
         if module == embedding:
             if dora or has_bias:
                 reader.problems.append(f"use_dora and lora_bias aren't served on {module}, an embedding")
@@ -92,6 +94,7 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if scaled is not None:
             primitives[module] = LowRank(*scaled, bias, magnitude)
     experts, routers = yield from take_parameters(reader, base, parameters or [], settings, rslora=rslora)
+    adapted = embedding if embedding in scalings else None
     return CompiledAdapter(
         "lora",
         reader.parameters,
@@ -103,6 +106,15 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         norms=norms,
         token_rows=take_trainable_tokens(reader, base, targets),
         invocation=invocation,
+        lora=LoraSettings(
+            settings.largest_rank,
+            rslora,
+            scalings,
+            found,
+            adapted,
+            tied=reader.ties and adapted is not None,
+            has_parameters=parameters is not None,
+        ),
     )
 
 

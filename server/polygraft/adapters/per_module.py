@@ -72,6 +72,11 @@ class ModuleSettings:
         self._reader.problems.append(f"scaling {scaling} makes weights of {module} infinite")
         return None
 
+    @property
+    def largest_rank(self) -> int:
+        """Of all that the configuration names, whether or not a module has it."""
+        return max((rank for rank in (self._rank, *self._ranks.values()) if is_rank(rank)), default=0)
+
     def note_bad_pattern(self, error: Exception) -> None:
         """Note what `of` raised."""
         self._reader.problems.append(

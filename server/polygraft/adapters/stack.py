@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.names import STACK, STACK_KIND
 from polygraft.adapters.registry import Adapter
+from polygraft.engine.request import CombinationType
 from polygraft.errors import InvalidRequest
 
 Runs = tuple[tuple[int, float], ...]
@@ -35,16 +36,24 @@ class Stack:
 
     Args:
         members: adapters and their weights.
+        combination_type: what they are together.
     """
 
-    def __init__(self, members: Sequence[tuple[Adapter, float]] = ()) -> None:
+    def __init__(
+        self,
+        members: Sequence[tuple[Adapter, float]] = (),
+        combination_type: CombinationType = CombinationType.STACK,
+    ) -> None:
+        self.members = tuple(members)
         self.adapters = tuple(adapter for adapter, _ in members)
+        self.combines = combination_type is CombinationType.LINEAR and len(members) > 0
+        """Whether weights that are made of all of theirs act in their place."""
         self.runs: Runs = tuple((adapter.slot, weight) for adapter, weight in members if adapter.slot)
-        self.key = tuple((adapter.generation, weight) for adapter, weight in members)
+        self.key = (self.combines, *((adapter.generation, weight) for adapter, weight in members))
         """What nothing else has that acts otherwise: generations, with their weights, in their order."""
         self.prefix = next((adapter for adapter in self.adapters if adapter.compiled.prefix), None)
         """The one that has virtual tokens."""
-        alone = len(members) == 1 and members[0][1] == 1.0
+        alone = len(members) == 1 and members[0][1] == 1.0 and not self.combines
         self.only = self.adapters[0] if alone else None
         """The adapter, if it is alone and as it is: others can't be merged."""
 

@@ -7,6 +7,7 @@ and peft/utils/other.py, 0.21): an adapter must land on the same modules here as
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import regex
 
@@ -31,11 +32,33 @@ def matches(pattern: str, name: str, *, whole: bool) -> regex.Match[str] | None:
     return match(pattern, name, timeout=_MATCH_SECONDS)
 
 
-def target_modules(
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What an adapter's configuration targets.
+
+    Args:
+        modules: in the base's order.
+        named: modules that `target_modules` names, those included that another option takes out again.
+        kept: modules that `exclude_modules` and `layers_to_transform` leave in, named or not; None is all.
+        by_pattern: `target_modules` is a regular expression.
+    """
+
+    modules: tuple[str, ...] = ()
+    named: frozenset[str] = frozenset()
+    kept: frozenset[str] | None = None
+    by_pattern: bool = False
+
+
+def target_modules(reader: FolderReader, base: BaseSpec, also: Collection[str] = ()) -> list[str]:
+    """The modules that `find_targets` finds."""
+    return list(find_targets(reader, base, also).modules)
+
+
+def find_targets(
     reader: FolderReader, base: BaseSpec, also: Collection[str] = (), *, required: bool = True
-) -> list[str]:
-    """Take the targeting options and return the targeted modules, noting targets that don't exist or
-    can't be served. What is in `modules_to_save` is no target.
+) -> Targets:
+    """Take the targeting options and return what they target, noting targets that don't exist or can't be
+    served. What is in `modules_to_save` is no target.
 
     Args:
         also: modules other than linear ones that the kind is served on.
@@ -50,28 +73,37 @@ def target_modules(
     if not targets:
         if required:
             reader.problems.append("target_modules is empty")
-        return []
+        return Targets()
     # PEFT refuses these as well.
     if isinstance(targets, str) and (layers or patterns):
         reader.problems.append("layers_to_transform and layers_pattern go with a list of target_modules")
     elif patterns and not layers:
         reader.problems.append("layers_pattern without layers_to_transform has no meaning")
     names = [*base.linears, *base.others]
+    all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     try:
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-            found = [name for name, shape in base.linears.items() if not shape.is_head]
+        if all_linear:
+            named = found = [name for name, shape in base.linears.items() if not shape.is_head]
             missing = []
         else:
+            named = [name for name in names if _named(name, targets)]
             found = [name for name in names if _targeted(name, targets, layers, patterns)]
             each = [targets] if isinstance(targets, str) else [[target] for target in targets]
             missing = [one for one in each if not any(_named(name, one) for name in names)]
         found = [name for name in found if not _named(name, excluded) and not _within(name, reader.saved)]
+        kept = None
+        if layers or excluded:
+            kept = frozenset(
+                name
+                for name in names
+                if not _named(name, excluded) and (not layers or _layer(name, patterns) in layers)
+            )
     except BAD_PATTERN as error:
         reader.problems.append(
             "target_modules, exclude_modules or layers_pattern is not a regular expression that can be "
             f"matched: {error}"
         )
-        return []
+        return Targets()
     for target in missing:
         culprit = target if isinstance(target, str) else target[0]
         reader.problems.append(f"target {shown(culprit)} matches no module of the base")
@@ -82,7 +114,8 @@ def target_modules(
         for name in found
         if name in base.others and name not in also
     ]
-    return [name for name in found if name in base.linears or name in also]
+    served = tuple(name for name in found if name in base.linears or name in also)
+    return Targets(served, frozenset(named), kept, isinstance(targets, str) and not all_linear)
 
 
 def with_tied_head(reader: FolderReader, base: BaseSpec, targets: list[str]) -> list[str]:

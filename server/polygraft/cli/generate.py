@@ -11,6 +11,7 @@ from polygraft.cli.options import (
     DEFAULT_SERVER,
     AdapterNames,
     AsJson,
+    Combination,
     Server,
     adapter_refs,
     print_logprobs,
@@ -24,6 +25,7 @@ STANDARD_INPUT = "-"
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     adapter: AdapterNames = None,
+    combination_type: Combination = None,
     lora_path: Annotated[
         LoraPath | None,
         typer.Option(
@@ -111,6 +113,8 @@ def generate(
         "top_logprobs": top_logprobs,
         "echo": echo,
     }
+    if combination_type is not None:
+        options["combination_type"] = combination_type
     if lora_path is not None:
         options["lora_path"] = lora_path
     streaming = sys.stdout.isatty() and not as_json if stream is None else stream

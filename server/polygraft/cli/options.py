@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from polygraft_client import AdapterRef, TokenLogprob
+from polygraft_client import AdapterRef, CombinationType, TokenLogprob
 
 PIPED_WIDTH = 160  # columns of a table that isn't shown on a terminal
 
@@ -28,6 +28,15 @@ AdapterNames = Annotated[
         "--adapter",
         metavar="NAME[:WEIGHT]",
         help="Adapter to use; repeatable, in the order in which they act. [default: the base model]",
+    ),
+]
+Combination = Annotated[
+    CombinationType | None,
+    typer.Option(
+        "--combination-type",
+        case_sensitive=False,
+        help="What several adapters are together: each acts in its turn (stack), or they are the one LoRA "
+        "that PEFT's linear combination makes of them. [default: stack]",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

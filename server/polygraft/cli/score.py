@@ -10,6 +10,7 @@ from polygraft.cli.options import (
     DEFAULT_SERVER,
     AdapterNames,
     AsJson,
+    Combination,
     Server,
     adapter_refs,
     print_logprobs,
@@ -22,6 +23,7 @@ def score(
     prompt: Annotated[str, typer.Argument(help="What is conditioned on; may be empty.")],
     continuations: Annotated[list[str], typer.Argument(metavar="CONTINUATION...", help="What to score.")],
     adapter: AdapterNames = None,
+    combination_type: Combination = None,
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="The prompt as a user's message, or as bare text.")
     ] = False,
@@ -44,6 +46,7 @@ def score(
             chat=[{"role": "user", "content": prompt}] if chat else None,
             adapter=single,
             adapters=several,
+            combination_type=combination_type,
             top_logprobs=top_logprobs,
         )
     if as_json:

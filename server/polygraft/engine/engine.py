@@ -24,6 +24,7 @@ from polygraft.engine.generations import Generations
 from polygraft.engine.handle import Occupancy
 from polygraft.engine.intake import Intake
 from polygraft.engine.kv_cache import FREE_SHARE, KVCache, free_memory
+from polygraft.engine.linear_combinations import LinearCombinations
 from polygraft.engine.merge_commands import DEVIATION_TEXTS, MergeCommands
 from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.model_info import model_info
@@ -99,6 +100,9 @@ class Engine:
             requantize=requantized,
             dtype=base.quantization if requantized else str(base.dtype).removeprefix("torch."),
         )
+        self.combinations = LinearCombinations(
+            bank, self.background, budget=config.combined_bytes, most=config.max_adapters
+        )
         canaries = Canaries(self.scheduler, self.copies)
         # Rounded no coarser than the base's own products are; a float32 base gets what the file holds.
         auto = torch.bfloat16 if base.dtype == torch.bfloat16 else None
@@ -133,8 +137,8 @@ class Engine:
         )
         # int8 products are faster than those of a copy in the compute type; 4-bit ones are slower.
         worthwhile = base.quantization != "int8" or requantized
-        self.paths = Paths(self.copies, self.scheduler, worthwhile=worthwhile)
-        self.intake = Intake(base, self.prompts, self.adapters.registry, self.copies, pool)
+        self.paths = Paths(self.copies, self.combinations, self.scheduler, worthwhile=worthwhile)
+        self.intake = Intake(base, self.prompts, self.adapters.registry, self.copies, self.combinations, pool)
         self.model = model_info(
             base,
             config,
@@ -179,6 +183,7 @@ class Engine:
         self.paths.forget(adapter)
         self.prompts.forget(adapter)
         self.copies.forget(adapter)
+        self.combinations.forget(adapter)
 
     def finish_background(self) -> None:
         """Run background work, and the steps it needs, to its end."""
@@ -206,6 +211,9 @@ class Engine:
             merged_copies=self.copies.count,
             merged_bytes=self.copies.bytes,
             merged_bytes_capacity=self.copies.budget,
+            combinations=self.combinations.count,
+            combined_bytes=self.combinations.bytes,
+            combined_bytes_capacity=self.combinations.budget,
         )
 
     def prepare(self, request: Request) -> Generation:
@@ -254,7 +262,7 @@ class Engine:
             self.background.run_after_step(result.stats.seconds)
         else:
             self.background.run_idle()
-        result.outputs += self._generations.fail_unmerged() + self._scoring.fail_unmerged()
+        result.outputs += self._generations.fail_lost() + self._scoring.fail_lost()
         self.adapters.collect()
         self.merging.collect()
         return self.take_news(result)
@@ -349,4 +357,7 @@ class Engine:
         if self.paths.held is not None:
             users[self.paths.held.adapter.generation] += 1
         self.copies.check_integrity(users)
+        self.combinations.check_integrity(
+            Counter(s.stack.key for s in self.scheduler if s.combination is not None)
+        )
         assert set(self._generations) <= set(self.scheduler)

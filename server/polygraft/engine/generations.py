@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 
-from polygraft.adapters.info import MergeState
 from polygraft.engine.answers import Answers
 from polygraft.engine.logprobs import likelihoods
 from polygraft.engine.penalties import adjust
@@ -15,7 +14,7 @@ from polygraft.engine.request import Finished, FinishReason, RequestOutput, Timi
 from polygraft.engine.sampler import sample
 from polygraft.engine.scheduler import Scheduler
 from polygraft.engine.sequence import Generation
-from polygraft.errors import PolygraftError, ResourceExhausted
+from polygraft.errors import PolygraftError
 
 
 class Generations:
@@ -53,14 +52,10 @@ class Generations:
             self._finish(generation, FinishReason.TIME_LIMIT, generation.text.flush()) for generation in late
         ]
 
-    def fail_unmerged(self) -> list[RequestOutput]:
-        """End those whose merged copy can't be had."""
-        lost = [g for g in self._running.values() if g.copy and g.copy.state is MergeState.FAILED]
-        return [
-            self._fail(generation, ResourceExhausted(f"not merged: {generation.copy.problem}"))
-            for generation in lost
-            if generation.copy is not None
-        ]
+    def fail_lost(self) -> list[RequestOutput]:
+        """End those whose weights can't be had."""
+        lost = [(generation, error) for generation in self if (error := generation.lost) is not None]
+        return [self._fail(generation, error) for generation, error in lost]
 
     def sample(
         self, generations: list[Generation], rows: list[int], logits: torch.Tensor

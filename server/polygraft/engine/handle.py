@@ -54,6 +54,7 @@ class Occupancy:
     Args:
         running, waiting: requests.
         merged_bytes: of copies of the base's weights, those that are being made included.
+        combinations: linear ones of several adapters that are in memory; `combined_bytes` as `merged_bytes`.
         kv_blocks_used: held by requests and virtual tokens; `kv_blocks_cached` are the free ones whose
             contents a prompt may still find.
     """
@@ -66,6 +67,9 @@ class Occupancy:
     merged_copies: int = 0
     merged_bytes: int = 0
     merged_bytes_capacity: int = 0
+    combinations: int = 0
+    combined_bytes: int = 0
+    combined_bytes_capacity: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from polygraft.adapters.linear_combination import check_linear
 from polygraft.adapters.registry import Adapter, AdapterRegistry
 from polygraft.adapters.stack import Stack, check_stack
 from polygraft.base.loader import Base
 from polygraft.engine.adapter_prompts import AdapterPrompts
 from polygraft.engine.block_pool import BlockPool
+from polygraft.engine.linear_combinations import LinearCombinations
 from polygraft.engine.merged_copies import MergedCopies
-from polygraft.engine.request import DEFAULT_MAX_NEW_TOKENS, AdapterRef, LoraPath, Request, ScoreRequest
+from polygraft.engine.request import (
+    DEFAULT_MAX_NEW_TOKENS,
+    AdapterRef,
+    CombinationType,
+    LoraPath,
+    Request,
+    ScoreRequest,
+)
 from polygraft.engine.scoring import ScoreJob
 from polygraft.engine.sequence import Generation
 from polygraft.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest, PolygraftError
@@ -25,12 +34,14 @@ class Intake:
         prompts: AdapterPrompts,
         registry: AdapterRegistry,
         copies: MergedCopies,
+        combinations: LinearCombinations,
         pool: BlockPool,
     ) -> None:
         self._base = base
         self._prompts = prompts
         self._registry = registry
         self._copies = copies
+        self._combinations = combinations
         self._pool = pool
 
     def prepare(self, request: Request) -> Generation:
@@ -40,7 +51,7 @@ class Intake:
             InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
         """
         self._check_path(request)
-        stack = self.resolve(request.adapters)
+        stack = self.resolve(request.adapters, request.combination_type)
         prompts = self._prompts.of(stack)
         try:
             prompt_ids = list(prompts.token_ids(request.prompt))
@@ -65,7 +76,7 @@ class Intake:
             InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
         """
         self._check_path(request)
-        stack = self.resolve(request.adapters)
+        stack = self.resolve(request.adapters, request.combination_type)
         try:
             pairs = self._prompts.of(stack).pairs(request.prompt, request.continuations)
             self._check_copy(request, stack)
@@ -77,27 +88,39 @@ class Intake:
             raise
         return ScoreJob(request, stack, pairs)
 
-    def resolve(self, refs: Sequence[AdapterRef]) -> Stack:
+    def resolve(
+        self, refs: Sequence[AdapterRef], combination_type: CombinationType = CombinationType.STACK
+    ) -> Stack:
         """The adapters that a request names, pinned; none are if any can't be had.
 
         Raises:
-            AdapterNotFound, AdapterUnavailable: one of them can't be had.
+            AdapterNotFound, AdapterUnavailable: one of them can't be had, or there is no room for what they
+                are together.
             InvalidRequest: they have no defined meaning together, or a weight has none.
         """
         members: list[tuple[Adapter, float]] = []
         try:
             for ref in refs:
                 members.append((self._registry.resolve(ref), ref.weight))
-            check_stack(members)
+            stack = Stack(members, combination_type)
+            if not stack.combines:
+                check_stack(members)
+            elif not self._combinations.knows(stack):
+                check_linear(members)
+                self._combinations.check(stack)
         except PolygraftError:
             for adapter, _ in members:
                 adapter.release()
             raise
-        return Stack(members)
+        return stack
 
     @staticmethod
     def _check_path(request: Request | ScoreRequest) -> None:
-        """Raise InvalidRequest where MERGED is demanded and no adapter could have it."""
+        """Raise InvalidRequest where a combination is asked for of nothing, or MERGED is demanded and no
+        adapter could have it."""
+        combines = request.combination_type is CombinationType.LINEAR
+        if combines and not request.adapters:
+            raise InvalidRequest("combination_type", "LINEAR needs adapters to combine")
         if request.lora_path is not LoraPath.MERGED or not request.path_required:
             return
         if not request.adapters:
@@ -106,6 +129,8 @@ class Intake:
             raise InvalidRequest(
                 "lora_path", "MERGED takes one adapter: a copy has one adapter's weights in it"
             )
+        if combines:
+            raise InvalidRequest("lora_path", "MERGED takes an adapter as it is, and no LINEAR combination")
         if request.adapters[0].weight != 1.0:
             raise InvalidRequest("lora_path", "MERGED takes an adapter of weight 1: a copy has that of it")
 

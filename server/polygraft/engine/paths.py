@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 
 from polygraft.adapters.registry import Adapter
+from polygraft.engine.linear_combinations import LinearCombinations
 from polygraft.engine.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.path_policy import PathPolicy
 from polygraft.engine.request import LoraPath
@@ -25,8 +26,16 @@ class Paths:
         worthwhile: whether merged steps can gain anything; otherwise AUTO never merges.
     """
 
-    def __init__(self, copies: MergedCopies, scheduler: Scheduler, *, worthwhile: bool) -> None:
+    def __init__(
+        self,
+        copies: MergedCopies,
+        combinations: LinearCombinations,
+        scheduler: Scheduler,
+        *,
+        worthwhile: bool,
+    ) -> None:
         self._copies = copies
+        self._combinations = combinations
         self._scheduler = scheduler
         self._policy = PathPolicy() if worthwhile else None
         self._hot: MergedCopy | None = None
@@ -34,6 +43,8 @@ class Paths:
 
     def queue(self, sequence: Sequence) -> None:
         """Settle what can be settled for a sequence that enters the queue."""
+        if sequence.stack.combines:
+            sequence.combination = self._combinations.acquire(sequence.stack)
         adapter = sequence.stack.only
         if adapter is None or not self._copies.fits(adapter):
             sequence.path = LoraPath.UNMERGED

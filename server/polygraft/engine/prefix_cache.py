@@ -1,9 +1,10 @@
 """Automatic prefix caching: a prompt's beginning that the cache already holds isn't computed again.
 
 A full block is known by a hash of everything its keys and values depend on: the adapters' generations,
-which nothing else ever has (virtual tokens belong to them, so positions do too), their weights and their
-order, the path of low-rank weights, since the two round differently, and all tokens of the sequence up to the
-block's last. Generated tokens count like a prompt's, so a chat's next turn finds the last one's.
+which nothing else ever has (virtual tokens belong to them, so positions do too), their weights, their order
+and whether they are combined, the path of low-rank weights, since the two round differently, and all tokens
+of the sequence up to the block's last. Generated tokens count like a prompt's, so a chat's next turn finds
+the last one's.
 """
 
 from __future__ import annotations
@@ -68,8 +69,10 @@ class PrefixCache:
 
 def _weights_key(sequence: Sequence, *, acting: bool) -> bytes:
     """What stands for all weights that a sequence runs on, before or after its adapters act."""
-    adapters = b"".join(struct.pack("<Qd", *member) for member in sequence.stack.key if acting)
-    return _digest(bytes([sequence.copy is not None]) + adapters)
+    stack = sequence.stack
+    acting_ones = stack.members if acting else ()
+    adapters = b"".join(struct.pack("<Qd", adapter.generation, weight) for adapter, weight in acting_ones)
+    return _digest(bytes([sequence.copy is not None, stack.combines]) + adapters)
 
 
 def _digest(data: bytes) -> bytes:

@@ -36,6 +36,15 @@ class LoraPath(StrEnum):
     MERGED = "MERGED"
 
 
+class CombinationType(StrEnum):
+    """What several adapters are together."""
+
+    STACK = "STACK"
+    """Each acts in its turn: low-rank weights add up."""
+    LINEAR = "LINEAR"
+    """One LoRA whose A and B are the weighted sums of theirs (PEFT's combination_type="linear")."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
     """One adapter, by name.
@@ -154,6 +163,7 @@ class Request:
         id: unique among the running requests.
         prompt: text (tokenized with the model's special tokens), token ids, or a chat.
         adapters: in the order in which they act; none is the base model.
+        combination_type: what they are together.
         path_required: whether `lora_path` must be had; otherwise, where an adapter can't be merged, the
             other path serves.
     """
@@ -166,6 +176,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stopping: StoppingParams = field(default_factory=StoppingParams)
     response: ResponseParams = field(default_factory=ResponseParams)
+    combination_type: CombinationType = CombinationType.STACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +187,7 @@ class ScoreRequest:
         id: unique among the running requests.
         prompt: as a generation's, but text may be empty.
         continuations: text or token ids, at least one.
-        adapters: as a generation's.
+        adapters, combination_type: as a generation's.
         lora_path: AUTO is UNMERGED, so that all continuations take the same.
         path_required: as a generation's.
         top_logprobs: so many of the likeliest tokens at each position, [0, 20].
@@ -189,6 +200,7 @@ class ScoreRequest:
     lora_path: LoraPath = LoraPath.UNMERGED
     path_required: bool = False
     top_logprobs: int = 0
+    combination_type: CombinationType = CombinationType.STACK
 
 
 @dataclass(frozen=True, slots=True)

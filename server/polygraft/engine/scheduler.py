@@ -183,6 +183,8 @@ class Scheduler:
                 if sequence is self._blocked:
                     return
                 continue
+            if sequence.combination is not None and not sequence.combination.ready:
+                continue  # later arrivals needn't wait for this one's weights
             prefix = None
             if sequence.wants_prefix:
                 acquired = self.prefixes.acquire(sequence.stack)
@@ -258,6 +260,8 @@ class Scheduler:
                 self._blocked = None
         if sequence.copy is not None and sequence.path is LoraPath.MERGED:
             sequence.copy.users -= 1
+        if sequence.combination is not None:
+            sequence.combination.users -= 1
         sequence.stack.release()
 
     def _free(self, sequence: Sequence) -> None:

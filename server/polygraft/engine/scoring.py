@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from polygraft.adapters.info import MergeState
 from polygraft.engine.adapter_prompts import AdapterPrompts
 from polygraft.engine.logprobs import Likelihood, TokenTexts, likelihoods
 from polygraft.engine.paths import Paths
@@ -25,7 +24,7 @@ from polygraft.engine.request import (
 )
 from polygraft.engine.scheduler import Scheduler
 from polygraft.engine.sequence import NEVER, Sequence
-from polygraft.errors import PolygraftError, ResourceExhausted
+from polygraft.errors import PolygraftError
 
 if TYPE_CHECKING:
     from polygraft.adapters.stack import Stack
@@ -160,19 +159,17 @@ class Scoring:
         self._end(job)
         return [RequestOutput(job.id, finished=_finished(job, FinishReason.CANCELLED))]
 
-    def fail_unmerged(self) -> list[RequestOutput]:
-        """End the requests whose merged copy can't be had."""
+    def fail_lost(self) -> list[RequestOutput]:
+        """End the requests whose weights can't be had."""
         lost = [
-            (job, sequence.copy.problem)
+            (job, error)
             for job in self._jobs.values()
             for sequence in job.running[:1]
-            if sequence.copy is not None and sequence.copy.state is MergeState.FAILED
+            if (error := sequence.lost) is not None
         ]
         for job, _ in lost:
             self._end(job)
-        return [
-            RequestOutput(job.id, error=ResourceExhausted(f"not merged: {problem}")) for job, problem in lost
-        ]
+        return [RequestOutput(job.id, error=error) for job, error in lost]
 
     def _end(self, job: ScoreJob) -> None:
         del self._jobs[job.id]

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from polygraft.adapters.info import MergeState
 from polygraft.engine.logprobs import Likelihood, likelihoods
 from polygraft.engine.request import FinishReason, LoraPath, Request
 from polygraft.engine.text_stream import TextStream
+from polygraft.errors import PolygraftError, ResourceExhausted
 
 if TYPE_CHECKING:
     from polygraft.adapters.stack import Runs, Stack
+    from polygraft.engine.linear_combinations import LinearCombination
     from polygraft.engine.merged_copies import MergedCopy
     from polygraft.engine.shared_prefix import SharedPrefix
 
@@ -31,6 +34,7 @@ class Sequence:
 
     `path` is AUTO until it is admitted, if the server is to decide; what it is admitted with it keeps, since
     its keys and values belong to it. `copy` is the merged copy it runs on, None being the base's own weights.
+    `combination` is what runs in the place of its adapters, if anything does.
 
     `acts_from` is the first token that its adapters act on: an activated LoRA begins inside the prompt.
 
@@ -56,6 +60,7 @@ class Sequence:
         self.keys: list[bytes] = []
         self.path = LoraPath.UNMERGED
         self.copy: MergedCopy | None = None
+        self.combination: LinearCombination | None = None
 
     def assign(self, copy: MergedCopy | None) -> None:
         """Change the weights that a waiting sequence is to run on."""
@@ -86,7 +91,16 @@ class Sequence:
     @property
     def runs(self) -> Runs:
         """Its side paths."""
+        if self.combination is not None:
+            return self.combination.runs
         return () if self.copy is not None else self.stack.runs
+
+    @property
+    def lost(self) -> PolygraftError | None:
+        """Why the weights that it waits for can't be had; None if they can."""
+        if self.copy is not None and self.copy.state is MergeState.FAILED:
+            return ResourceExhausted(f"not merged: {self.copy.problem}")
+        return None if self.combination is None else self.combination.error
 
     @property
     def embeddings(self) -> torch.Tensor | None:

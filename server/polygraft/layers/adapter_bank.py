@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.primitives import LowRank
 from polygraft.layers.bottlenecks import BottleneckSites
 from polygraft.layers.couplings import Couplings
 from polygraft.layers.experts import ExpertSites
@@ -74,6 +75,13 @@ class AdapterBank:
             bits |= self._couplings.install(slot, compiled.coupling)
         self._beside[slot] = bits, compiled.width
         return slot
+
+    def low_rank(self, slot: int, compiled: CompiledAdapter, name: str) -> LowRank:
+        """A and B that the adapter in a slot has for a module or, if it has none there, the embedding."""
+        if name in compiled.low_rank:
+            return self.modules.site(name).slots.low_rank(slot, len(compiled.low_rank[name].b))
+        assert self.replaced.table is not None
+        return self.replaced.table.low_rank(slot)
 
     def remove(self, slot: int) -> None:
         """Let an adapter go; no step that uses it may be running."""

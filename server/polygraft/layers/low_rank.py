@@ -164,6 +164,10 @@ class LowRankSlots:
         """What an adapter adds to every row, float32 [columns of all panels]."""
         return self._weights[slot].bias
 
+    def low_rank(self, slot: int, outputs: int) -> LowRank:
+        """An adapter's A and B, of so many outputs; A is no copy."""
+        return self._weights[slot].low_rank(outputs)
+
     def fold(self, slot: int, weight: torch.Tensor) -> torch.Tensor:
         """The module's weight [out_features, in_features] with an adapter in it, float32."""
         if slot in self._dense:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from polygraft.adapters.primitives import LowRank
+
 
 class PackedAdapter(NamedTuple):
     """What an adapter has for one module; absent parts are None.
@@ -91,6 +93,11 @@ class PackedAdapter(NamedTuple):
             product = self.w1[:, None, :, None] * self.w2.t()[None, :, None, :]
             merged = merged + product.reshape(merged.shape)
         return merged
+
+    def low_rank(self, width: int) -> LowRank:
+        """A as it is and B [width, rank], in float32."""
+        assert self.a is not None
+        return LowRank(self.a, self._columns_of_b(width).t())
 
     def _columns_of_b(self, width: int) -> torch.Tensor:
         """float32 [rank, width]"""

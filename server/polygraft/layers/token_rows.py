@@ -106,6 +106,11 @@ class AdaptedEmbedding(nn.Module):
             a, b = low_rank.a.t().to(device).clone(), low_rank.b.t().to(device).clone()
             self._low_rank[slot] = (a, b)
 
+    def low_rank(self, slot: int) -> LowRank:
+        """An adapter's weights, not copied."""
+        a, b = self._low_rank[slot]
+        return LowRank(a.t(), b.t())
+
     def remove(self, slot: int) -> None:
         """Empty a slot; no step that uses it may be running."""
         self._own.pop(slot, None)

@@ -12,6 +12,7 @@ from polygraft.engine.request import (
     AdapterRef,
     Chat,
     ChatMessage,
+    CombinationType,
     LoraPath,
     Request,
     ResponseParams,
@@ -53,6 +54,7 @@ def generate_request(message: pb.GenerateRequest, request_id: str, model: ModelI
         sampling=_sampling(message.sampling, model),
         stopping=_stopping(message.stopping, model),
         response=_response(message.response),
+        combination_type=_combination_type(message.combination_type),
     )
 
 
@@ -67,6 +69,7 @@ def score_request(message: pb.ScoreRequest, request_id: str, model: ModelInfo) -
         lora_path=_lora_path(message.lora_path, model.default_lora_path),
         path_required=message.lora_path != pb.LORA_PATH_UNSPECIFIED,
         top_logprobs=_top_logprobs("top_logprobs", message.top_logprobs),
+        combination_type=_combination_type(message.combination_type),
     )
 
 
@@ -145,6 +148,15 @@ def _lora_path(value: int, default: LoraPath) -> LoraPath:
     if value not in pb.LoraPath.values():
         raise InvalidRequest("lora_path", f"unknown value {value}")
     return LoraPath[pb.LoraPath.Name(pb.LoraPath.ValueType(value)).removeprefix("LORA_PATH_")]
+
+
+def _combination_type(value: int) -> CombinationType:
+    if value == pb.COMBINATION_TYPE_UNSPECIFIED:
+        return CombinationType.STACK
+    if value not in pb.CombinationType.values():
+        raise InvalidRequest("combination_type", f"unknown value {value}")
+    name = pb.CombinationType.Name(pb.CombinationType.ValueType(value))
+    return CombinationType[name.removeprefix("COMBINATION_TYPE_")]
 
 
 def _sampling(options: pb.SamplingOptions, model: ModelInfo) -> SamplingParams:

@@ -61,6 +61,7 @@ class Metrics:
         self._define_steps()
         self._define_adapters()
         self._define_merges()
+        self._define_combinations()
 
     def _define_requests(self) -> None:
         own = ("adapter", "kind")
@@ -159,6 +160,13 @@ class Metrics:
         for path in ("MERGED", "UNMERGED"):
             self._decisions.labels(path)
 
+    def _define_combinations(self) -> None:
+        self._combinations = self._gauge("combinations", "Linear combinations of adapters in memory")
+        self._combined_bytes = self._gauge("combined_bytes", "Memory of linear combinations")
+        self._combined_capacity = self._gauge(
+            "combined_capacity_bytes", "Memory that linear combinations may take"
+        )
+
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"polygraft_{name}", text, labels, registry=self.registry)
 
@@ -221,6 +229,9 @@ class Metrics:
         self._copies.set(occupancy.merged_copies)
         self._merged_bytes.set(occupancy.merged_bytes)
         self._merged_capacity.set(occupancy.merged_bytes_capacity)
+        self._combinations.set(occupancy.combinations)
+        self._combined_bytes.set(occupancy.combined_bytes)
+        self._combined_capacity.set(occupancy.combined_bytes_capacity)
 
     def step_finished(self, stats: StepStats) -> None:
         """Record what one step did."""
