@@ -167,6 +167,7 @@ CASES = {
     "two rotations": Case(("oft", "oft-constrained"), together("oft", "oft-constrained")),
     "rotation and factors, then LoRA": Case(("boft", "lora"), over(one("boft"), "lora")),
     "reflections, then LoRA": Case(("hra", "lora"), over(one("hra"), "lora")),
+    "projection, then LoRA": Case(("deft", "lora"), over(one("deft"), "lora")),
     "rotation and a prompt": Case(("prompt", "oft"), over(one("oft"), "prompt")),
     "factors twice": Case(("ia3", "ia3-more"), together("ia3", "ia3-more")),
     "linear": linear(lora=0.5, lora_layers=0.75),

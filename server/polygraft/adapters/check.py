@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.copies import tensors_of
 from polygraft.adapters.folder import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
 from polygraft.base.loader import inspect_without_weights
@@ -82,9 +83,14 @@ def check_against(folder: Path, base: BaseSpec, limits: AdapterLimits) -> CheckR
 
 
 def _more_with_weights(compiled: CompiledAdapter, base: BaseSpec) -> int:
-    """Bytes by which it becomes larger when a load multiplies its B by the base's weights."""
-    return sum(
-        base.linears[name].out_features * primitive.rank * primitive.a.itemsize - primitive.b.nbytes
-        for name, primitive in compiled.low_rank.items()
-        if primitive.through_base
-    )
+    """Bytes by which it becomes larger when a load completes it with the base's weights."""
+    more = 0
+    for name, primitive in compiled.low_rank.items():
+        if primitive.through_base:
+            more += (
+                base.linears[name].out_features * primitive.rank * primitive.a.itemsize - primitive.b.nbytes
+            )
+        if primitive.of_base is not None:
+            more -= sum(tensor.nbytes for tensor in tensors_of(primitive.of_base))
+            more += primitive.a.numel() * (primitive.b.itemsize - primitive.a.itemsize)
+    return more

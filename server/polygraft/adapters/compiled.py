@@ -56,8 +56,8 @@ class CompiledAdapter:
         experts: by the name of the base's parameter.
         routers: by the name of the module.
         invocation: tokens at whose last occurrence in a prompt it begins to act; empty: from the start.
-        reflects: its low-rank weights are what reflections take from the base's (HRA), so they are no summand
-            beside others'.
+        of_base: what it makes of the base's own weights, in a word ("reflection"), where its low-rank weights
+            are part of that and no summand beside others'; else empty.
         lora: what its linear combinations with others depend on beside the weights, of PEFT's LoRAs alone.
         parameters: in the file.
         warnings: it works, but.
@@ -80,7 +80,7 @@ class CompiledAdapter:
     experts: Mapping[str, ExpertLowRank] = field(default_factory=dict)
     routers: Mapping[str, LowRank] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
-    reflects: bool = False
+    of_base: str = ""
     prefix: Prefix | SoftPrompt | None = None
     lora: LoraSettings | None = None
     warnings: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ class CompiledAdapter:
         """Names of the primitives it is made of."""
         names = []
         if self.low_rank or self.embedding or self.routers:
-            names.append("reflection" if self.reflects else "low_rank")
+            names.append(self.of_base or "low_rank")
         if self.scales or any(primitive.magnitude is not None for primitive in self.low_rank.values()):
             names.append("scale")
         if self.experts:

@@ -46,7 +46,7 @@ def compile_hra(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
         b = reader.keep(-2 * units if orthogonal else -_products(units), module, torch.float32)
         if a is not None and b is not None:
             low_rank[module] = LowRank(a, b, through_base=True)
-    return CompiledAdapter("hra", reader.parameters, low_rank=low_rank, reflects=True)
+    return CompiledAdapter("hra", reader.parameters, low_rank=low_rank, of_base="reflection")
 
 
 def _orthonormal(reader: FolderReader, module: str, vectors: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from polygraft.adapters.boft import compile_boft
 from polygraft.adapters.c3a import compile_c3a
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.cpt import compile_cpt
+from polygraft.adapters.deft import compile_deft
 from polygraft.adapters.delora import compile_delora
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.fourierft import compile_fourierft
@@ -65,6 +66,7 @@ KINDS: Mapping[str, Compiler] = {
     "OFT": compile_oft,
     "BOFT": compile_boft,
     "HRA": compile_hra,
+    "DEFT": compile_deft,
     "PVERA": compile_pvera,
     "DELORA": compile_delora,
     "GRALORA": compile_gralora,

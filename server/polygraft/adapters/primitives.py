@@ -20,6 +20,7 @@ class LowRank:
         magnitude: [out_features], the norm that each row of the base's weight plus B A is brought to, or None
             (DoRA); it becomes a scale when the base's weights are at hand.
         through_base: b is [in_features, rank] and stands for W b, W being the base's weight (HRA); likewise.
+        of_base: what completes it when the base's weights are at hand, or None; likewise.
     """
 
     a: torch.Tensor
@@ -27,11 +28,36 @@ class LowRank:
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
     through_base: bool = False
+    of_base: OfBase | None = None
 
     @property
     def rank(self) -> int:
         """Columns of B."""
         return self.a.shape[0]
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it runs only when the base's weights have made it what it is."""
+        return self.through_base or self.magnitude is not None or self.of_base is not None
+
+
+class OfBase(ABC):
+    """What the base's own weight has to do with a `LowRank`, which is completed once, at load.
+
+    Kinds derive dataclasses from it whose tensors are what the file holds.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def completed(self, primitive: LowRank, weight: torch.Tensor, bias: torch.Tensor | None) -> LowRank:
+        """What runs, which needs the base no more; a in the type of b.
+
+        Args:
+            primitive: the `LowRank` that has this.
+            weight: the module's own as it is served, float32 [out_features, in_features].
+            bias: likewise, float32 [out_features] or None.
+        """
 
 
 @dataclass(frozen=True, slots=True)

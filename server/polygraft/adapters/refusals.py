@@ -37,7 +37,6 @@ _ROUTES = "it weighs several adapters for each token or request, which no primit
 _KINDS: Mapping[str, str] = {
     "ADAMSS": "it groups outputs by a clustering of the base's weights, which isn't in the file",
     "ADAPTION_PROMPT": "it gates attention to a prompt inside some layers, which no primitive does",
-    "DEFT": _RESOLVABLE,
     "FROD": _DECOMPOSED,
     "GLORA": "what it does to weights and biases could be folded into merged copies, but nobody has written "
     "that yet",

@@ -24,8 +24,8 @@ Runs = tuple[tuple[int, float], ...]
 
 # What a stack knows how to combine. Anything else may be in one if no other adapter is.
 _COMBINED = {
-    "low_rank", "expert_low_rank", "reflection", "kron", "scale", "rotation", "bottleneck", "coupling",
-    "prefix", "soft_prompt",
+    "low_rank", "expert_low_rank", "reflection", "projection", "kron", "scale", "rotation", "bottleneck",
+    "coupling", "prefix", "soft_prompt",
 }  # fmt: skip
 _ADDED = {"low_rank", "expert_low_rank", "kron"}
 """What a weight is a factor on."""
@@ -166,13 +166,16 @@ def _conflict_of_inputs(before: CompiledAdapter, after: CompiledAdapter) -> str 
                 f"it {change} what {min(late)} reads, which the weights that are added before it would have "
                 "to read so as well; name it first"
             )
-    if after.reflects:
-        reflected = after.low_rank.keys() & {*before.on_modules}
-        if reflected:
-            return f"it reflects the base's weights of {min(reflected)}, not what is before it; name it first"
-    normed = before.low_rank.keys() & _magnitudes(after) if before.reflects else set()
+    if after.of_base:
+        late = after.low_rank.keys() & {*before.on_modules}
+        if late:
+            return (
+                f"it makes a {after.of_base} of the base's weights of {min(late)}, not of what is before it; "
+                "name it first"
+            )
+    normed = before.low_rank.keys() & _magnitudes(after) if before.of_base else set()
     if normed:
-        return f"its magnitude on {min(normed)} is a norm of the base's weights, not of reflected ones"
+        return f"its magnitude on {min(normed)} is a norm of the base's weights, not of a {before.of_base}"
     # PEFT turns by the first OFT first; of anything else it knows no order.
     turned = set() if before.kind == after.kind == "oft" else before.rotations.keys() & after.rotations.keys()
     turned |= before.rotations.keys() & after.scales.keys() | before.scales.keys() & after.rotations.keys()

@@ -4,7 +4,8 @@ DoRA (arXiv 2402.09353) brings each row of W + B A to a norm that it has learnt;
 `m / ||W + B A|| * (W x + B A x) + bias` (peft/tuners/lora/dora.py, DoraLinearLayer.forward). The factor
 doesn't depend on x, so it is a scale of the base's product, and is folded into B.
 
-HRA (arXiv 2405.17484) turns W into W - (W P) U^T (adapters/hra.py), so its B is a product with W.
+HRA (arXiv 2405.17484) turns W into W - (W P) U^T (adapters/hra.py), so its B is a product with W. What other
+kinds make of W is in their own files, as `OfBase`.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ def resolve_against_base(
     The base's weights are taken as they are served: on a quantized base, what they stand for. PEFT's own
     norms are wrong on an nf4 base whose weights the CPU kernel has packed.
     """
-    if not any(p.through_base or p.magnitude is not None for p in compiled.low_rank.values()):
+    if not any(primitive.needs_base for primitive in compiled.low_rank.values()):
         return compiled
     low_rank: dict[str, LowRank] = {}
     scales = dict(compiled.scales)
     for name, primitive in compiled.low_rank.items():
         low_rank[name] = primitive
-        if primitive.magnitude is None and not primitive.through_base:
+        if not primitive.needs_base:
             continue
         yield
-        weight = bank.site(name).weight().float()
+        site = bank.site(name)
+        weight = site.weight().float()
         device = primitive.b.device
+        if primitive.of_base is not None:
+            low_rank[name] = primitive.of_base.completed(primitive, weight.to(device), site.slots.base_bias)
         if primitive.through_base:
             b = (weight @ primitive.b.to(weight)).to(device, primitive.a.dtype)
             low_rank[name] = LowRank(primitive.a, b, primitive.bias)

@@ -74,6 +74,11 @@ class LowRankSlots:
         self._struct.table = table.data_ptr()
 
     @property
+    def base_bias(self) -> torch.Tensor | None:
+        """The module's own, float32 [out_features] or None, where adapters' weights are made."""
+        return None if self._base_bias is None else self._base_bias.detach().float().cpu()
+
+    @property
     def table(self) -> torch.Tensor:
         """int64 [slots, ENTRY], as native/side_path.h's `Entry` has it."""
         return self._table
@@ -93,8 +98,7 @@ class LowRankSlots:
         """
         a = b = bias = out_scale = None
         if primitive is not None:
-            resolved = primitive.magnitude is None and not primitive.through_base
-            assert resolved, "to be resolved against the base's weights first"
+            assert not primitive.needs_base, "to be resolved against the base's weights first"
             width = primitive.b.shape[0]
             panel = self._panel or width
             b = nn.functional.pad(primitive.b.to(self._device), (0, 0, 0, -width % panel))

@@ -1,0 +1,133 @@
+"""Kinds that are completed with the base's weights: what they make of these, and what can be wrong with them alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from polygraft.adapters.check import check_against
+from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.kinds import AdapterLimits
+from polygraft.base.spec import BaseSpec
+from polygraft.errors import AdapterInvalid
+from polygraft.layers.merging import dense_weight
+from tests.adapters.conftest import CheckRefused
+from tests.adapters.specimen import Q0, Specimen, compile_folder
+from tests.peft_folders import CAUSAL, TARGETS
+
+ON_ALL: dict[str, Any] = {"target_modules": TARGETS["qwen2"], **CAUSAL}
+CONFIGS: dict[str, peft.PeftConfig] = {
+    "deft": peft.DeftConfig(r=3, **ON_ALL),
+    "deft, scaled": peft.DeftConfig(r=2, alpha=7, layers_to_transform=[1], **ON_ALL),
+    "deft, a rank over the module's": peft.DeftConfig(r=50, alpha=5, decomposition_method="qr", **ON_ALL),
+    "para": peft.DeftConfig(r=4, para=True, **ON_ALL),
+    "para, orthogonal": peft.DeftConfig(r=4, para=True, decomposition_method="qr", **ON_ALL),
+}
+
+
+def saved(folder: Path, base: Path, config: peft.PeftConfig) -> None:
+    """Save a random adapter."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+
+
+def changed(
+    compiled: CompiledAdapter, name: str, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A module's weight and bias with an adapter in them."""
+    if name in compiled.low_rank:
+        primitive = compiled.low_rank[name]
+        assert primitive.of_base is not None
+        primitive = primitive.of_base.completed(primitive, weight, bias)
+        assert (primitive.of_base, primitive.a.dtype) == (None, primitive.b.dtype)
+        weight = weight + primitive.b @ primitive.a
+    return weight, bias
+
+
+@pytest.mark.parametrize("which", CONFIGS)
+def test_weights_become_what_they_are_in_peft(
+    tiny_model: Callable[[str], Path], specs: Callable[[str], BaseSpec], tmp_path: Path, which: str
+) -> None:
+    saved(tmp_path / "a", tiny_model("qwen2"), CONFIGS[which])
+    compiled = compile_folder(tmp_path / "a", specs("qwen2"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("qwen2"), dtype=torch.float32)
+    before = {}
+    for name in compiled.on_modules:
+        module = model.get_submodule(name)
+        bias = None if module.bias is None else module.bias.detach().clone()
+        before[name] = dense_weight(module).clone(), bias
+    merged: Any = peft.PeftModel.from_pretrained(model, str(tmp_path / "a")).merge_and_unload()
+    for name, (weight, own_bias) in before.items():
+        after = merged.get_submodule(name)
+        moved = float((after.weight - weight).abs().max())
+        assert moved > 0.01
+        found, bias = changed(compiled, name, weight, own_bias)
+        tolerance = {"rtol": 1e-4, "atol": 3e-6 * max(1.0, moved)}
+        torch.testing.assert_close(found, after.weight.detach(), **tolerance)
+        assert (bias is None) == (after.bias is None)
+        if bias is not None:
+            torch.testing.assert_close(bias, after.bias.detach(), **tolerance)
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("deft", 4), ("deft-qr", 5), ("deft-para", 3)])
+def test_what_it_costs_is_what_is_left_when_it_is_completed(
+    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path, kind: str, rank: int
+) -> None:
+    folder = specimen(kind).save(tmp_path / "a")
+    compiled = compile_folder(folder, spec)
+    assert (compiled.primitives, compiled.rank, compiled.modules) == (("projection",), rank, 9)
+    assert compiled.mergeable
+    shapes = [spec.linears[name] for name in compiled.low_rank]
+    left = 4 * rank * sum(shape.in_features + shape.out_features for shape in shapes)
+    assert check_against(folder, spec, AdapterLimits()).compiled_bytes == left < compiled.compiled_bytes
+    with pytest.raises(AdapterInvalid, match=f"rank {rank} is over the limit of {rank - 1}"):
+        compile_folder(folder, spec, AdapterLimits(rank=rank - 1))
+
+
+OPTIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("deft", {"r": 0}, "rank 0 with alpha 6 and decomposition_method 'relu' makes no sense"),
+    ("deft", {"r": "4"}, "r has the wrong type: '4'"),
+    ("deft", {"r": 3}, f"tensor {Q0}.deft_P has shape [64, 4], expected [64, 3]"),
+    ("deft", {"alpha": math.nan}, "with alpha nan and"),
+    ("deft", {"alpha": 1e300}, "the arithmetic makes weights of model.layers.0.self_attn.q_proj infinite"),
+    ("deft", {"decomposition_method": "svd"}, "decomposition_method 'svd' makes no sense"),
+    ("deft", {"para": True}, f"tensor {Q0}.deft_R isn't expected"),
+    ("deft", {"para": 1}, "para has the wrong type: 1"),
+    ("deft-para", {"para": False}, f"tensor {Q0}.deft_R is missing"),
+    ("deft", {"use_dora": True}, "use_dora=True isn't served"),
+    ("deft", {"bias": "some"}, "bias 'some' means nothing to PEFT"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"), OPTIONS, ids=[f"{kind}-{str(o)[:60]}" for kind, o, _ in OPTIONS]
+)
+def test_configurations_that_cant_be_served(
+    check_refused: CheckRefused, kind: str, options: dict[str, Any], expected: str
+) -> None:
+    check_refused(kind, options, expected)
+
+
+def test_columns_of_which_orthogonality_leaves_nothing(
+    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path
+) -> None:
+    for columns in (torch.ones(64, 5), torch.zeros(64, 5)):
+        damaged = specimen("deft-qr")
+        damaged.tensors[f"{Q0}.deft_P"] = columns
+        with pytest.raises(AdapterInvalid) as caught:
+            compile_folder(damaged.save(tmp_path / "a"), spec)
+        assert caught.value.problems == (
+            "the columns of model.layers.0.self_attn.q_proj's deft_P depend on each other, so qr has no meaning",
+        )
