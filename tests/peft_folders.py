@@ -27,6 +27,7 @@ from peft import (
     MissConfig,
     MultitaskPromptTuningConfig,
     OFTConfig,
+    PeanutConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -243,6 +244,10 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
         r=5, decomposition_method="qr", bias="deft_only", target_modules=TARGETS[a], **CAUSAL
     ),
     "deft-para": lambda a: DeftConfig(r=3, para=True, bias="all", target_modules=TARGETS[a], **CAUSAL),
+    "peanut": lambda a: PeanutConfig(r=6, scaling=0.7, target_modules=NO_CONV1D[a], **CAUSAL),
+    "peanut-deep": lambda a: PeanutConfig(
+        r=5, depth=2, act_fn="gelu_new", target_modules=NO_CONV1D_ALL[a], **CAUSAL
+    ),
     "ia3-shared-input": lambda a: IA3Config(
         target_modules=IA3_SHARED[a][0], feedforward_modules=IA3_SHARED[a][1], **CAUSAL
     ),
@@ -274,7 +279,7 @@ SCALES = {
     "fourierft_": 1.0, "c3a_": 3.0, "shira_": 0.3, "supertuning_values": 0.3, "hira_": 0.5,
     "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "miss_block": 0.1, "beft_": 0.4, "prefix_task_": 1.0,
     "lokr_": 0.3, "oft_R": 0.1, "boft_R": 0.3, "hra_u": 1.0,
-    "deft_P": 0.2, "deft_R": 0.3,
+    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4,
 }  # fmt: skip
 
 

@@ -28,6 +28,11 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "deft, scaled": peft.DeftConfig(r=2, alpha=7, layers_to_transform=[1], **ON_ALL),
     "deft, a rank over the module's": peft.DeftConfig(r=50, alpha=5, decomposition_method="qr", **ON_ALL),
     "para": peft.DeftConfig(r=4, para=True, **ON_ALL),
+    "peanut": peft.PeanutConfig(r=4, **ON_ALL),
+    "peanut, deep": peft.PeanutConfig(r=3, depth=3, act_fn="tanh", scaling=-2, **ON_ALL),
+    "peanut, an activation with weights": peft.PeanutConfig(
+        r=4, depth=1, act_fn="prelu", target_modules="all-linear", **CAUSAL
+    ),
     "para, orthogonal": peft.DeftConfig(r=4, para=True, decomposition_method="qr", **ON_ALL),
 }
 
@@ -81,13 +86,17 @@ def test_weights_become_what_they_are_in_peft(
             torch.testing.assert_close(bias, after.bias.detach(), **tolerance)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("deft", 4), ("deft-qr", 5), ("deft-para", 3)])
+@pytest.mark.parametrize(
+    ("kind", "rank", "modules"),
+    [("deft", 4, 9), ("deft-qr", 5, 9), ("deft-para", 3, 9), ("peanut", 6, 9), ("peanut-deep", 5, 21)],
+)
 def test_what_it_costs_is_what_is_left_when_it_is_completed(
-    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path, kind: str, rank: int
+    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path, kind: str, rank: int, modules: int
 ) -> None:
     folder = specimen(kind).save(tmp_path / "a")
     compiled = compile_folder(folder, spec)
-    assert (compiled.primitives, compiled.rank, compiled.modules) == (("projection",), rank, 9)
+    primitive = "projection" if compiled.kind == "deft" else "low_rank"
+    assert (compiled.primitives, compiled.rank, compiled.modules) == ((primitive,), rank, modules)
     assert compiled.mergeable
     shapes = [spec.linears[name] for name in compiled.low_rank]
     left = 4 * rank * sum(shape.in_features + shape.out_features for shape in shapes)
@@ -107,6 +116,19 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("deft", {"para": 1}, "para has the wrong type: 1"),
     ("deft-para", {"para": False}, f"tensor {Q0}.deft_R is missing"),
     ("deft", {"use_dora": True}, "use_dora=True isn't served"),
+    ("peanut", {"r": 5}, f"tensor {Q0}.peanut_A.weight has shape [6, 64], expected [5, 64]"),
+    ("peanut", {"r": -1}, "r -1 with depth 0, act_fn 'relu' and scaling 0.7 makes no sense"),
+    ("peanut", {"depth": 1}, f"tensor {Q0}.peanut_encoders.0.weight is missing"),
+    ("peanut", {"depth": 10**9}, "depth 1000000000, act_fn"),
+    ("peanut", {"depth": -1}, "depth -1, act_fn"),
+    ("peanut", {"act_fn": "step"}, "act_fn 'step' and scaling 0.7 makes no sense"),
+    ("peanut", {"scaling": math.inf}, "scaling inf makes no sense"),
+    (
+        "peanut",
+        {"scaling": 1e300},
+        "the arithmetic makes weights of model.layers.0.self_attn.q_proj infinite",
+    ),
+    ("peanut-deep", {"depth": 1}, f"tensor {Q0}.peanut_decoders.1.weight isn't expected"),
     ("deft", {"bias": "some"}, "bias 'some' means nothing to PEFT"),
 ]
 

@@ -11,6 +11,7 @@ from peft.tuners.deft.layer import DeftLayer
 from peft.tuners.hra import HRALinear
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.peanut.layer import PeanutLayer
 from peft.tuners.pvera.layer import PveraLayer
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.road.layer import RoadLayer
@@ -25,16 +26,16 @@ from tests.adapterhub.reference import adapted
 # What PEFT can't do: LoHa and LoKr take a packed weight's shape for the module's, HRA multiplies by what a
 # quantized module keeps as if that were its weight, AdaLoRA over eight bits returns float32 from its modules, which
 # attention refuses beside the others' bfloat16, and SHiRA multiplies by a float32 weight. DeLoRA takes a norm of the
-# packed numbers, TinyLoRA their singular values, DEFT multiplies a matrix by them, Uni-LoRA makes its scales whole, and Super-Tuning multiplies by them.
+# packed numbers, TinyLoRA their singular values, DEFT and PEANuT multiply a matrix by them, Uni-LoRA makes its scales whole, and Super-Tuning multiplies by them.
 _QUANTIZED = ("int8", "nf4", "fp4")
 CANT = {
     PeftType.LOHA: ("nf4", "fp4"), PeftType.LOKR: ("nf4", "fp4"), PeftType.HRA: _QUANTIZED,
     PeftType.ADALORA: ("int8",), PeftType.SHIRA: ("int8",),
     PeftType.DELORA: _QUANTIZED, PeftType.TINYLORA: _QUANTIZED, PeftType.UNILORA: _QUANTIZED,
-    PeftType.SUPERTUNING: _QUANTIZED, PeftType.DEFT: ("nf4", "fp4"),
+    PeftType.SUPERTUNING: _QUANTIZED, PeftType.DEFT: ("nf4", "fp4"), PeftType.PEANUT: _QUANTIZED,
 }  # fmt: skip
 # Those whose change is made of the base's weights.
-OF_BASE = (DeftLayer,)
+OF_BASE = (DeftLayer, PeanutLayer)
 # Those that return float32 from modules over quantized weights.
 WIDE = (IA3Layer, PveraLayer, RandLoraLayer, RoadLayer)
 
@@ -87,7 +88,9 @@ def _add_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
         if isinstance(layer, BaseTunerLayer):
             if isinstance(layer, OF_BASE):
                 weight = dense_weight(model.get_submodule(name)).float()
-                layer.get_base_layer().weight.data = weight.T if layer.fan_in_fan_out else weight
+                layer.get_base_layer().weight.data = (
+                    weight.T if getattr(layer, "fan_in_fan_out", False) else weight
+                )
             delta = layer.get_delta_weight("default").detach()
             delta = delta.to_dense() if delta.is_sparse else delta
             if isinstance(layer, HRALinear):  # a factor of the weight, not what it gains

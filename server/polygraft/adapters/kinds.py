@@ -35,6 +35,7 @@ from polygraft.adapters.lora import compile_lora
 from polygraft.adapters.miss import compile_miss
 from polygraft.adapters.multitask_prompt_tuning import compile_multitask_prompt_tuning
 from polygraft.adapters.oft import compile_oft
+from polygraft.adapters.peanut import compile_peanut
 from polygraft.adapters.prefix_tuning import compile_cartridge, compile_prefix_tuning
 from polygraft.adapters.pvera import compile_pvera
 from polygraft.adapters.randlora import compile_randlora
@@ -67,6 +68,7 @@ KINDS: Mapping[str, Compiler] = {
     "BOFT": compile_boft,
     "HRA": compile_hra,
     "DEFT": compile_deft,
+    "PEANUT": compile_peanut,
     "PVERA": compile_pvera,
     "DELORA": compile_delora,
     "GRALORA": compile_gralora,

@@ -30,7 +30,6 @@ _OPTIONS: Mapping[str, str] = {
 }
 
 _DECOMPOSED = "it works in singular vectors of the base's weights, which aren't all in the file"
-_RESOLVABLE = "the base's weights would make it low rank, but nobody has written that yet"
 _REPLACES = "it replaces part of the base, which no primitive does"
 _ROUTES = "it weighs several adapters for each token or request, which no primitive does"
 
@@ -42,7 +41,6 @@ _KINDS: Mapping[str, str] = {
     "that yet",
     "LILY": "it weighs experts by an average over all tokens of a batch, so answers depend on the neighbours",
     "OSF": "it replaces the smaller singular vectors of the base's weights; the others aren't in the file",
-    "PEANUT": _RESOLVABLE,
     "POLY": _ROUTES,
     "PSOFT": _DECOMPOSED,
     "SHADOW": "it runs a second network beside the base",

@@ -65,7 +65,7 @@ def _check_head(name: str, head: str, compiled: CompiledAdapter) -> None:
     beside = {
         "use_dora": low_rank is not None and low_rank.magnitude is not None,
         "lora_bias": low_rank is not None and low_rank.bias is not None,
-        compiled.of_base or "low rank": low_rank is not None
+        "what is made of the base's weights": low_rank is not None
         and (low_rank.through_base or low_rank.of_base is not None),
         "a scale": head in compiled.scales,
         "a Kronecker product": head in compiled.krons,
