@@ -16,6 +16,7 @@ from peft import (
     DeftConfig,
     DeloraConfig,
     FourierFTConfig,
+    GloraConfig,
     GraloraConfig,
     HiraConfig,
     HRAConfig,
@@ -248,6 +249,18 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "peanut-deep": lambda a: PeanutConfig(
         r=5, depth=2, act_fn="gelu_new", target_modules=NO_CONV1D_ALL[a], **CAUSAL
     ),
+    "glora": lambda a: GloraConfig(r=3, bias="glora_only", target_modules=NO_CONV1D[a], **CAUSAL),
+    "glora-vector": lambda a: GloraConfig(
+        r=3,
+        config_A_B="vector",
+        config_D_E="vector",
+        bias="glora_only",
+        target_modules=NO_CONV1D[a],
+        **CAUSAL,
+    ),
+    "glora-constant": lambda a: GloraConfig(
+        config_A_B="constant", config_C="vector", config_D_E="none", target_modules=NO_CONV1D_ALL[a], **CAUSAL
+    ),
     "ia3-shared-input": lambda a: IA3Config(
         target_modules=IA3_SHARED[a][0], feedforward_modules=IA3_SHARED[a][1], **CAUSAL
     ),
@@ -264,6 +277,7 @@ MERGED_ONLY = (
     "road-4",
     "supertuning",
     "supra",
+    "glora",
 )
 """Kinds that are served on merged copies alone."""
 COMMON = (
@@ -279,7 +293,7 @@ SCALES = {
     "fourierft_": 1.0, "c3a_": 3.0, "shira_": 0.3, "supertuning_values": 0.3, "hira_": 0.5,
     "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "miss_block": 0.1, "beft_": 0.4, "prefix_task_": 1.0,
     "lokr_": 0.3, "oft_R": 0.1, "boft_R": 0.3, "hra_u": 1.0,
-    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4,
+    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4, "glora_": 0.25,
 }  # fmt: skip
 
 

@@ -33,6 +33,19 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "peanut, an activation with weights": peft.PeanutConfig(
         r=4, depth=1, act_fn="prelu", target_modules="all-linear", **CAUSAL
     ),
+    **{
+        f"glora, {of_weight}, {of_both}, {of_bias}": peft.GloraConfig(
+            r=2, config_A_B=of_weight, config_C=of_both, config_D_E=of_bias, **ON_ALL
+        )
+        for of_weight, of_both, of_bias in [
+            ("vector", "lora", "vector"),
+            ("constant", "vector", "constant"),
+            ("vector", "none", "none"),
+            ("none", "lora", "vector"),
+            ("none", "none", "constant"),
+            ("constant", "none", "none"),
+        ]
+    },
     "para, orthogonal": peft.DeftConfig(r=4, para=True, decomposition_method="qr", **ON_ALL),
 }
 
@@ -52,12 +65,21 @@ def changed(
     compiled: CompiledAdapter, name: str, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A module's weight and bias with an adapter in them."""
-    if name in compiled.low_rank:
-        primitive = compiled.low_rank[name]
-        assert primitive.of_base is not None
-        primitive = primitive.of_base.completed(primitive, weight, bias)
-        assert (primitive.of_base, primitive.a.dtype) == (None, primitive.b.dtype)
-        weight = weight + primitive.b @ primitive.a
+    own = weight
+    if name in compiled.scales:
+        scale = compiled.scales[name]
+        assert scale.output is not None
+        assert not scale.after_bias
+        weight = weight * scale.output[:, None]
+    primitive = compiled.low_rank[name]
+    if primitive.of_base is not None:
+        primitive = primitive.of_base.completed(primitive, own, bias)
+    assert not primitive.needs_base
+    assert primitive.a.dtype == primitive.b.dtype
+    weight = weight + primitive.b @ primitive.a
+    if primitive.bias is not None:
+        assert bias is not None
+        bias = bias + primitive.bias
     return weight, bias
 
 
@@ -77,6 +99,8 @@ def test_weights_become_what_they_are_in_peft(
     for name, (weight, own_bias) in before.items():
         after = merged.get_submodule(name)
         moved = float((after.weight - weight).abs().max())
+        if own_bias is not None:
+            moved = max(moved, float((after.bias - own_bias).abs().max()))
         assert moved > 0.01
         found, bias = changed(compiled, name, weight, own_bias)
         tolerance = {"rtol": 1e-4, "atol": 3e-6 * max(1.0, moved)}
@@ -129,6 +153,19 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
         "the arithmetic makes weights of model.layers.0.self_attn.q_proj infinite",
     ),
     ("peanut-deep", {"depth": 1}, f"tensor {Q0}.peanut_decoders.1.weight isn't expected"),
+    (
+        "glora",
+        {"r": 0},
+        "r 0 with config_A_B 'lora', config_C 'lora' and config_D_E 'constant' makes no sense",
+    ),
+    ("glora", {"r": 2}, f"tensor {Q0}.glora_A.Xd has shape [64, 3], expected [64, 2]"),
+    ("glora", {"config_A_B": "matrix"}, "config_A_B 'matrix', config_C"),
+    ("glora", {"config_C": "constant"}, "config_C 'constant' and config_D_E"),
+    ("glora", {"config_D_E": "lora"}, "config_D_E 'lora' makes no sense"),
+    ("glora", {"config_A_B": 1}, "config_A_B has the wrong type: 1"),
+    ("glora", {"config_A_B": "vector"}, f"tensor {Q0}.glora_A.X is missing"),
+    ("glora-vector", {"config_A_B": "constant"}, f"tensor {Q0}.glora_A.X has shape [64, 1], expected [1]"),
+    ("glora-constant", {"config_A_B": "none"}, f"tensor {Q0}.glora_A.zeros is missing"),
     ("deft", {"bias": "some"}, "bias 'some' means nothing to PEFT"),
 ]
 
@@ -153,3 +190,27 @@ def test_columns_of_which_orthogonality_leaves_nothing(
         assert caught.value.problems == (
             "the columns of model.layers.0.self_attn.q_proj's deft_P depend on each other, so qr has no meaning",
         )
+
+
+def test_glora_is_a_scale_and_a_product_of_rank_one_where_it_can_be(
+    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path
+) -> None:
+    made = {
+        kind: compile_folder(specimen(kind).save(tmp_path / kind), spec)
+        for kind in ("glora", "glora-vector", "glora-constant")
+    }
+    assert {kind: (c.primitives, c.rank, c.merged_only, c.mergeable) for kind, c in made.items()} == {
+        "glora": (("dense",), 0, True, True),
+        "glora-vector": (("modulation", "scale"), 1, False, True),
+        "glora-constant": (("modulation", "scale"), 1, False, True),
+    }
+
+
+def test_what_stands_for_nothing_must_be_nothing(
+    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path
+) -> None:
+    damaged = specimen("glora")
+    damaged.tensors[f"{Q0}.glora_D.zeros"][3] = 1e-9
+    with pytest.raises(AdapterInvalid) as caught:
+        compile_folder(damaged.save(tmp_path / "a"), spec)
+    assert caught.value.problems == (f"tensor {Q0}.glora_D.zeros stands for nothing, but isn't zero",)

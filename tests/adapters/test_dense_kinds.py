@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from polygraft.adapters.check import check_against
 from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.trained_biases import OnTrainedBias
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from polygraft.layers.merging import dense_weight
@@ -67,7 +68,7 @@ def check_against_pefts_merge(folder: Path, base: Path, spec: BaseSpec) -> None:
     compiled = compile_folder(folder, spec)
     assert compiled.merged_only
     assert compiled.mergeable
-    assert (compiled.primitives, compiled.rank) == (("dense",), 0)
+    assert (compiled.primitives, compiled.rank) == (("dense", "replace")[: 1 + bool(compiled.biases)], 0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = {}
     for name in compiled.dense:
@@ -82,10 +83,15 @@ def check_against_pefts_merge(folder: Path, base: Path, spec: BaseSpec) -> None:
         moved = (expected - weight).abs().max()
         assert moved > 2e-4
         tolerance = {"rtol": 1e-5, "atol": 3e-6 * max(1.0, float(moved))}
+        trained = compiled.biases.get(name)
+        assert change.completed(weight, bias) is change or change.needs_base
+        change = change.completed(weight, bias)
+        assert not change.needs_base
         torch.testing.assert_close(change.fold(weight.clone(), 0), expected, **tolerance)
         step = math.lcm(16, change.span)
         pieces = [change.fold(weight[at : at + step].clone(), at) for at in range(0, len(weight), step)]
         torch.testing.assert_close(torch.cat(pieces), expected, **tolerance)
+        change = change if trained is None else OnTrainedBias(change, trained)
         got = change.fold_bias(bias)
         assert (got is None) == (after.bias is None)
         if got is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.deft.layer import DeftLayer
+from peft.tuners.glora import GloraLinear
 from peft.tuners.hra import HRALinear
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
@@ -33,6 +34,7 @@ CANT = {
     PeftType.ADALORA: ("int8",), PeftType.SHIRA: ("int8",),
     PeftType.DELORA: _QUANTIZED, PeftType.TINYLORA: _QUANTIZED, PeftType.UNILORA: _QUANTIZED,
     PeftType.SUPERTUNING: _QUANTIZED, PeftType.DEFT: ("nf4", "fp4"), PeftType.PEANUT: _QUANTIZED,
+    PeftType.GLORA: _QUANTIZED,
 }  # fmt: skip
 # Those whose change is made of the base's weights.
 OF_BASE = (DeftLayer, PeanutLayer)
@@ -91,7 +93,11 @@ def _add_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
                 layer.get_base_layer().weight.data = (
                     weight.T if getattr(layer, "fan_in_fan_out", False) else weight
                 )
-            delta = layer.get_delta_weight("default").detach()
+            more = torch.zeros(layer.out_features)
+            if isinstance(layer, GloraLinear):
+                delta, more = _glora_by_hand(layer, model.get_submodule(name))
+            else:
+                delta = layer.get_delta_weight("default").detach()
             delta = delta.to_dense() if delta.is_sparse else delta
             if isinstance(layer, HRALinear):  # a factor of the weight, not what it gains
                 delta = dense_weight(model.get_submodule(name)).float() @ (delta - torch.eye(len(delta)))
@@ -103,10 +109,21 @@ def _add_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
                 args: tuple[torch.Tensor],
                 out: torch.Tensor,
                 delta: torch.Tensor = delta,
+                more: torch.Tensor = more,
             ) -> torch.Tensor:
-                return (out + torch.nn.functional.linear(args[0].float(), delta)).to(out.dtype)
+                return (out + torch.nn.functional.linear(args[0].float(), delta, more)).to(out.dtype)
 
             model.get_submodule(name).register_forward_hook(add)
+
+
+def _glora_by_hand(layer: GloraLinear, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a quantized module's weight and bias gain; PEFT leaves such modules alone."""
+    a, b, c, d, e = (getattr(layer, f"glora_{path}")["default"]().detach().float() for path in "ABCDE")
+    weight = dense_weight(module).float()
+    if layer.bias is None:
+        return weight * a + b, torch.zeros(len(weight))
+    own, trained = module.bias.detach().float(), layer.bias.detach()
+    return weight * a + b, trained - own + trained * d + e + (weight @ c).squeeze(-1)
 
 
 def _dora_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:

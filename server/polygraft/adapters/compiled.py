@@ -45,7 +45,7 @@ class CompiledAdapter:
     Args:
         kind: PEFT's or AdapterHub's name for the method in lower case.
         low_rank, scales, krons, rotations, dense: by the name of the base's module; one with a `dense` has no
-            other.
+            other, but for a bias.
         biases: [out_features], in the place of a linear module's own, by its name.
         norms: by the name of the module.
         embedding: of the input embedding: a [rank, vocabulary], b [hidden_size, rank].

@@ -105,6 +105,20 @@ class Dense(ABC):
     __slots__ = ()
 
     @property
+    def needs_base(self) -> bool:
+        """Whether it can be folded only when it has been completed with the module's whole weight."""
+        return False
+
+    def completed(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Dense:
+        """What can be folded.
+
+        Args:
+            weight: the module's own as it is served, float32 [out_features, in_features].
+            bias: likewise, float32 [out_features] or None.
+        """
+        return self
+
+    @property
     def span(self) -> int:
         """Rows that are folded together: any piece of the weight is of whole multiples, but for its end."""
         return 1

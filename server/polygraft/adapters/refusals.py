@@ -37,8 +37,6 @@ _KINDS: Mapping[str, str] = {
     "ADAMSS": "it groups outputs by a clustering of the base's weights, which isn't in the file",
     "ADAPTION_PROMPT": "it gates attention to a prompt inside some layers, which no primitive does",
     "FROD": _DECOMPOSED,
-    "GLORA": "what it does to weights and biases could be folded into merged copies, but nobody has written "
-    "that yet",
     "LILY": "it weighs experts by an average over all tokens of a batch, so answers depend on the neighbours",
     "OSF": "it replaces the smaller singular vectors of the base's weights; the others aren't in the file",
     "POLY": _ROUTES,

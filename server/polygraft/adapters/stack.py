@@ -24,8 +24,8 @@ Runs = tuple[tuple[int, float], ...]
 
 # What a stack knows how to combine. Anything else may be in one if no other adapter is.
 _COMBINED = {
-    "low_rank", "expert_low_rank", "reflection", "projection", "kron", "scale", "rotation", "bottleneck",
-    "coupling", "prefix", "soft_prompt",
+    "low_rank", "expert_low_rank", "reflection", "projection", "modulation", "kron", "scale", "rotation",
+    "bottleneck", "coupling", "prefix", "soft_prompt",
 }  # fmt: skip
 _ADDED = {"low_rank", "expert_low_rank", "kron"}
 """What a weight is a factor on."""
@@ -186,5 +186,7 @@ def _conflict_of_inputs(before: CompiledAdapter, after: CompiledAdapter) -> str 
 
 def _magnitudes(compiled: CompiledAdapter) -> set[str]:
     """Modules whose rows an adapter brings to norms of its own."""
+    if compiled.of_base:
+        return set()
     scaled = {name for name, scale in compiled.scales.items() if scale.output is not None}
     return scaled & compiled.low_rank.keys()

@@ -7,11 +7,12 @@ the base's (peft/tuners/tuners_utils.py, `_get_learnable_bias_state_dict`).
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 
 from polygraft.adapters.per_module import PREFIX
-from polygraft.adapters.primitives import NormWeights
+from polygraft.adapters.primitives import Dense, NormWeights
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.base.spec import BaseSpec
 
@@ -47,3 +48,28 @@ def take_trained_biases(
             if bias is not None:
                 norms[module] = NormWeights(None, bias)
     return biases, norms
+
+
+@dataclass(frozen=True, slots=True)
+class OnTrainedBias(Dense):
+    """A change of a weight, with a bias that was trained in the place of the module's own.
+
+    Args:
+        bias: [out_features]
+    """
+
+    change: Dense
+    bias: torch.Tensor
+
+    @property
+    def span(self) -> int:
+        """See `Dense`."""
+        return self.change.span
+
+    def fold(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+        """See `Dense`."""
+        return self.change.fold(weight, first)
+
+    def fold_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """See `Dense`."""
+        return self.change.fold_bias(self.bias.float())

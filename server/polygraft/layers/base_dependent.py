@@ -28,7 +28,8 @@ def resolve_against_base(
     The base's weights are taken as they are served: on a quantized base, what they stand for. PEFT's own
     norms are wrong on an nf4 base whose weights the CPU kernel has packed.
     """
-    if not any(primitive.needs_base for primitive in compiled.low_rank.values()):
+    needs_base = [primitive.needs_base for primitive in compiled.low_rank.values()]
+    if not any(needs_base + [change.needs_base for change in compiled.dense.values()]):
         return compiled
     low_rank: dict[str, LowRank] = {}
     scales = dict(compiled.scales)
@@ -51,4 +52,10 @@ def resolve_against_base(
             b = (primitive.b.float() * factor[:, None].to(device)).to(primitive.b.dtype)
             low_rank[name] = LowRank(primitive.a, b, primitive.bias)
             scales[name] = Scale(output=factor)
-    return replace(compiled, low_rank=low_rank, scales=scales)
+    dense = dict(compiled.dense)
+    for name, change in compiled.dense.items():
+        if change.needs_base:
+            yield
+            site = bank.site(name)
+            dense[name] = change.completed(site.weight().float().cpu(), site.slots.base_bias)
+    return replace(compiled, low_rank=low_rank, scales=scales, dense=dense)

@@ -12,6 +12,7 @@ from torch import nn
 
 from polygraft.adapters.copies import Copies
 from polygraft.adapters.primitives import Dense, Kron, LowRank, Rotation, Scale
+from polygraft.adapters.trained_biases import OnTrainedBias
 from polygraft.layers.linear import PackedLinear
 from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots
 from polygraft.layers.merging import AnyLinearSite, PackedSite, PlainSite
@@ -112,8 +113,13 @@ class LowRankBank:
         """
         scales, krons, rotations, dense = scales or {}, krons or {}, rotations or {}, dense or {}
         biases = biases or {}
-        others = {*low_rank, *scales, *krons, *rotations, *biases}
+        others = {*low_rank, *scales, *krons, *rotations}
         assert not others & {*dense}, "a module has a dense change or others"
+        dense = {
+            name: OnTrainedBias(change, biases[name]) if name in biases else change
+            for name, change in dense.items()
+        }
+        biases = {name: bias for name, bias in biases.items() if name not in dense}
         slot = self._free.pop() if self._free else len(self._touched) + 1
         if slot >= self._tables.shape[1]:
             self._grow(2 * slot)
