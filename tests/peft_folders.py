@@ -156,21 +156,21 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "vera": lambda a: VeraConfig(
         r=16, target_modules=TARGETS[a], save_projection=False, projection_prng_key=7, **CAUSAL
     ),
-    "pvera": lambda a: PveraConfig(r=16, target_modules=TARGETS[a], **CAUSAL),
+    "pvera": lambda a: PveraConfig(r=16, target_modules=TARGETS[a], bias="pvera_only", **CAUSAL),
     "delora": lambda a: DeloraConfig(
-        r=4, target_modules=NO_CONV1D[a], rank_pattern={NO_CONV1D[a][0]: 3}, **CAUSAL
+        r=4, target_modules=NO_CONV1D[a], rank_pattern={NO_CONV1D[a][0]: 3}, bias="all", **CAUSAL
     ),
     "gralora": lambda a: GraloraConfig(r=6, gralora_k=2, alpha=9, target_modules=TARGETS[a], **CAUSAL),
     "gralora-hybrid": lambda a: GraloraConfig(
-        r=4, gralora_k=4, hybrid_r=3, alpha=9, target_modules=TARGETS[a], **CAUSAL
+        r=4, gralora_k=4, hybrid_r=3, alpha=9, target_modules=TARGETS[a], bias="gralora_only", **CAUSAL
     ),
     "miss": lambda a: MissConfig(r=6, target_modules=NO_CONV1D[a], **CAUSAL),
     "miss-mini": lambda a: MissConfig(
-        r=4, init_weights="mini", mini_r=8, target_modules=NO_CONV1D[a], **CAUSAL
+        r=4, init_weights="mini", mini_r=8, target_modules=NO_CONV1D[a], bias="all", **CAUSAL
     ),
     "unilora": lambda a: UniLoraConfig(r=4, theta_d_length=99, target_modules=TARGETS[a], **CAUSAL),
     "unilora-indices": lambda a: UniLoraConfig(
-        r=3, theta_d_length=50, save_indices=True, target_modules=TARGETS[a], **CAUSAL
+        r=3, theta_d_length=50, save_indices=True, target_modules=TARGETS[a], bias="unilora_only", **CAUSAL
     ),
     "vblora": lambda a: VBLoRAConfig(
         r=4, num_vectors=20, vector_length=16, target_modules=TARGETS[a], **CAUSAL
@@ -182,11 +182,18 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
         topk=3,
         save_only_topk_weights=True,
         target_modules=TARGETS[a],
+        bias="all",
         **CAUSAL,
     ),
     "tinylora": lambda a: TinyLoraConfig(r=3, u=8, weight_tying=0.6, target_modules=TARGETS[a], **CAUSAL),
     "tinylora-seed": lambda a: TinyLoraConfig(
-        r=2, u=5, save_projection=False, projection_seed=3, target_modules=TARGETS[a], **CAUSAL
+        r=2,
+        u=5,
+        save_projection=False,
+        projection_seed=3,
+        target_modules=TARGETS[a],
+        bias="tinylora_only",
+        **CAUSAL,
     ),
     "beft": lambda a: BeftConfig(target_modules=NO_CONV1D[a], **CAUSAL),
     "fourierft": lambda a: FourierFTConfig(
@@ -194,16 +201,27 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
         scaling=60.0,
         n_frequency_pattern={TARGETS[a][0]: 30},
         target_modules=TARGETS[a],
+        bias="fourierft_only",
         **CAUSAL,
     ),
     "c3a": lambda a: C3AConfig(
-        block_size=32, block_size_pattern={NO_CONV1D[a][0]: 16}, target_modules=NO_CONV1D[a], **CAUSAL
+        block_size=32,
+        block_size_pattern={NO_CONV1D[a][0]: 16},
+        target_modules=NO_CONV1D[a],
+        bias="c3a_only",
+        **CAUSAL,
     ),
     "shira": lambda a: ShiraConfig(r=3, random_seed=1, target_modules=NO_CONV1D[a], **CAUSAL),
     "hira": lambda a: HiraConfig(r=4, target_modules=TARGETS[a], **CAUSAL),
-    "miss-bat": lambda a: MissConfig(r=8, init_weights="bat", target_modules=NO_CONV1D[a], **CAUSAL),
-    "waveft": lambda a: WaveFTConfig(n_frequency=90, scaling=4.0, target_modules=TARGETS[a], **CAUSAL),
-    "randlora": lambda a: RandLoraConfig(r=10, randlora_alpha=20, target_modules=TARGETS[a], **CAUSAL),
+    "miss-bat": lambda a: MissConfig(
+        r=8, init_weights="bat", target_modules=NO_CONV1D[a], bias="MiSS_only", **CAUSAL
+    ),
+    "waveft": lambda a: WaveFTConfig(
+        n_frequency=90, scaling=4.0, target_modules=TARGETS[a], bias="waveft_only", **CAUSAL
+    ),
+    "randlora": lambda a: RandLoraConfig(
+        r=10, randlora_alpha=20, target_modules=TARGETS[a], bias="randlora_only", **CAUSAL
+    ),
     "supertuning": lambda a: SupertuningConfig(sparsity=0.9, target_modules=NO_CONV1D[a], **CAUSAL),
     "supra": lambda a: SupertuningConfig(
         sparsity=0.95, r=3, lora_alpha=5, target_modules=NO_CONV1D[a], **CAUSAL
@@ -239,6 +257,11 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
         boft_block_size=4, boft_n_butterfly_factor=3, target_modules=NO_CONV1D[a], **CAUSAL
     ),
     "hra": lambda a: HRAConfig(r=4, target_modules=NO_CONV1D[a], **CAUSAL),
+    "oft-biases": lambda a: OFTConfig(oft_block_size=8, bias="all", target_modules=NO_CONV1D[a], **CAUSAL),
+    "boft-biases": lambda a: BOFTConfig(
+        boft_block_size=8, bias="boft_only", target_modules=NO_CONV1D[a], **CAUSAL
+    ),
+    "hra-biases": lambda a: HRAConfig(r=2, bias="all", target_modules=NO_CONV1D[a], **CAUSAL),
     "hra-orthogonal": lambda a: HRAConfig(r=3, apply_GS=True, target_modules=NO_CONV1D[a], **CAUSAL),
     "deft": lambda a: DeftConfig(r=4, alpha=6, target_modules=TARGETS[a], **CAUSAL),
     "deft-qr": lambda a: DeftConfig(
@@ -247,7 +270,7 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "deft-para": lambda a: DeftConfig(r=3, para=True, bias="all", target_modules=TARGETS[a], **CAUSAL),
     "peanut": lambda a: PeanutConfig(r=6, scaling=0.7, target_modules=NO_CONV1D[a], **CAUSAL),
     "peanut-deep": lambda a: PeanutConfig(
-        r=5, depth=2, act_fn="gelu_new", target_modules=NO_CONV1D_ALL[a], **CAUSAL
+        r=5, depth=2, act_fn="gelu_new", target_modules=NO_CONV1D[a], **CAUSAL
     ),
     "glora": lambda a: GloraConfig(r=3, bias="glora_only", target_modules=NO_CONV1D[a], **CAUSAL),
     "glora-vector": lambda a: GloraConfig(

@@ -167,12 +167,12 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("fourierft", {"n_frequency": "9"}, "n_frequency has the wrong type: '9'"),
     ("fourierft", {"scaling": math.nan}, "scaling nan with random_loc_seed 777 makes no sense"),
     ("fourierft", {"random_loc_seed": 2**64}, "makes no sense"),
-    ("fourierft", {"bias": "fourier_only"}, "bias other than 'none'"),
+    ("fourierft", {"bias": "fourier"}, "bias 'fourier' means nothing to PEFT"),
     ("c3a", {"block_size_pattern": {"q_proj": 24}}, f"block_size 24 doesn't divide {NO_DIVISOR}"),
     ("c3a", {"block_size_pattern": {"q_proj": 0}}, f"block_size 0 doesn't divide {NO_DIVISOR}"),
     ("c3a", {"block_size_pattern": {"q_proj": "8"}}, "block_size '8' doesn't divide"),
     ("c3a", {"block_size_pattern": {"(": 4}}, "block_size_pattern is not a regular expression"),
-    ("c3a", {"bias": "c3a_only"}, "bias other than 'none'"),
+    ("c3a", {"bias": "c3a"}, "bias 'c3a' means nothing to PEFT"),
     ("shira", {"r": 0}, "rank 0 makes no sense"),
     ("shira", {"r": 2}, f"tensor {Q0}.shira_weight has shape [384], expected [256]"),
     ("hira", {"use_dora": True}, "use_dora=True isn't served"),
@@ -209,6 +209,16 @@ def test_configurations_that_cant_be_served(
     check_refused: CheckRefused, kind: str, options: dict[str, Any], expected: str
 ) -> None:
     check_refused(kind, options, expected)
+
+
+def test_biases_of_norms_cant_be_merged(
+    tiny_model: Callable[[str], Path], specs: Callable[[str], BaseSpec], tmp_path: Path
+) -> None:
+    config = peft.C3AConfig(block_size=32, bias="all", target_modules=["lm_head"], **CAUSAL)
+    folder = save_adapter(tmp_path / "a", tiny_model("gpt2"), "gpt2", config)
+    with pytest.raises(AdapterInvalid) as caught:
+        compile_folder(folder, specs("gpt2"))
+    assert caught.value.problems == ("c3a is served merged only, and norms of its own can't be merged",)
 
 
 def test_elements_outside_a_module(

@@ -132,7 +132,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("prefix", {"invented": 0.5}, "invented=0.5 isn't served"),
     ("prompt", {"modules_to_save": ["norm"]}, "modules_to_save=['norm'] isn't served"),
     # Kinds.
-    ("lora", {"peft_type": "DEFT"}, "peft_type 'DEFT' isn't served: the base's weights would make it low rank"),
+    ("lora", {"peft_type": "SHADOW"}, "peft_type 'SHADOW' isn't served: it runs a second network beside"),
     ("lora", {"peft_type": "lora"}, "peft_type 'lora' isn't served"),
     ("lora", {"peft_type": None}, "peft_type None isn't served"),
     ("lora", {"peft_type": ["LORA"]}, "peft_type ['LORA'] isn't served"),

@@ -232,7 +232,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("oft", {"peft_version": None}, "and peft_version is ''; train it again with a newer one"),
     ("oft", {"peft_version": "new"}, "and peft_version is 'new'; train it again with a newer one"),
     ("oft", {"use_cayley_neumann": None, "peft_version": None}, "use_cayley_neumann means another matrix"),
-    ("oft", {"bias": "oft_only"}, "bias other than 'none'"),
+    ("oft", {"bias": "oft"}, "bias 'oft' means nothing to PEFT"),
     ("boft", {"boft_block_num": 4}, "boft_block_size 4 with boft_block_num 4 and boft_n_butterfly_factor 3"),
     ("boft", {"boft_block_size": 0}, "boft_block_size 0 with boft_block_num 0"),
     ("boft", {"boft_n_butterfly_factor": 0}, "and boft_n_butterfly_factor 0 makes no sense"),
@@ -243,11 +243,11 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("boft", {"boft_block_size": 0, "boft_block_num": 500}, "inputs of model.layers.0.self_attn.q_proj can't be cut"),
     ("boft", {"boft_block_size": 1}, "blocks of 1 inputs of model.layers.0.self_attn.q_proj have no halves"),
     ("boft", {"boft_n_butterfly_factor": 2}, ".boft_R has shape [3, 16, 4, 4], expected [2, 16, 4, 4]"),
-    ("boft", {"bias": "boft_only"}, "bias other than 'none'"),
+    ("boft", {"bias": "boft"}, "bias 'boft' means nothing to PEFT"),
     ("hra", {"r": 0}, "rank 0 makes no sense"),
     ("hra", {"r": 5}, ".hra_u has shape [64, 4], expected [64, 5]"),
     ("hra", {"apply_GS": 1}, "apply_GS has the wrong type: 1"),
-    ("hra", {"bias": "hra_only"}, "bias other than 'none'"),
+    ("hra", {"bias": "hra"}, "bias 'hra' means nothing to PEFT"),
 ]  # fmt: skip
 
 

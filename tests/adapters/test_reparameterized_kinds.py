@@ -120,7 +120,7 @@ NO_DIVISOR = "model.layers.0.self_attn.q_proj's 64 inputs and 64 outputs"
 OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("delora", {"r": 0, "rank_pattern": {}}, "rank 0 with alpha 1"),
     ("delora", {"rank_pattern": {"*": 4}}, "rank_pattern or alpha_pattern is not a regular expression"),
-    ("delora", {"bias": "delora_only"}, "bias other than 'none'"),
+    ("delora", {"bias": "delora"}, "bias 'delora' means nothing to PEFT"),
     ("gralora", {"r": 7}, "r 7 with gralora_k 2, hybrid_r 0 and alpha 9 makes no sense"),
     ("gralora", {"gralora_k": 0}, "r 6 with gralora_k 0"),
     ("gralora", {"gralora_k": "2"}, "gralora_k has the wrong type: '2'"),

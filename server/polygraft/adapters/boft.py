@@ -14,10 +14,11 @@ import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.oft import cayley
-from polygraft.adapters.per_module import PREFIX, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX
 from polygraft.adapters.primitives import Rotation, Scale
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _TRAINING_ONLY = ("boft_dropout", "init_weights", "fan_in_fan_out")
@@ -29,8 +30,8 @@ def compile_boft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     size, number = reader.option("boft_block_size", int, 4), reader.option("boft_block_num", int, 0)
     factors = reader.option("boft_n_butterfly_factor", int, 1)
     reader.ignore(*_TRAINING_ONLY)
-    refuse_trained_biases(reader)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     if (number > 0) == (size > 0) or number < 0 or size < 0 or not 1 <= factors <= _MOST_FACTORS:
         reader.problems.append(
             f"boft_block_size {shown(size)} with boft_block_num {shown(number)} and boft_n_butterfly_factor "
@@ -64,7 +65,9 @@ def compile_boft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if blocks is not None:
             rotations[module] = Rotation(blocks)
             scales[module] = Scale(output=scale.flatten())
-    return CompiledAdapter("boft", reader.parameters, scales=scales, rotations=rotations)
+    return CompiledAdapter(
+        "boft", reader.parameters, scales=scales, rotations=rotations, biases=biases, norms=norms
+    )
 
 
 def _butterfly(saved: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import Dense
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import BAD_PATTERN, ending_key, target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 
@@ -45,10 +46,11 @@ def compile_c3a(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
     """Compile a C3A folder; yields between modules. Problems are noted in the reader."""
     size: Any = reader.option("block_size", int, 256)
     sizes = reader.option("block_size_pattern", dict, {})
-    refuse_trained_biases(reader)
     reader.ignore("init_weights")
     changes: dict[str, Dense] = {}
-    for module in target_modules(reader, base):
+    modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
+    for module in modules:
         yield
         shape = base.linears[module]
         try:
@@ -69,4 +71,4 @@ def compile_c3a(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
         kernels = reader.take(f"{PREFIX}{module}.c3a_kernel", blocks, wide=True)
         if kernels is not None:
             changes[module] = Circulants(kernels / shape.in_features)
-    return CompiledAdapter("c3a", reader.parameters, dense=changes)
+    return CompiledAdapter("c3a", reader.parameters, dense=changes, biases=biases, norms=norms)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.per_module import PREFIX, ModuleSettings, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, ModuleSettings
 from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.targets import BAD_PATTERN, target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 # The configuration's lambdas are those that training starts from.
@@ -25,10 +26,11 @@ _LEAST_NORM = 1e-4
 def compile_delora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile a DeLoRA folder; yields between modules. Problems are noted in the reader."""
     settings = ModuleSettings(reader, None)
-    refuse_trained_biases(reader)
     reader.ignore(*_TRAINING_ONLY)
     primitives: dict[str, LowRank] = {}
-    for module in target_modules(reader, base):
+    modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
+    for module in modules:
         yield
         shape = base.linears[module]
         try:
@@ -42,13 +44,13 @@ def compile_delora(reader: FolderReader, base: BaseSpec) -> Generator[None, None
         a = reader.take(f"{PREFIX}{module}.delora_A", (rank, shape.in_features), wide=True)
         b = reader.take(f"{PREFIX}{module}.delora_B", (shape.out_features, rank), wide=True)
         strength = reader.take(f"{PREFIX}{module}.delora_lambda", (1,), wide=True)
-        norms = reader.take(f"{PREFIX}{module}.delora_w_norm", (shape.in_features,), wide=True)
-        if a is None or b is None or strength is None or norms is None:
+        w_norm = reader.take(f"{PREFIX}{module}.delora_w_norm", (shape.in_features,), wide=True)
+        if a is None or b is None or strength is None or w_norm is None:
             continue
         scaling = (
             strength / rank / (a.norm(dim=1).clamp(min=_LEAST_NORM) * b.norm(dim=0).clamp(min=_LEAST_NORM))
         )
-        kept_a, kept_b = reader.keep(a * norms, module), reader.keep(b * scaling, module)
+        kept_a, kept_b = reader.keep(a * w_norm, module), reader.keep(b * scaling, module)
         if kept_a is not None and kept_b is not None:
             primitives[module] = LowRank(kept_a, kept_b)
-    return CompiledAdapter("delora", reader.parameters, low_rank=primitives)
+    return CompiledAdapter("delora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)

@@ -19,13 +19,13 @@ from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
     is_rank,
-    refuse_trained_biases,
 )
 from polygraft.adapters.primitives import Dense
 from polygraft.adapters.projections import KEYS
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.sparse import RandomPlaces
 from polygraft.adapters.targets import BAD_PATTERN, ending_key, target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 
@@ -60,9 +60,9 @@ def compile_fourierft(reader: FolderReader, base: BaseSpec) -> Generator[None, N
     counts = reader.option("n_frequency_pattern", dict, {})
     scaling = reader.option("scaling", (int, float), 150.0)
     seed = reader.option("random_loc_seed", int, 777)
-    refuse_trained_biases(reader)
     reader.ignore("fan_in_fan_out", "init_weights")
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     if not is_alpha(scaling) or seed not in KEYS:
         reader.problems.append(f"scaling {shown(scaling)} with random_loc_seed {shown(seed)} makes no sense")
         modules = []
@@ -89,4 +89,4 @@ def compile_fourierft(reader: FolderReader, base: BaseSpec) -> Generator[None, N
         changes[module] = Spectrum(
             spectrum * (scaling / shape.out_features), rows, columns, shape.out_features
         )
-    return CompiledAdapter("fourierft", reader.parameters, dense=changes)
+    return CompiledAdapter("fourierft", reader.parameters, dense=changes, biases=biases, norms=norms)

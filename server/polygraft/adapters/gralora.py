@@ -18,11 +18,11 @@ from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
     is_rank,
-    refuse_trained_biases,
 )
 from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _TRAINING_ONLY = ("gralora_dropout", "fan_in_fan_out", "init_weights")
@@ -34,9 +34,9 @@ def compile_gralora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
     hybrid = reader.option("hybrid_r", int, 0)
     blocks = reader.option("gralora_k", int, 2)
     alpha = reader.option("alpha", (int, float), 64)
-    refuse_trained_biases(reader)
     reader.ignore(*_TRAINING_ONLY)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     if (
         not (is_rank(rank) and is_rank(blocks) and is_alpha(alpha))
         or rank % blocks
@@ -76,7 +76,7 @@ def compile_gralora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
         kept_a, kept_b = reader.keep(a, module), reader.keep(b * (alpha / (rank + hybrid)), module)
         if kept_a is not None and kept_b is not None:
             primitives[module] = LowRank(kept_a, kept_b)
-    return CompiledAdapter("gralora", reader.parameters, low_rank=primitives)
+    return CompiledAdapter("gralora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
 
 
 def _spread(block_a: torch.Tensor, block_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

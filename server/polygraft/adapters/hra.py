@@ -13,10 +13,11 @@ from collections.abc import Generator
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _LEAST = 1e-3
@@ -28,8 +29,8 @@ def compile_hra(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
     rank = reader.option("r", int, 8)
     orthogonal = reader.option("apply_GS", bool, False)
     reader.ignore("init_weights")
-    refuse_trained_biases(reader)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     if not is_rank(rank):
         reader.problems.append(f"rank {shown(rank)} makes no sense")
         modules = []
@@ -46,7 +47,9 @@ def compile_hra(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
         b = reader.keep(-2 * units if orthogonal else -_products(units), module, torch.float32)
         if a is not None and b is not None:
             low_rank[module] = LowRank(a, b, through_base=True)
-    return CompiledAdapter("hra", reader.parameters, low_rank=low_rank, of_base="reflection")
+    return CompiledAdapter(
+        "hra", reader.parameters, low_rank=low_rank, of_base="reflection", biases=biases, norms=norms
+    )
 
 
 def _orthonormal(reader: FolderReader, module: str, vectors: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import Dense, LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 
@@ -49,9 +50,9 @@ def compile_miss(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     rank = reader.option("r", int, 64)
     variant = reader.option("init_weights", (bool, str), True)
     width = reader.option("mini_r", int, 1)
-    refuse_trained_biases(reader)
     reader.ignore("miss_dropout")
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     mini = variant == "mini"
     if isinstance(variant, str) and variant not in ("mini", "bat"):
         reader.problems.append(f"init_weights {shown(variant)} isn't one of PEFT's variants")
@@ -87,4 +88,6 @@ def compile_miss(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         b = reader.keep(block.repeat(1, shape.out_features // outputs).T, module)
         if a is not None and b is not None:
             low_rank[module] = LowRank(a, b)
-    return CompiledAdapter("miss", reader.parameters, low_rank=low_rank, dense=dense)
+    return CompiledAdapter(
+        "miss", reader.parameters, low_rank=low_rank, dense=dense, biases=biases, norms=norms
+    )

@@ -13,10 +13,11 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.per_module import PREFIX, is_alpha, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_alpha
 from polygraft.adapters.primitives import Rotation
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _TRAINING_ONLY = ("module_dropout", "init_weights", "fan_in_fan_out")
@@ -31,8 +32,8 @@ def compile_oft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
     constrained, epsilon = reader.option("coft", bool, False), reader.option("eps", (int, float), 6e-5)
     reader.ignore(*_TRAINING_ONLY)
     terms = _neumann_terms(reader)
-    refuse_trained_biases(reader)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     problem = _problem(number, size, epsilon)
     if problem:
         reader.problems.append(problem)
@@ -53,7 +54,7 @@ def compile_oft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
         blocks = reader.keep(cayley(skew) if terms is None else _neumann(skew, terms), module, torch.float32)
         if blocks is not None:
             rotations[module] = Rotation(blocks)
-    return CompiledAdapter("oft", reader.parameters, rotations=rotations)
+    return CompiledAdapter("oft", reader.parameters, rotations=rotations, biases=biases, norms=norms)
 
 
 def _problem(number: int, size: int | None, epsilon: float) -> str:

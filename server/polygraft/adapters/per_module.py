@@ -84,14 +84,6 @@ class ModuleSettings:
         )
 
 
-def refuse_trained_biases(reader: FolderReader) -> None:
-    """Take the option for training the base's biases, and refuse it unless it is off."""
-    if reader.option("bias", str, "none") != "none":
-        reader.problems.append(
-            "bias other than 'none' replaces the base's biases, which this kind isn't served with"
-        )
-
-
 def scaling_of(rank: int, alpha: float, *, rslora: bool) -> float:
     """LoRA's factor on B A; rank-stabilized (arXiv 2312.03732) or not."""
     return alpha / (math.sqrt(rank) if rslora else rank)

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.projections import shared_projections
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _TRAINING_ONLY = ("pvera_dropout", "d_initial", "fan_in_fan_out", "init_weights", "generator_seed")
@@ -24,9 +25,9 @@ _TRAINING_ONLY = ("pvera_dropout", "d_initial", "fan_in_fan_out", "init_weights"
 def compile_pvera(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile a PVeRA folder; yields between modules. Problems are noted in the reader."""
     rank = reader.option("r", int, 256)
-    refuse_trained_biases(reader)
     reader.ignore(*_TRAINING_ONLY)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     if not is_rank(rank):
         reader.problems.append(f"rank {shown(rank)} makes no sense")
         modules = []
@@ -46,4 +47,4 @@ def compile_pvera(reader: FolderReader, base: BaseSpec) -> Generator[None, None,
         b = reader.keep(lambda_b[:, None] * shared_b[: shape.out_features], module)
         if a is not None and b is not None:
             primitives[module] = LowRank(a, b)
-    return CompiledAdapter("pvera", reader.parameters, low_rank=primitives)
+    return CompiledAdapter("pvera", reader.parameters, low_rank=primitives, biases=biases, norms=norms)

@@ -21,12 +21,12 @@ from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
     is_rank,
-    refuse_trained_biases,
 )
 from polygraft.adapters.primitives import Dense
 from polygraft.adapters.projections import KEYS
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _TRAINING_ONLY = ("randlora_dropout", "fan_in_fan_out", "init_weights")
@@ -65,9 +65,9 @@ def compile_randlora(reader: FolderReader, base: BaseSpec) -> Generator[None, No
     """Compile a RandLoRA folder; yields between modules. Problems are noted in the reader."""
     rank = reader.option("r", int, 32)
     alpha = reader.option("randlora_alpha", (int, float), 640)
-    refuse_trained_biases(reader)
     reader.ignore(*_TRAINING_ONLY)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     if not is_rank(rank) or not is_alpha(alpha):
         reader.problems.append(f"rank {shown(rank)} with alpha {shown(alpha)} makes no sense")
         modules = []
@@ -87,7 +87,7 @@ def compile_randlora(reader: FolderReader, base: BaseSpec) -> Generator[None, No
         changes[module] = RandomBases(
             *factors, gain * (alpha / rank), side_gain, shape.in_features, shape.out_features
         )
-    return CompiledAdapter("randlora", reader.parameters, dense=changes)
+    return CompiledAdapter("randlora", reader.parameters, dense=changes, biases=biases, norms=norms)
 
 
 def _factors(

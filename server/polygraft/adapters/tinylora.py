@@ -14,11 +14,12 @@ from collections.abc import Generator
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.projections import KEYS
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _TRAINING_ONLY = ("init_v_bound", "tinylora_dropout", "fan_in_fan_out", "init_weights")
@@ -31,9 +32,9 @@ def compile_tinylora(reader: FolderReader, base: BaseSpec) -> Generator[None, No
     tying = reader.option("weight_tying", (int, float), 0.0)
     seed = reader.option("projection_seed", int, 42)
     saved = reader.option("save_projection", bool, True)
-    refuse_trained_biases(reader)
     reader.ignore(*_TRAINING_ONLY)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     if not is_rank(rank) or not is_rank(size) or not 0 <= tying <= 1:
         reader.problems.append(
             f"r {shown(rank)} with u {shown(size)} and weight_tying {shown(tying)} makes no sense"
@@ -68,7 +69,7 @@ def compile_tinylora(reader: FolderReader, base: BaseSpec) -> Generator[None, No
         kept_a, kept_b = reader.keep(a, module), reader.keep(b @ middle, module)
         if kept_a is not None and kept_b is not None:
             primitives[module] = LowRank(kept_a, kept_b)
-    return CompiledAdapter("tinylora", reader.parameters, low_rank=primitives)
+    return CompiledAdapter("tinylora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
 
 
 def _groups(modules: int, tying: float) -> list[int]:

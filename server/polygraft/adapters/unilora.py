@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _TRAINING_ONLY = ("unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights")
@@ -32,9 +33,9 @@ def compile_unilora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
     length = reader.option("theta_d_length", int, 256)
     seed = reader.option("proj_seed", int, 42)
     saved = reader.option("save_indices", bool, False)
-    refuse_trained_biases(reader)
     reader.ignore(*_TRAINING_ONLY)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     if not is_rank(rank) or not is_rank(length) or seed < 0:
         reader.problems.append(
             f"r {shown(rank)} with theta_d_length {shown(length)} and proj_seed {shown(seed)} makes no sense"
@@ -62,7 +63,7 @@ def compile_unilora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
         a, b = reader.keep(theta[which_a] * scale_a, module), reader.keep(theta[which_b] * scale_b, module)
         if a is not None and b is not None:
             primitives[module] = LowRank(a, b)
-    return CompiledAdapter("unilora", reader.parameters, low_rank=primitives)
+    return CompiledAdapter("unilora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
 
 
 Factor = tuple[torch.Tensor, torch.Tensor]

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.per_module import PREFIX, is_rank, refuse_trained_biases
+from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _TRAINING_ONLY = ("vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std")
@@ -34,9 +35,9 @@ def compile_vblora(reader: FolderReader, base: BaseSpec) -> Generator[None, None
     length = reader.option("vector_length", int, 256)
     top = reader.option("topk", int, 2)
     only_top = reader.option("save_only_topk_weights", bool, False)
-    refuse_trained_biases(reader)
     reader.ignore(*_TRAINING_ONLY)
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     if not all(is_rank(number) for number in (rank, vectors, length, top)) or top > vectors:
         reader.problems.append(
             f"r {shown(rank)} with num_vectors {shown(vectors)}, vector_length {shown(length)} and topk "
@@ -65,7 +66,7 @@ def compile_vblora(reader: FolderReader, base: BaseSpec) -> Generator[None, None
         b = reader.keep(columns.transpose(1, 2).flatten(0, 1), module)
         if a is not None and b is not None:
             primitives[module] = LowRank(a, b)
-    return CompiledAdapter("vblora", reader.parameters, low_rank=primitives)
+    return CompiledAdapter("vblora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
 
 
 @dataclass(frozen=True, slots=True)

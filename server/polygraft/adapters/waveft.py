@@ -19,13 +19,13 @@ from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
     is_rank,
-    refuse_trained_biases,
 )
 from polygraft.adapters.primitives import Dense
 from polygraft.adapters.projections import KEYS
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.sparse import RandomPlaces, Sparse
 from polygraft.adapters.targets import BAD_PATTERN, matching_key, target_modules
+from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
 _SQUARE = 4
@@ -37,9 +37,9 @@ def compile_waveft(reader: FolderReader, base: BaseSpec) -> Generator[None, None
     seed = reader.option("random_loc_seed", int, 777)
     family = reader.option("wavelet_family", str, "db1")
     transformed = reader.option("use_idwt", bool, True)
-    refuse_trained_biases(reader)
     reader.ignore("fan_in_fan_out", "init_weights")
     modules = target_modules(reader, base)
+    biases, norms = take_trained_biases(reader, base, modules)
     counts = _counts(reader, base, modules)
     if transformed and family != "db1":
         reader.problems.append(
@@ -64,7 +64,7 @@ def compile_waveft(reader: FolderReader, base: BaseSpec) -> Generator[None, None
         if transformed:
             values, rows, columns = _squares(values, rows, columns, shape.out_features, shape.in_features)
         changes[module] = Sparse.of(values, rows, columns)
-    return CompiledAdapter("waveft", reader.parameters, dense=changes)
+    return CompiledAdapter("waveft", reader.parameters, dense=changes, biases=biases, norms=norms)
 
 
 def _counts(reader: FolderReader, base: BaseSpec, modules: Sequence[str]) -> Mapping[str, Any]:
