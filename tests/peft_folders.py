@@ -31,6 +31,7 @@ from peft import (
     PeanutConfig,
     PeftConfig,
     PeftModel,
+    PolyConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -284,6 +285,8 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "glora-constant": lambda a: GloraConfig(
         config_A_B="constant", config_C="vector", config_D_E="none", target_modules=NO_CONV1D_ALL[a], **CAUSAL
     ),
+    "poly": lambda a: PolyConfig(r=4, n_skills=3, target_modules=NO_CONV1D[a], **CAUSAL),
+    "poly-heads": lambda a: PolyConfig(r=3, n_skills=2, n_splits=4, target_modules=NO_CONV1D[a], **CAUSAL),
     "ia3-shared-input": lambda a: IA3Config(
         target_modules=IA3_SHARED[a][0], feedforward_modules=IA3_SHARED[a][1], **CAUSAL
     ),
@@ -316,7 +319,7 @@ SCALES = {
     "fourierft_": 1.0, "c3a_": 3.0, "shira_": 0.3, "supertuning_values": 0.3, "hira_": 0.5,
     "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "miss_block": 0.1, "beft_": 0.4, "prefix_task_": 1.0,
     "lokr_": 0.3, "oft_R": 0.1, "boft_R": 0.3, "hra_u": 1.0,
-    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4, "glora_": 0.25,
+    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4, "glora_": 0.25, "poly_lora": 0.5, "poly_router": 2.0,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from polygraft.adapters.folder import CONFIG, WEIGHTS, read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
 from polygraft.base.spec import BaseSpec
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -35,6 +37,13 @@ class Specimen:
         (folder / CONFIG).write_text(json.dumps(self.config))
         save_file(self.tensors, folder / self.weights)
         return folder
+
+
+def split(folder: Path) -> None:
+    """Make a folder for each task of one that holds several, by the document's code."""
+    code = re.search(r"```python\n(config = json.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    assert code
+    exec(code[1], {"json": json, "load_file": load_file, "save_file": save_file, "folder": folder})
 
 
 def compile_folder(folder: Path, base: BaseSpec, limits: AdapterLimits | None = None) -> CompiledAdapter:

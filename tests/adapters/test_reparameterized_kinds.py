@@ -10,12 +10,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapters.conftest import CheckRefused
-from tests.adapters.specimen import Q0, Specimen, compile_folder
+from tests.adapters.specimen import Q0, Specimen, compile_folder, split
 from tests.adapters.test_low_rank_kinds import ALL, deltas, saved
 from tests.peft_folders import CAUSAL
 
@@ -53,6 +54,37 @@ def test_it_adds_what_peft_adds(llama: Path, spec: BaseSpec, tmp_path: Path, whi
         largest = float(expected[name].abs().max())
         assert largest > 5e-5
         torch.testing.assert_close(delta, expected[name], rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PolyConfig(r=3, n_skills=5, n_splits=2, n_tasks=3, **ON_ALL),
+        peft.PolyConfig(r=2, n_skills=1, target_modules="all-linear", **CAUSAL),
+    ],
+    ids=["several tasks", "one skill"],
+)
+def test_a_task_of_poly_is_a_lora(
+    llama: Path, spec: BaseSpec, tmp_path: Path, config: peft.PolyConfig
+) -> None:
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "all")
+    split(tmp_path / "all")
+    for task in range(config.n_tasks):
+        compiled = compile_folder(tmp_path / f"all-{task}", spec)
+        assert compiled.rank == config.r
+        for name, delta in deltas(compiled).items():
+            layer = model.base_model.model.get_submodule(name)
+            x = torch.eye(layer.in_features)[None]
+            with torch.no_grad():
+                expected = (layer(x, task_ids=torch.tensor([task])) - layer.base_layer(x))[0].T
+            torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 64])
@@ -146,6 +178,14 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("unilora", {"save_indices": True}, f"tensor {Q0}.unilora_indices_A is missing"),
     ("unilora", {"r": 40_000}, "rank 40000 is over the limit of 256"),
     ("unilora-indices", {"save_indices": False}, f"tensor {Q0}.unilora_indices_A isn't expected"),
+    ("poly", {"r": 0}, "r 0 with n_tasks 1, n_skills 3, n_splits 1 and poly_type 'poly' makes no sense"),
+    ("poly", {"n_tasks": 0}, "n_tasks 0, n_skills"),
+    ("poly", {"n_tasks": 2}, "it holds 2 tasks, and an adapter is one; make a folder for each task t"),
+    ("poly", {"n_skills": 4}, f"tensor {Q0}.poly_router.module_logits has shape [1, 3], expected [1, 4]"),
+    ("poly", {"n_splits": 5}, f"n_splits 5 doesn't divide {NO_DIVISOR}"),
+    ("poly", {"n_splits": 3, "n_skills": 1}, f"n_splits 3 doesn't divide {NO_DIVISOR}"),
+    ("poly", {"poly_type": "mhr"}, "poly_type 'mhr' makes no sense"),
+    ("poly-heads", {"n_splits": 2, "n_skills": 4}, f"tensor {Q0}.poly_lora_A has shape [4, 2, 16, 3], expected [2, 4"),
     ("vblora", {"topk": 21}, "r 4 with num_vectors 20, vector_length 16 and topk 21 makes no sense"),
     ("vblora", {"topk": 0}, "topk 0 makes no sense"),
     ("vblora", {"vector_length": 24}, f"vector_length 24 doesn't divide {NO_DIVISOR}"),

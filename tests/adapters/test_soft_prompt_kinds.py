@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.adapters.primitives import Prefix, SoftPrompt
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
-from tests.adapters.specimen import Specimen, compile_folder
+from tests.adapters.specimen import Specimen, compile_folder, split
 
 Make = Callable[[str], Specimen]
-DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
 
 
 def several_tasks(specimen: Make, tasks: int) -> Specimen:
@@ -41,9 +37,7 @@ def test_several_tasks_are_refused_and_split_as_the_document_says(
         compile_folder(together.save(tmp_path / "all"), spec)
     (problem,) = caught.value.problems
     assert problem.startswith("it holds 3 tasks, and an adapter is one; make a folder for each task t")
-    code = re.search(r"```python\n(config = json.*?)```", DOCUMENT.read_text(), re.DOTALL)
-    assert code
-    exec(code[1], {"json": json, "load_file": load_file, "save_file": save_file, "folder": tmp_path / "all"})
+    split(tmp_path / "all")
     for task in range(3):
         prompt = compile_folder(tmp_path / f"all-{task}", spec).prefix
         assert isinstance(prompt, SoftPrompt)

@@ -183,7 +183,7 @@ def generate(model: torch.nn.Module, prompt: list[int], steps: int) -> Reference
 def task_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The first task, for a kind that asks each request for one."""
     config = getattr(model, "active_peft_config", None)
-    several = config is not None and config.peft_type == PeftType.MULTITASK_PROMPT_TUNING
+    several = config is not None and config.peft_type in (PeftType.MULTITASK_PROMPT_TUNING, PeftType.POLY)
     return {"task_ids": torch.tensor([0])} if several else {}
 
 

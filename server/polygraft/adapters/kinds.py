@@ -37,6 +37,7 @@ from polygraft.adapters.miss import compile_miss
 from polygraft.adapters.multitask_prompt_tuning import compile_multitask_prompt_tuning
 from polygraft.adapters.oft import compile_oft
 from polygraft.adapters.peanut import compile_peanut
+from polygraft.adapters.poly import compile_poly
 from polygraft.adapters.prefix_tuning import compile_cartridge, compile_prefix_tuning
 from polygraft.adapters.pvera import compile_pvera
 from polygraft.adapters.randlora import compile_randlora
@@ -76,6 +77,7 @@ KINDS: Mapping[str, Compiler] = {
     "MISS": compile_miss,
     "UNILORA": compile_unilora,
     "VBLORA": compile_vblora,
+    "POLY": compile_poly,
     "TINYLORA": compile_tinylora,
     "BEFT": compile_beft,
     "FOURIERFT": compile_fourierft,

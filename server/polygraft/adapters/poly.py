@@ -1,7 +1,7 @@
 """Poly (arXiv 2202.13914) and multi-head routing (2211.03831) as PEFT saves them, compiled to LowRank.
 
-A module has several LoRAs, its skills, and weighs them for each task, and each piece of its inputs and outputs:
-by the logistic function of the task's logits, brought to a sum of 1 (peft/tuners/poly/layer.py,
+A module has several LoRAs, its skills, and weighs them for each task, and each piece of its inputs and
+outputs, by the logistic function of the task's logits, brought to a sum of 1 (peft/tuners/poly/layer.py,
 Linear.forward; router.py, PolyRouter.forward). What a task adds is therefore one LoRA of the skills' rank. In
 PEFT each request names its task. Here it names an adapter, so a folder holds one task; one with several is
 refused rather than served as its first.
@@ -32,10 +32,10 @@ def compile_poly(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
     router = reader.option("poly_type", str, "poly")
     reader.ignore("init_weights")
     modules = target_modules(reader, base)
-    if router != "poly" or not (is_rank(rank) and is_rank(tasks) and is_rank(skills) and is_rank(splits)):
+    if router != "poly" or not all(map(is_rank, (rank, tasks, skills, splits))):
         reader.problems.append(
-            f"r {shown(rank)} with n_tasks {shown(tasks)}, n_skills {shown(skills)}, n_splits {shown(splits)} and "
-            f"poly_type {shown(router)} makes no sense"
+            f"r {shown(rank)} with n_tasks {shown(tasks)}, n_skills {shown(skills)}, "
+            f"n_splits {shown(splits)} and poly_type {shown(router)} makes no sense"
         )
         modules = []
     elif tasks > 1:

@@ -31,7 +31,6 @@ _OPTIONS: Mapping[str, str] = {
 
 _DECOMPOSED = "it works in singular vectors of the base's weights, which aren't all in the file"
 _REPLACES = "it replaces part of the base, which no primitive does"
-_ROUTES = "it weighs several adapters for each token or request, which no primitive does"
 
 _KINDS: Mapping[str, str] = {
     "ADAMSS": "it groups outputs by a clustering of the base's weights, which isn't in the file",
@@ -39,10 +38,10 @@ _KINDS: Mapping[str, str] = {
     "FROD": _DECOMPOSED,
     "LILY": "it weighs experts by an average over all tokens of a batch, so answers depend on the neighbours",
     "OSF": "it replaces the smaller singular vectors of the base's weights; the others aren't in the file",
-    "POLY": _ROUTES,
     "PSOFT": _DECOMPOSED,
     "SHADOW": "it runs a second network beside the base",
-    "XLORA": f"{_ROUTES}; its LoRAs can be served one by one",
+    "XLORA": "it weighs several LoRAs for each token by what a first run of the base makes of it, which no "
+    "primitive does; its LoRAs can be served one by one",
 }
 
 
