@@ -28,6 +28,7 @@ from peft import (
     MissConfig,
     MultitaskPromptTuningConfig,
     OFTConfig,
+    OSFConfig,
     PeanutConfig,
     PeftConfig,
     PeftModel,
@@ -287,6 +288,10 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     ),
     "poly": lambda a: PolyConfig(r=4, n_skills=3, target_modules=NO_CONV1D[a], **CAUSAL),
     "poly-heads": lambda a: PolyConfig(r=3, n_skills=2, n_splits=4, target_modules=NO_CONV1D[a], **CAUSAL),
+    "osf": lambda a: OSFConfig(target_modules=NO_CONV1D[a], **CAUSAL),
+    "osf-few": lambda a: OSFConfig(
+        effective_rank=0.9, rank_pattern={NO_CONV1D[a][0]: 61}, target_modules=NO_CONV1D[a], **CAUSAL
+    ),
     "ia3-shared-input": lambda a: IA3Config(
         target_modules=IA3_SHARED[a][0], feedforward_modules=IA3_SHARED[a][1], **CAUSAL
     ),
@@ -304,6 +309,7 @@ MERGED_ONLY = (
     "supertuning",
     "supra",
     "glora",
+    "osf",
 )
 """Kinds that are served on merged copies alone."""
 COMMON = (
@@ -319,7 +325,7 @@ SCALES = {
     "fourierft_": 1.0, "c3a_": 3.0, "shira_": 0.3, "supertuning_values": 0.3, "hira_": 0.5,
     "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "miss_block": 0.1, "beft_": 0.4, "prefix_task_": 1.0,
     "lokr_": 0.3, "oft_R": 0.1, "boft_R": 0.3, "hra_u": 1.0,
-    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4, "glora_": 0.25, "poly_lora": 0.5, "poly_router": 2.0,
+    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4, "glora_": 0.25, "osf_svd": 0.25, "poly_lora": 0.5, "poly_router": 2.0,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from polygraft.adapters.check import check_against
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.osf import smaller_part
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from polygraft.layers.merging import dense_weight
@@ -46,6 +47,16 @@ CONFIGS: dict[str, peft.PeftConfig] = {
             ("constant", "none", "none"),
         ]
     },
+    "osf, few": peft.OSFConfig(effective_rank=0.95, target_modules=["q_proj"], **CAUSAL),
+    "osf, by patterns": peft.OSFConfig(
+        effective_rank=0.96,
+        rank_pattern={r"0\.self_attn": 59, "attn": 60, "k_proj": 1},
+        target_modules=["q_proj", "down_proj"],
+        **CAUSAL,
+    ),
+    "osf, more than there are": peft.OSFConfig(
+        effective_rank=62, target_modules=["q_proj", "k_proj"], **CAUSAL
+    ),
     "para, orthogonal": peft.DeftConfig(r=4, para=True, decomposition_method="qr", **ON_ALL),
 }
 
@@ -166,6 +177,18 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("glora", {"config_A_B": "vector"}, f"tensor {Q0}.glora_A.X is missing"),
     ("glora-vector", {"config_A_B": "constant"}, f"tensor {Q0}.glora_A.X has shape [64, 1], expected [1]"),
     ("glora-constant", {"config_A_B": "none"}, f"tensor {Q0}.glora_A.zeros is missing"),
+    ("osf", {"effective_rank": 0}, "effective_rank 0 for model.layers.0.self_attn.q_proj makes no sense"),
+    ("osf", {"effective_rank": -0.5}, "effective_rank -0.5 for"),
+    ("osf", {"effective_rank": math.nan}, "effective_rank nan for"),
+    ("osf", {"effective_rank": True}, "effective_rank has the wrong type: True"),
+    (
+        "osf",
+        {"effective_rank": 40},
+        f"tensor {Q0}.osf_svd_params.U_low has shape [64, 32], expected [64, 24]",
+    ),
+    ("osf", {"rank_pattern": {"q_": "3"}}, "effective_rank '3' for model.layers.0.self_attn.q_proj"),
+    ("osf", {"rank_pattern": {"(": 3}}, "rank_pattern is not a regular expression that can be matched"),
+    ("osf", {"exclude_modules": 3}, "exclude_modules has the wrong type"),
     ("deft", {"bias": "some"}, "bias 'some' means nothing to PEFT"),
 ]
 
@@ -214,3 +237,32 @@ def test_what_stands_for_nothing_must_be_nothing(
     with pytest.raises(AdapterInvalid) as caught:
         compile_folder(damaged.save(tmp_path / "a"), spec)
     assert caught.value.problems == (f"tensor {Q0}.glora_D.zeros stands for nothing, but isn't zero",)
+
+
+def test_osf_is_of_low_rank_while_that_is_less_than_the_weight(
+    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path
+) -> None:
+    few = compile_folder(specimen("osf-few").save(tmp_path / "few"), spec)
+    # Of 64 singular values q_proj keeps 61, of v_proj's 32 the others keep 28, of down_proj's 64 57.
+    ranks = {name.split(".")[-1]: primitive.rank for name, primitive in few.low_rank.items()}
+    assert ranks == {"q_proj": 6, "v_proj": 8, "down_proj": 14}
+    assert (few.primitives, few.merged_only) == (("low_rank",), False)
+    folder = specimen("osf").save(tmp_path / "half")
+    half = compile_folder(folder, spec)
+    assert (half.primitives, half.rank, half.merged_only) == (("dense",), 0, True)
+    whole = 4 * sum(spec.linears[name].in_features * spec.linears[name].out_features for name in half.dense)
+    assert half.compiled_bytes == whole
+    with pytest.raises(AdapterInvalid, match=f"over the limit of {whole - 1} bytes"):
+        compile_folder(folder, spec, AdapterLimits(compiled_bytes=whole - 1))
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
+def test_the_smaller_part_doesnt_depend_on_signs_or_the_order_of_equal_values(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(shape[0], 24, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(shape[1], 24, generator=generator, dtype=torch.float64))
+    values = torch.tensor([3.0] * 10 + [0.5] * 14, dtype=torch.float64)
+    weight = (left * values) @ right.T
+    beyond = min(shape) - 24
+    a, b = smaller_part(weight.float(), 14 + beyond)
+    torch.testing.assert_close(a @ b, (0.5 * left[:, 10:] @ right[:, 10:].T).float(), rtol=0, atol=1e-6)

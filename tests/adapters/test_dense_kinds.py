@@ -49,6 +49,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
         r=16, save_projection=False, very_sparse=True, target_modules="all-linear", **CAUSAL
     ),
     "super-tuning, the smallest": peft.SupertuningConfig(sparsity=0.5, select_top=False, **ON_ALL),
+    "osf": peft.OSFConfig(effective_rank=0.3, rank_pattern={"v_proj": 31}, **ON_ALL),
     "road 2": peft.RoadConfig(variant="road_2", group_size=2, **ON_ALL),
 }
 
@@ -82,7 +83,9 @@ def check_against_pefts_merge(folder: Path, base: Path, spec: BaseSpec) -> None:
         expected = after.weight.detach().T if isinstance(after, Conv1D) else after.weight.detach()
         moved = (expected - weight).abs().max()
         assert moved > 2e-4
-        tolerance = {"rtol": 1e-5, "atol": 3e-6 * max(1.0, float(moved))}
+        # OSF's singular vectors are float32's in PEFT.
+        least = 1e-5 if compiled.kind == "osf" else 3e-6
+        tolerance = {"rtol": 1e-5, "atol": least * max(1.0, float(moved))}
         trained = compiled.biases.get(name)
         assert change.completed(weight, bias) is change or change.needs_base
         change = change.completed(weight, bias)

@@ -12,6 +12,8 @@ from peft.tuners.glora import GloraLinear
 from peft.tuners.hra import HRALinear
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.osf.layer import OSFLayer
+from peft.tuners.osf.utils import decompose_weight_matrix
 from peft.tuners.peanut.layer import PeanutLayer
 from peft.tuners.pvera.layer import PveraLayer
 from peft.tuners.randlora.layer import RandLoraLayer
@@ -34,10 +36,10 @@ CANT = {
     PeftType.ADALORA: ("int8",), PeftType.SHIRA: ("int8",),
     PeftType.DELORA: _QUANTIZED, PeftType.TINYLORA: _QUANTIZED, PeftType.UNILORA: _QUANTIZED,
     PeftType.SUPERTUNING: _QUANTIZED, PeftType.DEFT: ("nf4", "fp4"), PeftType.PEANUT: _QUANTIZED,
-    PeftType.GLORA: _QUANTIZED,
+    PeftType.GLORA: _QUANTIZED, PeftType.OSF: _QUANTIZED,
 }  # fmt: skip
 # Those whose change is made of the base's weights.
-OF_BASE = (DeftLayer, PeanutLayer)
+OF_BASE = (DeftLayer, OSFLayer, PeanutLayer)
 # Those that return float32 from modules over quantized weights.
 WIDE = (IA3Layer, PveraLayer, RandLoraLayer, RoadLayer)
 
@@ -89,10 +91,7 @@ def _add_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
     for name, layer in exact.base_model.model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             if isinstance(layer, OF_BASE):
-                weight = dense_weight(model.get_submodule(name)).float()
-                layer.get_base_layer().weight.data = (
-                    weight.T if getattr(layer, "fan_in_fan_out", False) else weight
-                )
+                _make_of(layer, dense_weight(model.get_submodule(name)).float())
             more = torch.zeros(layer.out_features)
             if isinstance(layer, GloraLinear):
                 delta, more = _glora_by_hand(layer, model.get_submodule(name))
@@ -114,6 +113,16 @@ def _add_by_hand(model: torch.nn.Module, exact: torch.nn.Module) -> None:
                 return (out + torch.nn.functional.linear(args[0].float(), delta, more)).to(out.dtype)
 
             model.get_submodule(name).register_forward_hook(add)
+
+
+def _make_of(layer: BaseTunerLayer, weight: torch.Tensor) -> None:
+    """Give a layer another base's weight [out_features, in_features], and what PEFT makes of that when it loads."""
+    turned = getattr(layer, "fan_in_fan_out", False)
+    layer.get_base_layer().weight.data = weight.T if turned else weight
+    if isinstance(layer, OSFLayer):
+        parts = decompose_weight_matrix(weight, layer.effective_rank["default"])
+        for part in ("U_low", "S_low", "V_low"):
+            getattr(layer, f"_osf_{part}_init")["default"] = parts[part].detach()
 
 
 def _glora_by_hand(layer: GloraLinear, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

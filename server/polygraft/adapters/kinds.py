@@ -36,6 +36,7 @@ from polygraft.adapters.lora import compile_lora
 from polygraft.adapters.miss import compile_miss
 from polygraft.adapters.multitask_prompt_tuning import compile_multitask_prompt_tuning
 from polygraft.adapters.oft import compile_oft
+from polygraft.adapters.osf import compile_osf
 from polygraft.adapters.peanut import compile_peanut
 from polygraft.adapters.poly import compile_poly
 from polygraft.adapters.prefix_tuning import compile_cartridge, compile_prefix_tuning
@@ -88,6 +89,7 @@ KINDS: Mapping[str, Compiler] = {
     "RANDLORA": compile_randlora,
     "ROAD": compile_road,
     "SUPERTUNING": compile_supertuning,
+    "OSF": compile_osf,
     "GLORA": compile_glora,
     "TRAINABLE_TOKENS": compile_trainable_tokens,
     "LN_TUNING": compile_ln_tuning,

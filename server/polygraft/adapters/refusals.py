@@ -29,16 +29,16 @@ _OPTIONS: Mapping[str, str] = {
     "lora_bias": "this kind has no bias of its own, in PEFT it has no effect; remove it",
 }
 
-_DECOMPOSED = "it works in singular vectors of the base's weights, which aren't all in the file"
-_REPLACES = "it replaces part of the base, which no primitive does"
 
 _KINDS: Mapping[str, str] = {
-    "ADAMSS": "it groups outputs by a clustering of the base's weights, which isn't in the file",
+    "ADAMSS": "it groups outputs by a clustering of the base's weights, which isn't in the file and comes "
+    "out otherwise where rounding does",
     "ADAPTION_PROMPT": "it gates attention to a prompt inside some layers, which no primitive does",
-    "FROD": _DECOMPOSED,
-    "LILY": "it weighs experts by an average over all tokens of a batch, so answers depend on the neighbours",
-    "OSF": "it replaces the smaller singular vectors of the base's weights; the others aren't in the file",
-    "PSOFT": _DECOMPOSED,
+    "FROD": "it works in singular vectors of the base's weights, which aren't all in the file",
+    "LILY": "it weighs experts by an average over all tokens of a call, so answers depend on the neighbours "
+    "and on how a prompt is cut",
+    "PSOFT": "it turns singular vectors of the base's weights into each other, and their signs, which differ "
+    "from one decomposition to another, aren't in the file",
     "SHADOW": "it runs a second network beside the base",
     "XLORA": "it weighs several LoRAs for each token by what a first run of the base makes of it, which no "
     "primitive does; its LoRAs can be served one by one",
