@@ -16,6 +16,7 @@ from peft import (
     DeftConfig,
     DeloraConfig,
     FourierFTConfig,
+    FrodConfig,
     GloraConfig,
     GraloraConfig,
     HiraConfig,
@@ -292,6 +293,9 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "osf-few": lambda a: OSFConfig(
         effective_rank=0.9, rank_pattern={NO_CONV1D[a][0]: 61}, target_modules=NO_CONV1D[a], **CAUSAL
     ),
+    "frod": lambda a: FrodConfig(
+        sparse_rate=0.05, progressbar=False, bias="frod_only", target_modules=TARGETS[a], **CAUSAL
+    ),
     "ia3-shared-input": lambda a: IA3Config(
         target_modules=IA3_SHARED[a][0], feedforward_modules=IA3_SHARED[a][1], **CAUSAL
     ),
@@ -310,6 +314,7 @@ MERGED_ONLY = (
     "supra",
     "glora",
     "osf",
+    "frod",
 )
 """Kinds that are served on merged copies alone."""
 COMMON = (
@@ -325,7 +330,7 @@ SCALES = {
     "fourierft_": 1.0, "c3a_": 3.0, "shira_": 0.3, "supertuning_values": 0.3, "hira_": 0.5,
     "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "miss_block": 0.1, "beft_": 0.4, "prefix_task_": 1.0,
     "lokr_": 0.3, "oft_R": 0.1, "boft_R": 0.3, "hra_u": 1.0,
-    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4, "glora_": 0.25, "osf_svd": 0.25, "poly_lora": 0.5, "poly_router": 2.0,
+    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4, "glora_": 0.25, "osf_svd": 0.25, "frod_lambda_s": 0.2, "poly_lora": 0.5, "poly_router": 2.0,
 }  # fmt: skip
 
 

@@ -189,6 +189,14 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("osf", {"rank_pattern": {"q_": "3"}}, "effective_rank '3' for model.layers.0.self_attn.q_proj"),
     ("osf", {"rank_pattern": {"(": 3}}, "rank_pattern is not a regular expression that can be matched"),
     ("osf", {"exclude_modules": 3}, "exclude_modules has the wrong type"),
+    (
+        "frod",
+        {"save_projection": False},
+        "save_projection=False isn't served: what its numbers multiply isn't in",
+    ),
+    ("frod", {"sparse_rate": 1.5}, "sparse_rate 1.5 makes no sense"),
+    ("frod", {"sparse_rate": math.nan}, "sparse_rate nan makes no sense"),
+    ("frod", {"sparse_rate": 0.04}, "frod_s_indices.self_attn_q_proj has shape [2, 204], expected [2, 163]"),
     ("deft", {"bias": "some"}, "bias 'some' means nothing to PEFT"),
 ]
 
@@ -266,3 +274,36 @@ def test_the_smaller_part_doesnt_depend_on_signs_or_the_order_of_equal_values(sh
     beyond = min(shape) - 24
     a, b = smaller_part(weight.float(), 14 + beyond)
     torch.testing.assert_close(a @ b, (0.5 * left[:, 10:] @ right[:, 10:].T).float(), rtol=0, atol=1e-6)
+
+
+def test_a_basis_without_an_inverse(
+    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path
+) -> None:
+    name = "base_model.frod_V.self_attn_q_proj"
+    whole = specimen("frod").tensors[name]
+    for column in (torch.zeros(64), whole[:, 9]):
+        damaged = specimen("frod")
+        damaged.tensors[name][:, 5] = column
+        with pytest.raises(AdapterInvalid) as caught:
+            compile_folder(damaged.save(tmp_path / "a"), spec)
+        assert caught.value.problems == (f"tensor {name} has no inverse that can be computed",)
+    damaged = specimen("frod")
+    damaged.tensors["base_model.frod_s_size.self_attn_q_proj"][0] = 60
+    with pytest.raises(AdapterInvalid) as caught:
+        compile_folder(damaged.save(tmp_path / "a"), spec)
+    assert caught.value.problems == ("tensor base_model.frod_s_size.self_attn_q_proj isn't [64, 64]",)
+
+
+def test_what_modules_of_a_role_share_is_counted_once(
+    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path
+) -> None:
+    adapter = specimen("frod")
+    compiled = compile_folder(adapter.save(tmp_path / "a"), spec)
+    assert compiled.without_layer_weights().compiled_bytes == compiled.compiled_bytes
+    # V and its inverse in float64, and where the elements are; sizes are gone.
+    numbers = {"frod_V": 4 + 8, "frod_s_indices": 8, "frod_s_size": 0, "frod_lambda": 4}
+    expected = sum(
+        tensor.numel() * next(n for part, n in numbers.items() if part in name)
+        for name, tensor in adapter.tensors.items()
+    )
+    assert compiled.compiled_bytes == expected

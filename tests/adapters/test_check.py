@@ -48,13 +48,17 @@ def test_a_prefix_in_numbers(llama_store: Path, llama: Path) -> None:
     assert (report.parameters, report.compiled_bytes) == (5 * 2 * 3 * 2 * 16, 4 * 5 * 2 * 3 * 2 * 16)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # without biases and with
 def test_the_report_agrees_with_what_the_engine_loads(
-    adapter_store: Callable[[str], Path], llama: Path, spec: BaseSpec
+    adapter_store: Callable[[str], Path],
+    tiny_model: Callable[[str], Path],
+    specs: Callable[[str], BaseSpec],
+    architecture: str,
 ) -> None:
-    store = adapter_store("llama")
-    engine = make_engine(llama, store)
+    store = adapter_store(architecture)
+    engine = make_engine(tiny_model(architecture), store)
     for kind in KINDS:
-        report = check_against(store / kind, spec, AdapterLimits())
+        report = check_against(store / kind, specs(architecture), AdapterLimits())
         info = engine.adapters.registry.get(kind)
         fields = (
             "kind", "primitives", "modules", "rank", "virtual_tokens", "parameters", "disk_bytes",

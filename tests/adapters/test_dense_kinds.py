@@ -50,6 +50,8 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     ),
     "super-tuning, the smallest": peft.SupertuningConfig(sparsity=0.5, select_top=False, **ON_ALL),
     "osf": peft.OSFConfig(effective_rank=0.3, rank_pattern={"v_proj": 31}, **ON_ALL),
+    "frod": peft.FrodConfig(sparse_rate=0.2, progressbar=False, target_modules="all-linear", **CAUSAL),
+    "frod, its diagonal alone": peft.FrodConfig(sparse_rate=0.0, progressbar=False, **ON_ALL),
     "road 2": peft.RoadConfig(variant="road_2", group_size=2, **ON_ALL),
 }
 

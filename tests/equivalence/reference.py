@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.deft.layer import DeftLayer
+from peft.tuners.frod.layer import FrodLayer
 from peft.tuners.glora import GloraLinear
 from peft.tuners.hra import HRALinear
 from peft.tuners.ia3 import IA3Layer
@@ -36,10 +37,10 @@ CANT = {
     PeftType.ADALORA: ("int8",), PeftType.SHIRA: ("int8",),
     PeftType.DELORA: _QUANTIZED, PeftType.TINYLORA: _QUANTIZED, PeftType.UNILORA: _QUANTIZED,
     PeftType.SUPERTUNING: _QUANTIZED, PeftType.DEFT: ("nf4", "fp4"), PeftType.PEANUT: _QUANTIZED,
-    PeftType.GLORA: _QUANTIZED, PeftType.OSF: _QUANTIZED,
+    PeftType.GLORA: _QUANTIZED, PeftType.OSF: _QUANTIZED, PeftType.FROD: _QUANTIZED,
 }  # fmt: skip
 # Those whose change is made of the base's weights.
-OF_BASE = (DeftLayer, OSFLayer, PeanutLayer)
+OF_BASE = (DeftLayer, FrodLayer, OSFLayer, PeanutLayer)
 # Those that return float32 from modules over quantized weights.
 WIDE = (IA3Layer, PveraLayer, RandLoraLayer, RoadLayer)
 
@@ -123,6 +124,8 @@ def _make_of(layer: BaseTunerLayer, weight: torch.Tensor) -> None:
         parts = decompose_weight_matrix(weight, layer.effective_rank["default"])
         for part in ("U_low", "S_low", "V_low"):
             getattr(layer, f"_osf_{part}_init")["default"] = parts[part].detach()
+    elif isinstance(layer, FrodLayer):
+        layer.frod_U["default"] = layer._calculate_frod_u_and_lambda(layer.frod_V["default"], weight)[0]
 
 
 def _glora_by_hand(layer: GloraLinear, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.copies import tensors_of
 from polygraft.adapters.folder import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.primitives import LowRank
 from polygraft.base.loader import inspect_without_weights
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
@@ -76,21 +78,28 @@ def check_against(folder: Path, base: BaseSpec, limits: AdapterLimits) -> CheckR
         parameters=compiled.parameters,
         share_of_base=compiled.parameters / base.parameters,
         disk_bytes=files.disk_bytes,
-        compiled_bytes=compiled.compiled_bytes + _more_with_weights(compiled, base),
+        compiled_bytes=_with_weights(compiled, base).compiled_bytes,
         merged_only=compiled.merged_only,
         warnings=compiled.warnings,
     )
 
 
-def _more_with_weights(compiled: CompiledAdapter, base: BaseSpec) -> int:
-    """Bytes by which it becomes larger when a load completes it with the base's weights."""
-    more = 0
+def _with_weights(compiled: CompiledAdapter, base: BaseSpec) -> CompiledAdapter:
+    """The shapes that it has when a load has completed it with the base's weights."""
+    compiled = compiled.without_layer_weights()
+
+    def own(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = base.linears[name]
+        weight = torch.empty(shape.out_features, shape.in_features, device="meta")
+        return weight, weight[:, 0] if shape.has_bias else None
+
+    low_rank: dict[str, LowRank] = {}
     for name, primitive in compiled.low_rank.items():
+        weight, bias = own(name)
         if primitive.through_base:
-            more += (
-                base.linears[name].out_features * primitive.rank * primitive.a.itemsize - primitive.b.nbytes
-            )
+            primitive = replace(primitive, b=(weight @ primitive.b.float()).to(primitive.a.dtype))
         if primitive.of_base is not None:
-            more -= sum(tensor.nbytes for tensor in tensors_of(primitive.of_base))
-            more += primitive.a.numel() * (primitive.b.itemsize - primitive.a.itemsize)
-    return more
+            primitive = primitive.of_base.completed(primitive, weight, bias)
+        low_rank[name] = primitive
+    dense = {name: change.completed(*own(name)) for name, change in compiled.dense.items()}
+    return replace(compiled, low_rank=low_rank, dense=dense)

@@ -24,6 +24,7 @@ from polygraft.adapters.deft import compile_deft
 from polygraft.adapters.delora import compile_delora
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.fourierft import compile_fourierft
+from polygraft.adapters.frod import compile_frod
 from polygraft.adapters.glora import compile_glora
 from polygraft.adapters.gralora import compile_gralora
 from polygraft.adapters.hira import compile_hira
@@ -90,6 +91,7 @@ KINDS: Mapping[str, Compiler] = {
     "ROAD": compile_road,
     "SUPERTUNING": compile_supertuning,
     "OSF": compile_osf,
+    "FROD": compile_frod,
     "GLORA": compile_glora,
     "TRAINABLE_TOKENS": compile_trainable_tokens,
     "LN_TUNING": compile_ln_tuning,

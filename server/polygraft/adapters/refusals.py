@@ -34,7 +34,6 @@ _KINDS: Mapping[str, str] = {
     "ADAMSS": "it groups outputs by a clustering of the base's weights, which isn't in the file and comes "
     "out otherwise where rounding does",
     "ADAPTION_PROMPT": "it gates attention to a prompt inside some layers, which no primitive does",
-    "FROD": "it works in singular vectors of the base's weights, which aren't all in the file",
     "LILY": "it weighs experts by an average over all tokens of a call, so answers depend on the neighbours "
     "and on how a prompt is cut",
     "PSOFT": "it turns singular vectors of the base's weights into each other, and their signs, which differ "
