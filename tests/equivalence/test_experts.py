@@ -26,7 +26,7 @@ from polygraft.engine.request import AdapterRef, CombinationType, LoraPath, Requ
 from polygraft.engine.sequence import CanarySequence
 from polygraft.errors import AdapterUnavailable, InvalidRequest
 from polygraft.layers import experts
-from polygraft.layers.experts_forward import experts_forward
+from polygraft.layers.experts.forward import experts_forward
 from tests.architectures import EXPERTS, MATRIX, SMOKE, WINDOW
 from tests.engines import forced_logits, greedy, make_engine, run_greedy
 from tests.equivalence.cases import (

@@ -17,8 +17,8 @@ from torch import nn
 from polygraft.adapters.primitives import ExpertLowRank
 from polygraft.base.experts import WatchExperts
 from polygraft.layers import low_rank_bank
-from polygraft.layers.expert_pairs import ExpertRuns, pair_up
-from polygraft.layers.experts import ExpertSites
+from polygraft.layers.experts.pairs import ExpertRuns, pair_up
+from polygraft.layers.experts.sites import ExpertSites
 from polygraft.layers.merging import WeightSwitch, merge
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import NO_SEGMENTS, Segment, Segments, StepContext

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from polygraft.base.agreement import agree, random_rows
-from polygraft.layers.expert_pairs import pair_up
-from polygraft.layers.experts_forward import experts_forward, up_name
+from polygraft.layers.experts.forward import experts_forward, up_name
+from polygraft.layers.experts.pairs import pair_up
 
 _NOTES = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts")
 _TOP = 2  # experts that a row is sent to when a module is tried

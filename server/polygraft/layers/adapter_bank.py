@@ -12,7 +12,7 @@ from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.primitives import LowRank
 from polygraft.layers.bottlenecks import BottleneckSites
 from polygraft.layers.couplings import Couplings
-from polygraft.layers.experts import ExpertSites
+from polygraft.layers.experts.sites import ExpertSites
 from polygraft.layers.low_rank_bank import LowRankBank, Run, choose_operators
 from polygraft.layers.merging import AnySite
 from polygraft.layers.replaced import ReplacedModules

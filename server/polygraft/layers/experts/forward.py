@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from polygraft.layers.expert_pairs import ExpertPairs
+from polygraft.layers.experts.pairs import ExpertPairs
 
 if TYPE_CHECKING:
-    from polygraft.layers.expert_low_rank import ExpertSlots
+    from polygraft.layers.experts.low_rank import ExpertSlots
 
 DOWN = "down_proj"
 

@@ -7,7 +7,7 @@ from collections.abc import Generator
 import torch
 from torch import nn
 
-from polygraft.layers.expert_low_rank import ExpertSlots
+from polygraft.layers.experts.low_rank import ExpertSlots
 
 _SLICE = 2**18
 """Weights that are merged at a stretch: about a millisecond's work."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from polygraft.adapters.primitives import ExpertLowRank
-from polygraft.layers.expert_pairs import ExpertPairs
+from polygraft.layers.experts.pairs import ExpertPairs
 from polygraft.layers.low_rank import ENTRY, WEIGHT_DTYPES
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import MAX_MODULES, GroupStruct

@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from polygraft.adapters.primitives import ExpertLowRank
-from polygraft.layers.expert_low_rank import ExpertSlots
-from polygraft.layers.expert_merging import ExpertsMergeSite
-from polygraft.layers.expert_pairs import ExpertRuns, pair_up
-from polygraft.layers.experts_forward import experts_forward
+from polygraft.layers.experts.forward import experts_forward
+from polygraft.layers.experts.low_rank import ExpertSlots
+from polygraft.layers.experts.merging import ExpertsMergeSite
+from polygraft.layers.experts.pairs import ExpertRuns, pair_up
 from polygraft.layers.native.kernels import Kernels
 from polygraft.layers.step import Segments, StepContext
 
