@@ -1,6 +1,7 @@
 """What each kind of adapter costs a decode step of 16 rows, against the base alone in the same run.
 
     OMP_NUM_THREADS=2 python -m benchmarks.kinds [--quantization int8] [--rounds 3] [--only LoRA DoRA]
+        [--document docs/performance.md]
 
 All rows use one adapter of the kind, or four: the same weights under four names, which the engine keeps
 apart. Kinds take turns, and each step is divided by the base's just before it. Each row's prompt is its own,
@@ -14,11 +15,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
 from benchmarks.kind_adapters import write_kinds
+from benchmarks.suite.document import insert, table
 from polygraft.base.loader import inspect_without_weights
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
@@ -56,45 +58,64 @@ class Steps:
         return 1000 * statistics.median(seconds)
 
 
+def write_store(store: Path, only: Sequence[str] | None) -> dict[str, list[str]]:
+    """Adapters of each kind, all with the same weights, as many as share a step; returns names by kind."""
+    kinds = {}
+    for kind, name in write_kinds(store, inspect_without_weights("default"), only).items():
+        kinds[kind] = [name, *(f"{name}-{copy}" for copy in range(1, max(DISTINCT)))]
+        for copy in kinds[kind][1:]:
+            (store / copy).mkdir()
+            for file in (store / name).iterdir():
+                os.link(file, store / copy / file.name)
+    return kinds
+
+
+def measure(steps: Steps, kinds: Mapping[str, Sequence[str]], rounds: int) -> list[dict[str, str]]:
+    """A row for each kind, the dearest first."""
+    ratios: dict[str, dict[int, list[float]]] = {kind: {n: [] for n in DISTINCT} for kind in kinds}
+    for number in range(rounds + 1):
+        for kind, names in kinds.items():
+            # Beside each kind, since the machine drifts within a round as well.
+            base = steps.milliseconds([None] * ROWS)
+            for distinct, found in ratios[kind].items():
+                step = steps.milliseconds([names[row * distinct // ROWS] for row in range(ROWS)])
+                if number:
+                    found.append(step / base)
+        print(f"round {number} of {rounds}: the base's step takes {base:.1f} ms", flush=True)
+    medians = {kind: {n: statistics.median(each) for n, each in by.items()} for kind, by in ratios.items()}
+    served = steps.engine.adapters.registry
+    return [
+        {
+            "kind": kind,
+            "compiled, KB": f"{served.get(kinds[kind][0]).compiled_bytes / 1000:,.0f}",
+            **{f"step ÷ base, {n} adapters": f"{ratio:.2f}" for n, ratio in by.items()},
+            f"under {LIMIT}": "yes" if max(by.values()) < LIMIT else "no",
+        }
+        for kind, by in sorted(medians.items(), key=lambda item: -max(item[1].values()))
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="KIND", help="leave the other kinds out")
+    parser.add_argument("--document", type=Path, help="put the table between its markers")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder)
-        kinds = write_kinds(store, inspect_without_weights("default"), arguments.only)
-        for name in kinds.values():
-            for copy in range(1, max(DISTINCT)):
-                (store / f"{name}-{copy}").mkdir()
-                for file in (store / name).iterdir():
-                    os.link(file, store / f"{name}-{copy}" / file.name)
+        kinds = write_store(Path(folder), arguments.only)
         steps = Steps(
             ServerConfig(
-                adapters=store, quantization=arguments.quantization, dtype=arguments.dtype, threads=2,
+                adapters=Path(folder), quantization=arguments.quantization, dtype=arguments.dtype, threads=2,
                 kv_cache_bytes=3 * 2**29,
             )
         )  # fmt: skip
-        served = steps.engine.adapters.registry
-        ratios: dict[tuple[str, int], list[float]] = {}
-        for number in range(arguments.rounds + 1):
-            for kind, name in kinds.items():
-                # Beside each kind, since the machine drifts within a round as well.
-                base = steps.milliseconds([None] * ROWS)
-                for distinct in DISTINCT:
-                    names = [f"{name}-{n}" if n else name for n in range(distinct)]
-                    step = steps.milliseconds([names[i * distinct // ROWS] for i in range(ROWS)])
-                    if number:
-                        ratios.setdefault((kind, distinct), []).append(step / base)
-        print(f"base alone, last: {base:.1f} ms\n")
-        print("| kind | compiled, KB | " + " | ".join(f"step ÷ base, {n} adapters" for n in DISTINCT) + " |")
-        print("|---" * (2 + len(DISTINCT)) + "|")
-        for kind, name in kinds.items():
-            cells = [statistics.median(ratios[kind, distinct]) for distinct in DISTINCT]
-            shown = " | ".join(f"{ratio:.2f}{' over the limit' * (ratio > LIMIT)}" for ratio in cells)
-            print(f"| {kind} | {served.get(name).compiled_bytes / 1000:,.0f} | {shown} |")
+        text = table(measure(steps, kinds, arguments.rounds))
+    print(f"\n{text}")
+    if arguments.document:
+        precision = arguments.dtype if arguments.quantization == "none" else arguments.quantization
+        insert(arguments.document, f"kinds-{precision}", text)
 
 
 if __name__ == "__main__":
