@@ -324,14 +324,16 @@ COMMON = (
 )  # fmt: skip
 """At least one for each primitive that a step runs: for tests that need adapters, but not every kind."""
 # Parameters that are multiplied by each other are larger, so that the product is as large as the others; one that is
-# added to every element is smaller, or PEFT's own sums would lose the base's product in it.
+# added to every element is smaller, or PEFT's own sums would lose the base's product in it. The first that is a part of
+# a name counts, so what holds another stands before it.
 SCALES = {
+    "glora_B": 0.03, "glora_": 0.25, "poly_lora": 0.5, "poly_router": 2.0,
     "lora_E": 1.0, "delora_lambda": 8.0, "unilora_": 0.6, "vblora_logits": 1.0, "vblora_vector": 0.3, "tinylora_": 1.0,
     "waveft_": 0.2, "randlora_lambda": 0.3, "randlora_gamma": 0.05, "road_theta": 0.4,
     "fourierft_": 1.0, "c3a_": 3.0, "shira_": 0.3, "supertuning_values": 0.3, "hira_": 0.5,
     "lora_": 0.15, "hada_": 0.3, "vera_lambda_": 0.5, "miss_block": 0.1, "beft_": 0.4, "prefix_task_": 1.0,
     "lokr_": 0.3, "oft_R": 0.1, "boft_R": 0.3, "hra_u": 1.0,
-    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4, "glora_B": 0.05, "glora_": 0.25, "osf_svd": 0.25, "frod_lambda_s": 0.2, "poly_lora": 0.5, "poly_router": 2.0,
+    "deft_P": 0.2, "deft_R": 0.3, "peanut_": 0.4, "osf_svd": 0.25, "frod_lambda_s": 0.2,
 }  # fmt: skip
 
 
