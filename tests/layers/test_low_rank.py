@@ -94,7 +94,9 @@ def cut(rows: int, slots: Sequence[int], seed: int) -> list[tuple[int, int, int]
 
 @given(
     rows=st.integers(1, 200),
-    ranks=st.lists(st.tuples(st.integers(1, 70), st.booleans()), min_size=1, max_size=6),
+    ranks=st.lists(
+        st.tuples(st.integers(1, 70) | st.sampled_from([16, 32, 64]), st.booleans()), min_size=1, max_size=6
+    ),
     width_in=st.sampled_from([1, 3, 15, 16, 17, 40, 64, 100]),
     width_out=st.sampled_from([1, 5, 16, 63, 64, 65, 130, 300]),
     base=st.sampled_from(DTYPES),
@@ -350,3 +352,21 @@ def test_an_adapter_lies_in_one_piece_of_memory() -> None:
     tensors = [tensor for copy in copies for tensor in copy if tensor is not None]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     assert together([]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rank", "inputs", "in_panels"),
+    [(16, 40, True), (48, 2, True), (8, 40, False), (24, 40, False), (16, 41, False)],
+)
+def test_an_a_that_fills_panels_lies_in_them_and_comes_back_as_it_was(
+    rank: int, inputs: int, in_panels: bool, dtype: torch.dtype
+) -> None:
+    slots = LowRankSlots(0, 16, torch.device("cpu"))
+    primitive = weights(rank, inputs, 24, dtype, bias=False)
+    packed = slots.pack(primitive)
+    assert (packed.a_in_panels, packed.rank) == (in_panels, rank)
+    assert torch.equal(packed.rows_of_a, primitive.a)
+    x = torch.randn(3, inputs)
+    expected = x @ primitive.a.float().t() @ primitive.b.float().t()
+    assert torch.allclose(packed.added(x, 24), expected, atol=1e-5)

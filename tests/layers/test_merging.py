@@ -47,12 +47,15 @@ def packed(dtype: torch.dtype, quantization: str, in_features: int = IN) -> Mode
 def adapter(
     model: nn.Module, names: tuple[str, ...], dtype: torch.dtype, *, bias: bool
 ) -> dict[str, LowRank]:
+    assert KERNELS is not None
     primitives = {}
     for at, name in enumerate(names):
+        rank = (5, 2 * KERNELS.panel)[at % 2]  # A as it is, and A in panels
         module = model.get_submodule(name)
         width, inputs = dense_weight(module).shape
         extra = random(width, seed=50 + at) if bias else None
-        a, b = random(5, inputs, seed=20 + at, dtype=dtype), random(width, 5, seed=30 + at, dtype=dtype)
+        a = random(rank, inputs, seed=20 + at, dtype=dtype)
+        b = random(width, rank, seed=30 + at, dtype=dtype)
         primitives[name] = LowRank(a, b, extra)
     return primitives
 

@@ -20,12 +20,13 @@ from polygraft.adapters.primitives import Dense, Kron, LowRank, Rotation, Scale
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import GroupStruct, ModuleStruct
 from polygraft.layers.packed_adapter import PackedAdapter
+from polygraft.layers.panels import pack
 from polygraft.layers.step import Segment, Segments, StepContext
 
 if TYPE_CHECKING:
     from polygraft.layers.triton_side_path import TritonSidePath
 
-ENTRY = 14  # int64 fields of side_path.h's `Entry`
+ENTRY = 15  # int64 fields of side_path.h's `Entry`
 # Codes in the table; the C++ operator knows the first two, Triton's all three.
 WEIGHT_DTYPES = {**DTYPES, torch.float16: 2}
 
@@ -35,7 +36,7 @@ class LowRankSlots:
 
     Args:
         index: the module's bit in `Segments.touched`.
-        panel: columns in a panel of B; 0 keeps it in one.
+        panel: columns in a panel of B, and ranks in one of A where there are so many; 0 keeps both in one.
         device: where weights and table are kept.
         base_bias: the module's own, [out_features] or None.
         bias_inside: whether what is scaled has that bias in it already.
@@ -103,7 +104,7 @@ class LowRankSlots:
             panel = self._panel or width
             b = nn.functional.pad(primitive.b.to(self._device), (0, 0, 0, -width % panel))
             b = b.view(b.shape[0] // panel, panel, primitive.rank).transpose(1, 2)
-            a, bias = primitive.a.to(self._device), primitive.bias
+            a, bias = self._packed_a(primitive.a.to(self._device)), primitive.bias
         if own_bias is not None:
             assert scale is None or not scale.after_bias, "no kind scales a bias of its own"
             assert self._base_bias is not None
@@ -123,6 +124,13 @@ class LowRankSlots:
             None if kron is None else self._kept(kron.w2.t()),
             None if rotation is None else self._kept(rotation.blocks),
         )
+
+    def _packed_a(self, a: torch.Tensor) -> torch.Tensor:
+        """In panels where it fills them, which are multiplied like the base's own weights; else as it is."""
+        rank, inputs = a.shape
+        if self._panel and rank and rank % self._panel == 0 and inputs % 2 == 0 and a.dtype in DTYPES:
+            return pack(a, self._panel)
+        return a
 
     def _kept(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self._device).float().contiguous()
@@ -153,8 +161,11 @@ class LowRankSlots:
         blocks, size, _ = (0, 0, 0) if packed.rotation is None else packed.rotation.shape
         step = size * size if blocks > 1 else 0
         self._table[slot] = torch.tensor(
-            [*addresses[:3], packed.rank, dtype, *addresses[3:7], o2, i2, addresses[7], size, step]
-        )
+            [
+                *addresses[:3], packed.rank, dtype, *addresses[3:7], o2, i2, addresses[7], size, step,
+                packed.a_in_panels,
+            ]
+        )  # fmt: skip
 
     def install_dense(self, slot: int, change: Dense) -> None:
         """Put what is only ever folded into the weight into a slot; its tensors are on the slots' device."""
@@ -169,7 +180,7 @@ class LowRankSlots:
         return self._weights[slot].bias
 
     def low_rank(self, slot: int, outputs: int) -> LowRank:
-        """An adapter's A and B, of so many outputs; A is no copy."""
+        """An adapter's A and B, of so many outputs."""
         return self._weights[slot].low_rank(outputs)
 
     def fold(self, slot: int, weight: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 
 from polygraft.adapters.primitives import LowRank
+from polygraft.layers.panels import unpack
 
 
 class PackedAdapter(NamedTuple):
     """What an adapter has for one module; absent parts are None.
 
     Args:
-        a: [rank, in_features]
+        a: [rank, in_features], or in panels as `panels.pack` makes them.
         b: B^T in panels, [panels, rank, columns].
         bias: float32 [columns of all panels]; added to every row.
         in_scale: float32 [in_features]; the base's product is of the input times this.
@@ -38,7 +39,21 @@ class PackedAdapter(NamedTuple):
     @property
     def rank(self) -> int:
         """Columns of B."""
-        return 0 if self.a is None else self.a.shape[0]
+        return 0 if self.b is None else self.b.shape[1]
+
+    @property
+    def a_in_panels(self) -> bool:
+        """Whether A lies in panels."""
+        return self.a is not None and self.a.dim() > 2
+
+    @property
+    def rows_of_a(self) -> torch.Tensor:
+        """[rank, in_features]; a copy where it lies in panels."""
+        assert self.a is not None
+        if not self.a_in_panels:
+            return self.a
+        inputs = self.a[0].numel() // self.a.shape[2]
+        return unpack(self.a, (self.rank, inputs))
 
     @property
     def between(self) -> int:
@@ -69,7 +84,7 @@ class PackedAdapter(NamedTuple):
         """What it adds to outputs, float32 [rows, width], for x float32 [rows, in_features]."""
         added = self.kron_product(x, width)
         if self.a is not None and self.b is not None:
-            added = added + (x @ self.a.float().t()) @ self._columns_of_b(width)
+            added = added + (x @ self.rows_of_a.float().t()) @ self._columns_of_b(width)
         return added if self.bias is None else added + self.bias[:width]
 
     def kron_product(self, x: torch.Tensor, width: int) -> torch.Tensor:
@@ -88,16 +103,15 @@ class PackedAdapter(NamedTuple):
         if self.out_scale is not None:
             merged = merged * self.out_scale[: len(weight), None]
         if self.a is not None and self.b is not None:
-            merged = merged + self._columns_of_b(len(weight)).t() @ self.a.float()
+            merged = merged + self._columns_of_b(len(weight)).t() @ self.rows_of_a.float()
         if self.w1 is not None and self.w2 is not None:
             product = self.w1[:, None, :, None] * self.w2.t()[None, :, None, :]
             merged = merged + product.reshape(merged.shape)
         return merged
 
     def low_rank(self, width: int) -> LowRank:
-        """A as it is and B [width, rank], in float32."""
-        assert self.a is not None
-        return LowRank(self.a, self._columns_of_b(width).t())
+        """A as it is kept and B [width, rank], in float32."""
+        return LowRank(self.rows_of_a, self._columns_of_b(width).t())
 
     def _columns_of_b(self, width: int) -> torch.Tensor:
         """float32 [rank, width]"""

@@ -55,6 +55,29 @@ void transpose(const W* a, int64_t rank, int64_t in, float* out) {
     for (int64_t i = 0; i < in; i++) out[i * rank + r] = to_float(a[r * in + i]);
 }
 
+// The same of an A that lies in panels.
+template <typename T>
+void transpose_panels(const void* a, int64_t rank, int64_t in, float* out) {
+  const Weights from{a, nullptr, nullptr, nullptr, kRowsType};
+  std::vector<float> wide(Panel<T>::inputs(in) * kPanel);
+  for (int64_t panel = 0; panel < rank / kPanel; panel++) {
+    widen_panel<T>(from, panel, in, wide.data());
+    for (int64_t i = 0; i < in; i++)
+      std::memcpy(out + i * rank + panel * kPanel, wide.data() + i * kPanel, kPanel * sizeof(float));
+  }
+}
+
+// A^T [in, rank] of an adapter in float32.
+inline void transpose_a(const Entry& entry, int64_t in, float* out) {
+  const void* a = reinterpret_cast<const void*>(entry.a);
+  if (entry.a_in_panels)
+    (entry.dtype == 0 ? transpose_panels<float> : transpose_panels<bf16>)(a, entry.rank, in, out);
+  else if (entry.dtype == 0)
+    transpose(static_cast<const float*>(a), entry.rank, in, out);
+  else
+    transpose(static_cast<const bf16*>(a), entry.rank, in, out);
+}
+
 // wide [in, kPanel] times an adapter's scales of the inputs and of the panel's outputs.
 inline void scale_panel(const Entry& entry, int64_t panel, int64_t in, float* wide) {
   const float* inputs = reinterpret_cast<const float*>(entry.in_scale);
@@ -73,10 +96,7 @@ void merge(const Group& group, int64_t member, int64_t slot, int64_t first, int6
   const int64_t in = group.in, inputs = Panel<T>::inputs(in), rank = entry.rank;
   const Kron kron = kron_of(entry, in, module.width);
   std::vector<float> a(in * rank);
-  if (entry.dtype == 0)
-    transpose(reinterpret_cast<const float*>(entry.a), rank, in, a.data());
-  else
-    transpose(reinterpret_cast<const bf16*>(entry.a), rank, in, a.data());
+  transpose_a(entry, in, a.data());
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> wide(inputs * kPanel);

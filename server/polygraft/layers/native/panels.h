@@ -1,11 +1,11 @@
-// Rows times one panel of the base's weights, float32 or bfloat16, with sums in float32.
+// Rows times one panel of weights, float32 or bfloat16, with sums in float32.
 
 #pragma once
 
 #include <type_traits>
 #include <vector>
 
-#include "side_path.h"
+#include "vectors.h"
 
 namespace {
 

@@ -8,15 +8,12 @@
 #include <vector>
 
 #include "kron.h"
-#include "vectors.h"
+#include "panels.h"
 
 namespace {
 
-constexpr int kVecs = 2;
-constexpr int kPanel = kVecs * kLanes;  // columns that are computed together
-
 struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
-  int64_t a;      // address of A [rank, in]
+  int64_t a;      // address of A: rows [rank, in], or panels of weights with `rank` columns
   int64_t b;      // address of B, scaling folded in, in panels [panels, rank, kPanel], padded with zeros
   int64_t bias;   // address of the bias in float32, padded to whole panels, or 0
   int64_t rank;
@@ -28,6 +25,7 @@ struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
   int64_t rotation;       // address of the blocks [blocks, size, size] that turn the base's input, or 0
   int64_t rotation_size;  // inputs in a block
   int64_t rotation_step;  // from one block to the next, 0 if all are the same
+  int64_t a_in_panels;    // 1 or 0
 };
 
 inline Kron kron_of(const Entry& entry, int64_t in, int64_t width) {
@@ -121,6 +119,22 @@ void expand(float* out, int64_t rows, const W* b, const float* h, int64_t rank, 
   for (; r < rows; r++) expand_tile<1>(out + r * kPanel, b, h + r * h_stride, rank, h_stride);
 }
 
+// The same for all columns of one panel of A: a panel's worth of ranks is multiplied as the base's weights are.
+template <typename X>
+void shrink_panel(const X* x, int64_t rows, int64_t in, const Entry& entry, int64_t panel, float weight, float* h,
+                  int64_t h_stride) {
+  static thread_local std::vector<float> widened, sums;
+  sums.resize(rows * kPanel);
+  const float* wide = widen(x, rows, in, widened);  // an even number of inputs: nothing is padded
+  if (entry.dtype == 0)
+    multiply_panel(wide, rows, in, Panel<float>::at(reinterpret_cast<const void*>(entry.a), panel, in), sums.data());
+  else
+    multiply_panel(wide, rows, in, Panel<bf16>::at(reinterpret_cast<const void*>(entry.a), panel, in), sums.data());
+  for (int64_t r = 0; r < rows; r++)
+    for (int v = 0; v < kVecs; v++)
+      store(h + r * h_stride + v * kLanes, load(sums.data() + r * kPanel + v * kLanes) * splat(weight));
+}
+
 // Fetch a panel of B into the cache: each adapter's is a short run, too short for the processor's own prefetching.
 inline void fetch_panel(const Entry& entry, int64_t panel) {
   const int64_t bytes = entry.rank * kPanel * (entry.dtype == 0 ? sizeof(float) : sizeof(bf16));
@@ -186,7 +200,7 @@ void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_s
                   const Module* modules, int64_t num_modules, float* h, int64_t h_stride, int64_t max_rank,
                   int thread, int threads) {
   // Small enough pieces that one long segment and many short ones both fill all threads.
-  constexpr int64_t kRows = 64, kRanks = 4;
+  constexpr int64_t kRows = 64;
   int64_t piece = 0;
   for (int64_t s = 0; s < num_segments; s++) {
     for (int64_t m = 0; m < num_modules; m++) {
@@ -196,12 +210,15 @@ void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_s
                    h + m * max_rank + segments[s].offset + between_at(entry), h_stride, &piece, thread, threads);
       for (int64_t row = segments[s].first; row < segments[s].last; row += kRows) {
         const int64_t rows = std::min<int64_t>(kRows, segments[s].last - row);
-        for (int64_t j = 0; j < entry.rank; j += kRanks) {
+        const int64_t step = entry.a_in_panels ? kPanel : 4;
+        for (int64_t j = 0; j < entry.rank; j += step) {
           if (piece++ % threads != thread) continue;
-          const int ranks = int(std::min<int64_t>(kRanks, entry.rank - j));
+          const int ranks = int(std::min<int64_t>(step, entry.rank - j));
           float* to = h + row * h_stride + m * max_rank + segments[s].offset + j;
           const float weight = segments[s].weight;
-          if (entry.dtype == 0)
+          if (entry.a_in_panels)
+            shrink_panel(x + row * in, rows, in, entry, j / kPanel, weight, to, h_stride);
+          else if (entry.dtype == 0)
             shrink(x + row * in, rows, in, reinterpret_cast<const float*>(entry.a) + j * in, ranks, weight, to,
                    h_stride);
           else

@@ -16,6 +16,8 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+constexpr int kVecs = 2;
+constexpr int kPanel = kVecs * kLanes;  // columns that are computed together
 typedef float vec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t uvec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t ivec __attribute__((vector_size(kLanes * 4)));
