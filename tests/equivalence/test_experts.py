@@ -25,7 +25,7 @@ from polygraft.engine.engine import Engine
 from polygraft.engine.request import AdapterRef, CombinationType, LoraPath, Request, StoppingParams
 from polygraft.engine.sequence import CanarySequence
 from polygraft.errors import AdapterUnavailable, InvalidRequest
-from polygraft.layers import experts
+from polygraft.layers.experts import sites
 from polygraft.layers.experts.forward import experts_forward
 from tests.architectures import EXPERTS, MATRIX, SMOKE, WINDOW
 from tests.engines import forced_logits, greedy, make_engine, run_greedy
@@ -357,7 +357,7 @@ def test_a_step_without_such_an_adapter_runs_what_it_ran_before(
         calls.append(len(x))
         return experts_forward(module, x, *rest)
 
-    monkeypatch.setattr(experts, "experts_forward", counted)
+    monkeypatch.setattr(sites, "experts_forward", counted)
     others: list[tuple[list[int], str | None]] = [([1, 2, 3], None), ([4, 5], "lora"), ([6], "routing")]
     forced_logits(engine, others)
     assert calls == []
