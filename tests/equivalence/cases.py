@@ -6,12 +6,16 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftConfig
 
 from polygraft.engine.engine import Engine
 from tests.engines import forced_logits, greedy, make_engine, run_greedy
 from tests.equivalence.reference import Reference, forced, generate, load_reference
+from tests.peft_folders import save_adapter
+from tests.tiny import save_random_model
 
 BASE = "base"
 TOLERANCE = 1e-4  # on logits of size 5, in float32
@@ -103,6 +107,25 @@ class Answers:
             return forced(self.load(row, precision), self.prompts[row], self.exact[row].tokens)
 
         return of
+
+
+def random_answers(
+    folder: Path,
+    architecture: str,
+    config: Mapping[str, Any],
+    adapters: Mapping[str, PeftConfig],
+    prompts: Mapping[str, list[int]],
+    steps: int,
+) -> Answers:
+    """Of a random model, made in the folder with a random adapter for each row but the base's.
+
+    Args:
+        adapters: by row.
+    """
+    model = save_random_model(folder / "model", architecture, config, vectors=True)
+    for seed, (row, one) in enumerate(adapters.items()):
+        save_adapter(folder / "store" / row, model, architecture, one, seed)
+    return Answers(model, folder / "store", prompts, steps)
 
 
 def make_case(answers: Answers, precision: str) -> Case:

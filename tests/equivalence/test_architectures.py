@@ -27,10 +27,10 @@ from tests.equivalence.cases import (
     check_exact,
     check_rows_differ,
     make_case,
+    random_answers,
 )
 from tests.equivalence.reference import generate
-from tests.peft_folders import CAUSAL, save_adapter
-from tests.tiny import save_random_model
+from tests.peft_folders import CAUSAL
 
 ALL = {**MATRIX, **SMOKE}
 STEPS = 4
@@ -86,15 +86,11 @@ def tokens(length: int, seed: int) -> list[int]:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case]:
     @functools.cache
     def answers(architecture: str, all_experts: bool) -> Answers:
-        folder = tmp_path_factory.mktemp(architecture)
-        settings = dict(ALL[architecture].config)
-        if all_experts:
-            settings["num_experts_per_tok"] = EXPERTS
-        model = save_random_model(folder / "model", architecture, settings, vectors=True)
-        for seed, (row, config) in enumerate(configs(architecture).items()):
-            save_adapter(folder / "store" / row, model, architecture, config, seed)
+        chosen = {"num_experts_per_tok": EXPERTS} if all_experts else {}
+        config = {**ALL[architecture].config, **chosen}
         prompts = {row: tokens(LENGTHS[row], seed) for seed, row in enumerate(rows_of(architecture))}
-        return Answers(model, folder / "store", prompts, STEPS)
+        folder = tmp_path_factory.mktemp(architecture)
+        return random_answers(folder, architecture, config, configs(architecture), prompts, STEPS)
 
     @functools.cache
     def get(architecture: str, precision: str) -> Case:

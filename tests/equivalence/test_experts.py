@@ -39,6 +39,7 @@ from tests.equivalence.cases import (
     check_exact,
     check_rows_differ,
     make_case,
+    random_answers,
     rms,
 )
 from tests.equivalence.reference import generate, load_reference
@@ -98,14 +99,11 @@ def prompt(row: str) -> list[int]:
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Answers]:
     @functools.cache
     def get(architecture: str, all_experts: bool) -> Answers:
+        chosen = {"num_experts_per_tok": EXPERTS} if all_experts else {}
+        config = {**MATRIX[architecture].config, **chosen}
+        prompts = {row: prompt(row) for row in ROWS}
         folder = tmp_path_factory.mktemp(architecture)
-        config = dict(MATRIX[architecture].config)
-        if all_experts:
-            config["num_experts_per_tok"] = EXPERTS
-        model = save_random_model(folder / "model", architecture, config, vectors=True)
-        for seed, (row, one) in enumerate(configs(architecture).items()):
-            save_adapter(folder / "store" / row, model, architecture, one, seed)
-        return Answers(model, folder / "store", {row: prompt(row) for row in ROWS}, STEPS)
+        return random_answers(folder, architecture, config, configs(architecture), prompts, STEPS)
 
     return get
 

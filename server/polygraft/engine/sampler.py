@@ -39,7 +39,7 @@ def sample(logits: torch.Tensor, params: Rows[SamplingParams], positions: Rows[i
         positions: number of tokens before the one that is picked, for the noise.
 
     Returns:
-        Token ids; None for a row whose logits hold NaN or infinity, or nothing that can be picked.
+        Token ids; None for a row whose logits hold NaN or +infinity, or nothing that can be picked.
     """
     tokens: list[int | None] = _likeliest(logits)
     drawn = [row for row, p in enumerate(params) if not p.greedy and tokens[row] is not None]
