@@ -186,7 +186,7 @@ def _conflict_of_inputs(before: CompiledAdapter, after: CompiledAdapter) -> str 
 
 def _magnitudes(compiled: CompiledAdapter) -> set[str]:
     """Modules whose rows an adapter brings to norms of its own."""
-    if compiled.of_base:
+    if compiled.of_base:  # GLoRA's scales are factors on the base's weights, and no norms
         return set()
     scaled = {name for name, scale in compiled.scales.items() if scale.output is not None}
     return scaled & compiled.low_rank.keys()
