@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from polygraft.adapters.primitives import LowRank
+from polygraft.layers.four_bit_panels import quantize_4bit
 from polygraft.layers.int8_linear import Int8Linear
-from polygraft.layers.linear import LinearGroup, PackedLinear
+from polygraft.layers.linear import LinearGroup, PackedLinear, Quantization
 from polygraft.layers.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import Kernels, load_kernels
-from polygraft.layers.panels import Quantization, quantize_4bit
 from polygraft.layers.step import AttentionPlan, StepContext
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
@@ -85,6 +85,35 @@ def test_int8_products_are_those_of_whole_numbers(
             float(step) if dtype == torch.float32 else float(step) + 2**-7 * float(mine(x).abs().amax())
         )
         assert (mine(x) - reference(x)).abs().max() <= tolerance
+
+
+def whole_rows(kind: str, rows: int, width: int) -> torch.Tensor:
+    """float32 [1, rows, width] of whole numbers, the largest of each row being 127 or -127."""
+    generator = torch.Generator().manual_seed(rows + width)
+    x = torch.randn(rows, width, generator=generator)
+    if kind == "few large":
+        x **= 5
+    elif kind == "all largest":
+        x = x.sign()
+    elif kind == "all positive":
+        x = torch.ones(rows, width)
+    return (x * 127 / x.abs().amax(1, keepdim=True)).round()[None]
+
+
+@pytest.mark.parametrize("kind", ["few large", "normal", "all largest", "all positive", "of every kind"])
+@pytest.mark.parametrize("width_in", [1, 8, 33, 64, 577])
+@pytest.mark.parametrize("rows", [1, 3, 8, 150])
+def test_int8_products_are_exact(kind: str, width_in: int, rows: int) -> None:
+    """However many products of bytes the operator may sum in 16 bits."""
+    kinds = ["few large", "normal", "all largest", "all positive"] if kind == "of every kind" else [kind]
+    x = torch.cat([whole_rows(kind, rows, width_in) for kind in kinds], 1)
+    x = x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))].contiguous()
+    for weights in ("normal", "all largest", "all positive"):
+        module = nn.Linear(width_in, 45, bias=False).requires_grad_(False)
+        module.weight.data = whole_rows(weights, 45, width_in)[0]
+        (mine,) = packed([module], "int8")
+        assert torch.equal(mine(x).double(), x.double() @ module.weight.double().t())
+        assert torch.equal(mine.weight, module.weight)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -21,8 +21,9 @@ from polygraft.base.packing import count_quantized, own_parameters, pack_linears
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
+from polygraft.layers.four_bit_panels import BLOCK
+from polygraft.layers.linear import Quantization
 from polygraft.layers.native.kernels import DTYPES, load_kernels
-from polygraft.layers.panels import BLOCK, Quantization
 
 log = logging.getLogger(__name__)
 

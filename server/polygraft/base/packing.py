@@ -12,11 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from polygraft.base.calibration import ONEDNN, Calibration, calibrate
 from polygraft.layers.fused import FusedRmsNorm
 from polygraft.layers.int8_linear import Int8Linear
-from polygraft.layers.linear import LinearGroup, PackedLinear
+from polygraft.layers.linear import LinearGroup, PackedLinear, Quantization
 from polygraft.layers.native.kernels import DTYPES, Kernels, load_kernels
 from polygraft.layers.native.structures import MAX_MODULES
 from polygraft.layers.onednn_linear import OneDnnLinear, gains_by_onednn
-from polygraft.layers.panels import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def pack_linears(
     Args:
         groups: names of modules that read the same input.
         quantized: names of those whose weights are quantized; in 4 bits only with the C++ operators.
-        double: as `Panels` says.
+        double: as `FourBitPanels` says.
 
     Returns:
         How many were replaced.

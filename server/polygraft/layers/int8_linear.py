@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from polygraft.layers.panels import quantize_int8
+from polygraft.layers.int8_panels import quantize_int8
 
 
 class Int8Linear(nn.Module):

@@ -11,17 +11,21 @@ import ctypes
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from polygraft.adapters.primitives import Dense
+from polygraft.layers.four_bit_panels import FourBitPanels
+from polygraft.layers.int8_panels import Int8Panels
 from polygraft.layers.low_rank import LowRankSlots
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import MAX_MODULES, STORAGE, GroupStruct, WeightsStruct
-from polygraft.layers.panels import Panels, Quantization, pack, padded, unpack
+from polygraft.layers.panels import Panels, pack, padded, unpack
 from polygraft.layers.step import NO_SEGMENTS, StepContext
 
+Quantization = Literal["none", "int8", "nf4", "fp4"]
 _SLICE = 2**20
 """Weights that are merged at a stretch: about a millisecond's work."""
 _DENSE_SLICE = 2**18
@@ -52,7 +56,8 @@ class LinearGroup:
         weights: of 1 to MAX_MODULES modules [out_features, in_features], on the CPU, in one of float32 and
             bfloat16; not kept.
         biases: [out_features] each, or None.
-        quantization, double: how the weights are kept, as `Panels` says.
+        quantization: how the weights are kept.
+        double: as `FourBitPanels` says.
     """
 
     def __init__(
@@ -69,14 +74,14 @@ class LinearGroup:
         self.in_features = weights[0].shape[1]
         self.widths = [weight.shape[0] for weight in weights]
         self._kernels = kernels
-        self._panels = Panels(weights, kernels.panel, quantization, double=double)
-        self._biases = [None if bias is None else padded(bias.float(), kernels.panel) for bias in biases]
         self._double = double
+        self._panels = self._pack(weights)
+        self._biases = [None if bias is None else padded(bias.float(), kernels.panel) for bias in biases]
         self._struct = GroupStruct(self.in_features, len(weights))
         self._own: list[WeightsStruct] = []
         for member, (width, bias) in enumerate(zip(self.widths, self._biases, strict=True)):
-            address = None if bias is None else bias.data_ptr()
-            own = WeightsStruct(*self._panels.addresses(member), address, STORAGE[quantization])
+            own = self._panels.struct(member)
+            own.bias = None if bias is None else bias.data_ptr()
             self._own.append(own)
             self._struct.module[member].width = width
             self._struct.module[member].weights = own
@@ -89,6 +94,13 @@ class LinearGroup:
         """The modules' bits in `Segments.touched`."""
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
+
+    def _pack(self, weights: Sequence[torch.Tensor]) -> Panels:
+        if self.quantization == "none":
+            return Panels(weights, self._kernels.panel)
+        if self.quantization == "int8":
+            return Int8Panels(weights, self._kernels.panel)
+        return FourBitPanels(weights, self._kernels.panel, self.quantization, double=self._double)
 
     def attach(self, member: int, slots: LowRankSlots, step: StepContext, is_head: bool) -> None:
         """Add the side paths of a module's adapters from here on; see `AdaptedLinear`."""
@@ -180,18 +192,19 @@ class LinearGroup:
             extra = slots.bias(slot)
             if extra is not None:
                 bias = extra.clone() if bias is None else bias + extra
-        address = None if bias is None else bias.data_ptr()
-        tensors = [weight] if bias is self._biases[member] or bias is None else [weight, bias]
+        tensors: tuple[torch.Tensor, ...] = (weight,)
         if not requantize or self.quantization == "none":
-            struct = WeightsStruct(weight.data_ptr(), None, None, address, STORAGE["none"])
-            return PackedWeights(struct, tuple(tensors))
-        rows = unpack(weight, (width, self.in_features))
-        yield
-        panels = Panels([rows], panel, self.quantization, double=self._double)
-        tensors[0] = panels.weight
-        tensors += [tensor for tensor in (panels.scale, panels.values) if tensor is not None]
-        struct = WeightsStruct(*panels.addresses(0), address, STORAGE[self.quantization])
-        return PackedWeights(struct, tuple(tensors))
+            struct = WeightsStruct(weight=weight.data_ptr(), storage=STORAGE["none"])
+        else:
+            rows = unpack(weight, (width, self.in_features))
+            yield
+            panels = self._pack([rows])
+            struct, tensors = panels.struct(0), panels.tensors
+        if bias is not None:
+            struct.bias = bias.data_ptr()
+            if bias is not self._biases[member]:
+                tensors += (bias,)
+        return PackedWeights(struct, tensors)
 
     def _fold(self, member: int, change: Dense, weight: torch.Tensor) -> Generator[None, None, None]:
         """Fill the panels of a copy with one module's changed weights, rounded once."""
@@ -221,11 +234,12 @@ class LinearGroup:
     def merged_bytes(self, member: int, *, requantize: bool) -> int:
         """What `merged` takes at most."""
         columns = -(-self.widths[member] // self._kernels.panel) * self._kernels.panel
-        weights = columns * (self.in_features + self.in_features % 2)
         others = 2 * columns * 4  # a bias, and a scale by column
         if not requantize or self.quantization == "none":
-            return weights * self.dtype.itemsize + others
-        return (weights if self.quantization == "int8" else weights * 9 // 16) + others + 64
+            return self.panel_bytes(member) + others
+        if self.quantization == "int8":
+            return columns * (self.in_features + 7) // 8 * 8 + others
+        return columns * self.in_features * 9 // 16 + others + 64
 
     def use(self, member: int, weights: PackedWeights | None) -> None:
         """Multiply by these from here on, None being the module's own."""

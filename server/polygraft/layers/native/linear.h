@@ -66,9 +66,7 @@ struct BlockOfRows {
     if (by.storage == kRowsType) {
       multiply_panel(wide, count, Panel<T>::inputs(in), Panel<T>::at(by.weight, p, in), acc);
     } else if (by.storage == kInt8) {
-      const int64_t inputs = (in + 1) / 2 * 2;
-      multiply_panel_int8(quantized, count, inputs, static_cast<const int8_t*>(by.weight) + p * inputs * kPanel,
-                          by.scale + p * kPanel, acc);
+      multiply_panel_int8(quantized, count, in, by.weight, by.scale, p, acc);
     } else if (by.storage == k4Bit) {  // whole blocks of inputs, so never an odd number
       multiply_panel_4bit(wide, count, in, static_cast<const uint8_t*>(by.weight) + p * in / 2 * kPanel,
                           by.scale + p * in / kScaleInputs * kPanel, by.values, acc);
@@ -146,7 +144,7 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
   alignas(64) float acc[kBlockRows * kPanel];
   for (int64_t b = thread % across; b < blocks; b += across) {
     const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-    if (quantizes) quantize(x + row * in, count, in, quantized, in);
+    if (quantizes) quantize(x + row * in, count, in, in, quantized);
     const float* wide = widens ? widen(x + row * in, count, in, widened) : nullptr;
     int64_t first = 0;  // panel of the module among all
     for (int64_t m = 0; m < group.modules; m++) {
@@ -159,7 +157,7 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
       const float* own = num_segments > 0 ? transform_inputs(group, m, x, row, count, segments, num_segments, h,
                                                              h_stride, max_rank, widened_own)
                                           : nullptr;
-      if (own && module.weights.storage == kInt8) quantize(own, count, in, quantized_own, Panel<T>::inputs(in));
+      if (own && module.weights.storage == kInt8) quantize(own, count, in, Panel<T>::inputs(in), quantized_own);
       const BlockOfRows<T> from_rows{in, own ? own : wide, own ? quantized_own : quantized, count};
       for (int64_t p = std::max(from, first); p < std::min(to, last); p++) {
         const int64_t panel = p - first, column = panel * kPanel;

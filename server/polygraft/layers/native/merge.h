@@ -23,11 +23,7 @@ void widen_panel(const Weights& from, int64_t panel, int64_t in, float* wide) {
         }
     }
   } else if (from.storage == kInt8) {
-    const int64_t inputs = (in + 1) / 2 * 2;
-    const int8_t* w = static_cast<const int8_t*>(from.weight) + panel * inputs * kPanel;
-    const float* scale = from.scale + panel * kPanel;
-    for (int64_t i = 0; i < in; i++)
-      for (int64_t c = 0; c < kPanel; c++) wide[i * kPanel + c] = w[(i / 2 * kPanel + c) * 2 + i % 2] * scale[c];
+    widen_int8(from.weight, from.scale, panel, in, wide);
     std::fill(wide + in * kPanel, wide + Panel<T>::inputs(in) * kPanel, 0.0f);
   } else {
     widen_4bit(static_cast<const uint8_t*>(from.weight) + panel * in / 2 * kPanel,
