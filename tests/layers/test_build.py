@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from polygraft.layers.native import build, kernels
 from tests.engines import greedy, make_engine, run_greedy
@@ -92,6 +93,50 @@ def test_the_name_changes_with_source_flags_and_instruction_set(
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
     names.add(build.library_name(""))
     assert len(names) == 5
+
+
+@pytest.mark.parametrize(
+    ("vectors", "extensions", "expected"),
+    [
+        ("AVX512", ["avx512_vnni"], ["x86-64-v4+avx512vnni", "x86-64-v4", "x86-64-v3", ""]),
+        ("AVX512", ["avx_vnni"], ["x86-64-v4", "x86-64-v3+avxvnni", "x86-64-v3", ""]),
+        ("AVX512_VNNI", [], ["x86-64-v4", "x86-64-v3", ""]),
+        ("AVX2", ["avx_vnni"], ["x86-64-v3+avxvnni", "x86-64-v3", ""]),
+        ("AVX2", [], ["x86-64-v3", ""]),
+        ("DEFAULT", [], [""]),
+    ],
+)
+def test_the_best_instruction_set_comes_first(
+    vectors: str, extensions: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(extensions, True))
+    assert build.instruction_sets() == expected
+
+
+@COMPILER
+@pytest.mark.parametrize("march", build.LEVELS)
+def test_every_instruction_set_compiles(march: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing is loaded here, so the quickest will do.
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-fsyntax-only"))
+    monkeypatch.setattr(Path, "replace", lambda self, target: target)
+    build.build(march, tmp_path)
+
+
+def test_a_compiler_that_doesnt_know_the_newest(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "compiler")
+    monkeypatch.setattr(build, "instruction_sets", lambda: ["x86-64-v4+avx512vnni", "x86-64-v3", ""])
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: path)
+
+    def compile_old(command: list[str], **options: Any) -> None:
+        if "-mavx512vnni" in command:
+            raise subprocess.CalledProcessError(1, command, stderr="unrecognized option")
+        assert "-march=x86-64-v3" in command
+        Path(command[command.index("-o") + 1]).write_bytes(b"x")
+
+    monkeypatch.setattr(subprocess, "run", compile_old)
+    assert build.load() == str(fresh / build.library_name("x86-64-v3"))
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

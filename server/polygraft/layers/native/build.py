@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from polygraft.base.cache_dir import cache_dir
@@ -26,22 +27,32 @@ FOLDER = Path(__file__).parent
 # -fno-math-errno and -fno-trapping-math let loops over floor and select become vector code; unlike
 # -ffast-math they keep NaN and infinity, which the canary looks for.
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-LEVELS = {"x86-64-v4": "AVX512", "x86-64-v3": "AVX2"}
+LEVELS = {
+    "x86-64-v4+avx512vnni": ("AVX512", "avx512_vnni"),
+    "x86-64-v4": ("AVX512", None),
+    "x86-64-v3+avxvnni": ("AVX2", "avx_vnni"),
+    "x86-64-v3": ("AVX2", None),
+}
+"""Instruction sets, the best first: `-march` and what is on beside it, with torch's names of what they need."""
 
 
 def instruction_sets() -> list[str]:
-    """What this machine can run, the best first, as `-march` spells it; [""] is the compiler's default."""
+    """What of `LEVELS` this machine can run, then "", the compiler's default."""
     # torch must come first in any case: the library shares the OpenMP runtime that torch has loaded.
     import torch
 
     if platform.machine() not in {"x86_64", "AMD64"}:
         return [""]
-    best = torch.backends.cpu.get_cpu_capability()
-    names = list(LEVELS)
-    for at, name in enumerate(names):
-        if best.startswith(LEVELS[name]):
-            return [*names[at:], ""]
-    return [""]
+    best, extensions = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
+    vectors = ["AVX512", "AVX2"] if best.startswith("AVX512") else [best]
+    return [
+        *(
+            name
+            for name, (needed, extension) in LEVELS.items()
+            if needed in vectors and (extension is None or extensions.get(extension))
+        ),
+        "",
+    ]
 
 
 def torch_openmp() -> list[Path]:
@@ -73,7 +84,8 @@ def build(march: str, folder: Path) -> Path:
     # Compiled aside and moved into place, so that nobody loads half a file.
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         output = Path(aside) / target.name
-        arch = [f"-march={march}"] if march else []
+        level, _, extension = march.partition("+")
+        arch = [f"-march={level}"] * bool(level) + [f"-m{extension}"] * bool(extension)
         # The OpenMP runtime that torch has loaded, under whatever name its wheel gave it: a second one
         # would bring a second set of threads. The compiler's own is left out where nothing needs it.
         runtime = ["-Wl,--as-needed", *map(str, torch_openmp())]
@@ -96,12 +108,23 @@ def load() -> ctypes.CDLL | None:
                 path = folder / library_name(march)
                 if path.is_file():
                     return ctypes.CDLL(str(path))
-        return ctypes.CDLL(str(build(levels[0], cache_dir() / "kernels")))
+        return ctypes.CDLL(str(_build_best(levels)))
     except subprocess.CalledProcessError as error:
         log.warning("the C++ operators don't compile, the slower torch ones serve: %s", error.stderr.strip())
     except OSError as error:
         log.warning("no C++ operators, the slower torch ones serve: %s", error)
     return None
+
+
+def _build_best(levels: Sequence[str]) -> Path:
+    """For the best instruction set that the compiler knows: an old one doesn't know the newest."""
+    *better, last = levels
+    for march in better:
+        try:
+            return build(march, cache_dir() / "kernels")
+        except subprocess.CalledProcessError as error:
+            log.info("no C++ operators for %s: %s", march, error.stderr.strip())
+    return build(last, cache_dir() / "kernels")
 
 
 def main() -> None:
