@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "ahead.h"
 #include "vectors.h"
 
 namespace {
@@ -43,9 +44,11 @@ struct Strides {
 // Scores of Q queries [Q, dim] against V vectors of neighbouring keys [dim, block_size].
 template <int Q, int V, typename T>
 inline void score_tile(const float* query, int64_t dim, const T* keys, int64_t block_size, float* scores,
-                       int64_t stride) {
+                       int64_t stride, Ahead next, Ahead values) {
   vec acc[Q][V] = {};
   for (int64_t d = 0; d < dim; d++) {
+    next.step();
+    values.step();
     vec k[V];
     for (int v = 0; v < V; v++) k[v] = load(keys + d * block_size + v * kLanes);
     for (int n = 0; n < Q; n++) {
@@ -102,9 +105,10 @@ inline float largest(const float* s, int64_t count) {
   return top;
 }
 
+// Rows [first_row, last_row) of a sequence, for one head of the keys; fetches the keys `after` it as well.
 template <typename T>
 void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_head, int64_t first_row,
-            int64_t last_row, const T* q, Strides qs, T* out, std::vector<float>& scratch) {
+            int64_t last_row, const T* q, Strides qs, T* out, const void* after, std::vector<float>& scratch) {
   const int64_t group = layer.heads / layer.kv_heads;
   const int64_t dim = layer.head_dim, vdim = layer.value_dim, bs = layer.block_size;
   const int64_t rows = last_row - first_row, queries = rows * group;
@@ -140,22 +144,33 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
       const int64_t start = shared ? b * bs : prefix + (b - prefix_blocks) * bs;
       if (start >= end) break;
       const int64_t count = std::min(shared ? std::min(bs, prefix - start) : bs, end - start);
-      if (start + count > begin) visit(int64_t(table[b]), start, count);
+      const int64_t next = start + count < end ? table[b + 1] : -1;
+      if (start + count > begin) visit(int64_t(table[b]), next, start, count);
     }
   };
-  for_blocks([&](int64_t block, int64_t start, int64_t count) {
-    const T* keys = static_cast<const T*>(layer.key_cache) + (block * layer.kv_heads + kv_head) * dim * bs;
+  auto keys_of = [&](int64_t block) {
+    return static_cast<const T*>(layer.key_cache) + (block * layer.kv_heads + kv_head) * dim * bs;
+  };
+  auto values_of = [&](int64_t block) {
+    return static_cast<const T*>(layer.value_cache) + (block * layer.kv_heads + kv_head) * bs * vdim;
+  };
+  for_blocks([&](int64_t block, int64_t next, int64_t start, int64_t count) {
+    const T* keys = keys_of(block);
+    // The next block's keys, and this one's values: every tile fetches them all, the first from memory.
+    const Ahead ahead{static_cast<const char*>(next >= 0 ? keys_of(next) : after), bs * int64_t(sizeof(T))};
+    const int64_t bytes = count * vdim * int64_t(sizeof(T));
+    const Ahead behind = Ahead::of_tile(values_of(block), bytes, 0, 1, dim);
     if (bs % kLanes == 0) {
       int64_t lane = 0;
       for (; lane + kLanes < count && lane + 2 * kLanes <= bs; lane += 2 * kLanes)
         for_tiles(queries, [&](int64_t i, auto tile) {
           score_tile<tile.value, 2>(query + i * dim, dim, keys + lane, bs, scores + i * stride + start + lane,
-                                    stride);
+                                    stride, ahead, behind);
         });
       for (; lane < count; lane += kLanes)
         for_tiles(queries, [&](int64_t i, auto tile) {
           score_tile<tile.value, 1>(query + i * dim, dim, keys + lane, bs, scores + i * stride + start + lane,
-                                    stride);
+                                    stride, ahead, behind);
         });
     } else {
       for (int64_t i = 0; i < queries; i++)
@@ -201,9 +216,8 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
     std::fill(s + to, s + end, 0.0f);
   }
   std::fill(result, result + queries * vdim, 0.0f);
-  for_blocks([&](int64_t block, int64_t start, int64_t count) {
-    const T* values =
-        static_cast<const T*>(layer.value_cache) + (block * layer.kv_heads + kv_head) * bs * vdim;
+  for_blocks([&](int64_t block, int64_t, int64_t start, int64_t count) {
+    const T* values = values_of(block);
     const int64_t skip = std::max<int64_t>(0, begin - start);
     int64_t d = 0;
     for (; d + 2 * kLanes <= vdim; d += 2 * kLanes)
@@ -262,13 +276,18 @@ void attend_share(const Layer& layer, const Plan& plan, const T* q, Strides qs, 
     // The longest first, so that the threads end together.
     for (int64_t last = plan.query_start[s + 1]; last > plan.query_start[s]; last -= kRows)
       tasks.push_back({s, std::max<int64_t>(plan.query_start[s], last - kRows), last});
-  const int64_t count = int64_t(tasks.size());
+  const int64_t count = int64_t(tasks.size()), team = omp_get_num_threads();
   // By head and only then by sequence: a head's keys in blocks that sequences share are read from memory
   // for the first of them, and from the cores' own caches for the others.
 #pragma omp for schedule(dynamic)
   for (int64_t t = 0; t < count * layer.kv_heads; t++) {
     const Task task = tasks[t % count];
-    attend(layer, plan, task.sequence, t / count, task.first_row, task.last_row, q, qs, out, scratch);
+    // The first keys of what this thread may do next.
+    const int64_t next = (t + team) % (count * layer.kv_heads);
+    const int64_t block = plan.block_tables[tasks[next % count].sequence * plan.max_blocks];
+    const void* after = static_cast<const T*>(layer.key_cache) +
+                        (block * layer.kv_heads + next / count) * layer.head_dim * layer.block_size;
+    attend(layer, plan, task.sequence, t / count, task.first_row, task.last_row, q, qs, out, after, scratch);
   }
 }
 

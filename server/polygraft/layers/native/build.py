@@ -33,7 +33,7 @@ LEVELS = {
     "x86-64-v3+avxvnni": ("AVX2", "avx_vnni"),
     "x86-64-v3": ("AVX2", None),
 }
-"""Instruction sets, the best first: `-march` and what is on beside it, with torch's names of what they need."""
+"""The best first: `-march` and what is on beside it, with torch's names of what they need."""
 
 
 def instruction_sets() -> list[str]:

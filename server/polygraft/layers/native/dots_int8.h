@@ -1,5 +1,5 @@
-// Products of bytes, summed in whole numbers: weights as unsigned bytes, rows as signed ones, four neighbouring inputs of
-// a column in each lane.
+// Products of bytes, summed in whole numbers: weights as unsigned bytes, rows as signed ones, four neighbouring
+// inputs of a column in each lane.
 
 #pragma once
 

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "ahead.h"
 #include "vectors.h"
 
 namespace {
@@ -40,23 +41,6 @@ struct Panel<bf16> {  // [in / 2, kPanel] of two inputs' weights each, the first
   }
   static uint32_t* at(void* weight, int64_t panel, int64_t in) {
     return static_cast<uint32_t*>(weight) + panel * (inputs(in) / 2) * kPanel;
-  }
-};
-
-// Weights that are multiplied next, fetched from memory while others are multiplied. The processor's own prefetching
-// follows what is read, and a panel is read once from memory and then by every tile of rows from the cache: without
-// this, memory and products would take turns.
-struct Ahead {
-  const char* from;  // may lie behind the last panel: nothing is read there
-  int64_t pace;      // bytes in each step of a tile's loop
-
-  // The part of `bytes` from `next` on that a tile fetches in `steps`.
-  static Ahead of_tile(const void* next, int64_t bytes, int64_t tile, int64_t tiles, int64_t steps) {
-    return {static_cast<const char*>(next) + bytes * tile / tiles, (bytes + tiles * steps - 1) / (tiles * steps)};
-  }
-  void step() {
-    __builtin_prefetch(from, 0, 2);
-    from += pace;
   }
 };
 

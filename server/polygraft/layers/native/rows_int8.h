@@ -66,7 +66,8 @@ uint32_t too_much(const int8_t* x) {
   auto over = [&](__m256i sizes) {
     __m256i sums = _mm256_maddubs_epi16(sizes, one);
     // The other two of a sum of four are in the upper half of an eight, which then adds up nothing.
-    if (OF == 4) sums = _mm256_add_epi16(_mm256_and_si256(sums, _mm256_set1_epi64x(0xffffffff)), _mm256_srli_epi64(sums, 32));
+    if (OF == 4)
+      sums = _mm256_add_epi16(_mm256_and_si256(sums, _mm256_set1_epi64x(0xffffffff)), _mm256_srli_epi64(sums, 32));
     return _mm256_cmpgt_epi16(sums, most);
   };
   const __m256i negative = _mm256_max_epi8(_mm256_sub_epi8(zero, values), zero);
