@@ -20,26 +20,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from polygraft.config import ServerConfig
-from polygraft.engine import engine as engine_module
+from polygraft.engine import generations
 from polygraft.engine.engine import Engine
 from polygraft.engine.request import Request, SamplingParams, StoppingParams
 
 WINDOWS, TOKENS = 8, 256
 PRECISIONS = {
-    "float32": ("float32", "none"),
-    "bfloat16": ("bfloat16", "none"),
-    "int8": ("bfloat16", "int8"),
-    "nf4": ("bfloat16", "nf4"),
-    "fp4": ("bfloat16", "fp4"),
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8"},
+    "int8, head int8": {"dtype": "bfloat16", "quantization": "int8", "head_quantization": "int8"},
+    "nf4": {"dtype": "bfloat16", "quantization": "nf4"},
+    "fp4": {"dtype": "bfloat16", "quantization": "fp4"},
 }
 
 
 def windows(engine: Engine) -> list[list[int]]:
     """Token ids [WINDOWS][TOKENS]."""
     text = inspect.getsource(textwrap) + inspect.getsource(argparse)
-    ids = engine.prompts.token_ids(text)
+    ids = engine.base.backend.encode(text).ids
     assert len(ids) >= WINDOWS * TOKENS
-    return [list(ids[n * TOKENS : (n + 1) * TOKENS]) for n in range(WINDOWS)]
+    return [ids[n * TOKENS : (n + 1) * TOKENS] for n in range(WINDOWS)]
 
 
 def forced(engine: Engine) -> tuple[float, list[int]]:
@@ -56,7 +57,7 @@ def forced(engine: Engine) -> tuple[float, list[int]]:
         likeliest.extend(logits.argmax(-1).tolist())
         return targets
 
-    original, engine_module.sample = engine_module.sample, force
+    original, generations.sample = generations.sample, force
     try:
         engine.generate(
             Request(
@@ -68,7 +69,7 @@ def forced(engine: Engine) -> tuple[float, list[int]]:
             for n, text in enumerate(texts)
         )
     finally:
-        engine_module.sample = original
+        generations.sample = original
     return math.exp(total / len(likeliest)), likeliest
 
 
@@ -78,9 +79,9 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, dict[str, float]] = {}
     exact: list[int] = []
-    for name, (dtype, quantization) in PRECISIONS.items():
+    for name, settings in PRECISIONS.items():
         engine = Engine.from_config(
-            ServerConfig(model=args.model, dtype=dtype, quantization=quantization, kv_cache_bytes=128 * 2**20)
+            ServerConfig(**{"model": args.model, "kv_cache_bytes": 128 * 2**20, **settings})
         )
         perplexity, likeliest = forced(engine)
         exact = exact or likeliest

@@ -100,6 +100,10 @@ class ServerConfig(BaseSettings):
         "none",
         description="how the base's weights are kept: int8 is fastest on a CPU, nf4 and fp4 are smallest",
     )
+    head_quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="how the head is kept, which quantization leaves as it is; int8 is faster, on a CPU",
+    )
     double_quantization: bool = Field(True, description="quantize the scales of nf4 and fp4 as well")
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type adapters are kept in; auto is bfloat16 on such a base, else the file's"

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from polygraft.base import fusing, loader, packing
 from polygraft.base.loader import context_limit, inspect_without_weights, load_base
+from polygraft.config import ServerConfig
+from polygraft.engine.engine import Engine
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers.native.kernels import load_kernels
 from tests.engines import greedy, make_engine, run_greedy
@@ -186,6 +188,36 @@ def test_adapters_are_never_quantized(
         assert (low_rank.a.dtype, low_rank.b.dtype) == (kept, kept)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_a_quantized_head(tiny_model: Callable[[str], Path], quantization: str, architecture: str) -> None:
+    folder = str(tiny_model(architecture))
+    base = load_base(folder, quantization=quantization, head_quantization="int8", dtype="bfloat16")
+    plain = load_base(folder, quantization=quantization, dtype="bfloat16")
+    (head,) = (name for name, shape in base.spec.linears.items() if shape.is_head)
+    mine, theirs = base.model.get_submodule(head).weight, plain.model.get_submodule(head).weight
+    assert 0 < (mine.float() - theirs.float()).abs().max() <= theirs.abs().max() / 127
+    assert plain.weight_bytes - base.weight_bytes > 0.9 * theirs.numel()
+    body = len(base.spec.linears) - 1
+    expected = f"{quantization}: {body} of {body + 1} linear modules, the head int8"
+    assert base.notes == ("int8: the head" if quantization == "none" else expected,)
+    # The embedding, tied or not, is read and not multiplied.
+    embedding = base.model.get_input_embeddings().weight
+    assert torch.equal(embedding, plain.model.get_input_embeddings().weight)
+
+
+def test_adapters_on_a_quantized_head(llama: Path, llama_store: Path) -> None:
+    base = load_base(str(llama), dtype="float32", head_quantization="int8")
+    engine = Engine(base, ServerConfig(adapters=llama_store, kv_cache_bytes=2**22))
+    engine.adapters.load_store()
+    engine.finish_background()
+    names = (None, "lora-head", "lora-bias", "prefix", "lora-head")
+    requests = [greedy(str(at), list(range(at, 40)), name, 6) for at, name in enumerate(names)]
+    together = run_greedy(engine, requests)
+    assert together == [run_greedy(engine, [request])[0] for request in requests]
+    assert len({tuple(tokens) for tokens in together}) > 2
+
+
 # ---- what can't be served --------------------------------------------------------------------------------
 
 
@@ -205,6 +237,11 @@ def cant_load(folder: Path | str) -> str:
 def test_no_safetensors(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     assert "safetensors" in cant_load(copy)
+
+
+def test_a_quantized_head_where_there_are_no_operators(llama: Path) -> None:
+    with pytest.raises(BaseModelError, match="head_quantization int8: only on a CPU, in float32 or bfloat16"):
+        load_base(str(llama), dtype="float16", head_quantization="int8")
 
 
 def test_cut_safetensors(copy: Path) -> None:

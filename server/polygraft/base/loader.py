@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -75,6 +75,7 @@ def load_base(
     *,
     dtype: str = "auto",
     quantization: Quantization = "none",
+    head_quantization: Literal["none", "int8"] = "none",
     double_quantization: bool = True,
     device: str = "cpu",
     max_context_length: int | None = None,
@@ -86,6 +87,7 @@ def load_base(
         dtype: "auto" (the checkpoint's; float16 becomes float32 on a CPU), "float32", "bfloat16" or
             "float16", for which a CPU has no operators of ours.
         quantization: of the linear modules but the head.
+        head_quantization: of the head, on a CPU.
 
     Raises:
         BaseModelError: no such model, no safetensors, or no fast tokenizer.
@@ -130,12 +132,19 @@ def load_base(
         inspect_base(loaded, name)  # its own attention layers need their probes
     log.debug("operators of our own: %s", dict(fuse(loaded, compute)))
     limit, notes = context_limit(config)
-    ours_quantized = body.keys() if ours and quantization != "none" else ()
-    if pack_linears(loaded, spec.same_input, ours_quantized, quantization, double=double_quantization):
+    how: dict[str, Quantization] = dict.fromkeys(body, quantization if ours else "none")
+    if head_quantization == "int8":
+        if device != "cpu" or compute not in DTYPES:
+            raise BaseModelError(f"{model}: head_quantization int8: only on a CPU, in float32 or bfloat16")
+        how.update((name, "int8") for name in spec.linears if name not in body)
+    if pack_linears(loaded, spec.same_input, how, double=double_quantization):
         own_parameters(loaded)
+    head = "int8" if head_quantization == "int8" else "not"
     if quantization != "none":
-        count = count_quantized(loaded, spec.linears)
-        notes += (f"{quantization}: {count} of {len(spec.linears)} linear modules, the head not",)
+        count = count_quantized(loaded, body)
+        notes += (f"{quantization}: {count} of {len(spec.linears)} linear modules, the head {head}",)
+    elif head_quantization != "none":
+        notes += ("int8: the head",)
     if max_context_length is not None:
         if max_context_length > limit:
             notes += (f"--max-context-length {max_context_length} is more than the model's {limit}",)

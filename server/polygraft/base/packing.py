@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -23,8 +24,7 @@ log = logging.getLogger(__name__)
 def pack_linears(
     model: nn.Module,
     groups: Iterable[Sequence[str]],
-    quantized: Container[str] = (),
-    quantization: Quantization = "none",
+    quantization: Mapping[str, Quantization] = MappingProxyType({}),
     *,
     double: bool = True,
 ) -> int:
@@ -34,7 +34,8 @@ def pack_linears(
 
     Args:
         groups: names of modules that read the same input.
-        quantized: names of those whose weights are quantized; in 4 bits only with the C++ operators.
+        quantization: by the names of those whose weights are quantized; in 4 bits only with the C++
+            operators.
         double: as `FourBitPanels` says.
 
     Returns:
@@ -44,7 +45,7 @@ def pack_linears(
     table: dict[torch.dtype, Calibration] = {}
     packed = 0
     for names in groups:
-        alike: dict[tuple[torch.dtype, bool], list[str]] = {}
+        alike: dict[tuple[torch.dtype, Quantization], list[str]] = {}
         for name in names:
             module = model.get_submodule(name)
             if not _is_plain(module):
@@ -52,19 +53,19 @@ def pack_linears(
             weight, bias = _weight_and_bias(module)
             if weight.device.type != "cpu" or weight.dtype not in DTYPES:
                 continue
-            if kernels is None and name in quantized:
-                assert quantization == "int8"
+            how = quantization.get(name, "none")
+            if kernels is None and how != "none":
+                assert how == "int8"
                 model.set_submodule(name, Int8Linear(weight, bias))
-            elif name not in quantized and _kernel(weight, kernels, table) == ONEDNN:
+            elif how == "none" and _kernel(weight, kernels, table) == ONEDNN:
                 if not gains_by_onednn(weight):
                     continue
                 model.set_submodule(name, OneDnnLinear(weight, bias))
             else:
-                alike.setdefault((weight.dtype, name in quantized), []).append(name)
+                alike.setdefault((weight.dtype, how), []).append(name)
             packed += 1
-        for (_, quantize), same in alike.items():
+        for (_, how), same in alike.items():
             assert kernels is not None
-            how = quantization if quantize else "none"
             for at in range(0, len(same), MAX_MODULES):
                 _pack_group(model, same[at : at + MAX_MODULES], kernels, how, double=double)
     return packed

@@ -164,6 +164,7 @@ class Engine:
             config.model,
             dtype=config.dtype,
             quantization=config.quantization,
+            head_quantization=config.head_quantization,
             double_quantization=config.double_quantization,
             device=config.device,
             max_context_length=config.max_context_length,
