@@ -63,7 +63,7 @@ class Timed:
         )
         self.seconds: dict[str, float] = defaultdict(float)
         kernels = load_kernels()
-        self._time(kernels, "decoder_layer", "decoder layers, ms")
+        self._time(kernels, "decoder_layers", "decoder layers, ms")
         self._time(kernels, "linear", "head, ms")
         self._time(self.engine.scheduler, "schedule", "scheduling, ms")
         self._time(self.engine.runner, "run", "run")

@@ -25,7 +25,7 @@ from tests.engines import greedy, make_engine
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
 RECORD = Path(__file__).with_name("step_cost.json")
-NATIVE = ("decoder_layer", "linear", "paged_attention", "rms_norm", "gate", "rotate")
+NATIVE = ("decoder_layers", "linear", "paged_attention", "rms_norm", "gate", "rotate")
 MIX = [None, "lora", "lora", "lora-bias", "prefix", "prompt"]
 
 

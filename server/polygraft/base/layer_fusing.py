@@ -1,7 +1,7 @@
 """Puts one C++ operator in the place of a base's decoder layers.
 
 A layer is recognised by its parts, which are operators of ours by then, and taken over only if the one call
-gives the same results to the bit on random rows.
+gives the same results to the bit on random rows. `layer_runs.py` finds those that are computed together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from polygraft.base.layer_runs import join_neighbours, trial_step
 from polygraft.layers.attention import PagedAttention, attached
 from polygraft.layers.bottlenecks import BottleneckSite
 from polygraft.layers.decoder_layer import FusedDecoderLayer
@@ -18,14 +20,13 @@ from polygraft.layers.fused import FusedMlp, FusedRmsNorm
 from polygraft.layers.linear import LinearGroup, PackedLinear
 from polygraft.layers.native.kernels import Kernels
 from polygraft.layers.norms import AdaptedNorm
-from polygraft.layers.step import NO_SEGMENTS, AttentionPlan, StepContext
+from polygraft.layers.step import StepContext
 
-_TRIAL_ROWS = 5
 _Norm = AdaptedNorm | FusedRmsNorm | None
 
 
 def fuse_decoder_layers(
-    model: nn.Module,
+    model: PreTrainedModel,
     sites: Mapping[str, Sequence[BottleneckSite]],
     step: StepContext,
     kernels: Kernels | None,
@@ -40,14 +41,14 @@ def fuse_decoder_layers(
     Returns:
         How many there were.
     """
-    fused = 0
+    fused: dict[nn.Module, FusedDecoderLayer] = {}
     if kernels is not None:
         for name, layer in model.named_modules():
             candidate = _candidate(layer, sites.get(name, ()), step, kernels)
             if candidate is not None and _agree(layer, candidate, step):
-                layer.forward = candidate
-                fused += 1
-    return fused
+                layer.forward = fused[layer] = candidate
+        join_neighbours(model, fused, step)
+    return len(fused)
 
 
 def _candidate(
@@ -123,23 +124,13 @@ def _fit(attention: PagedAttention, norms: list[_Norm], groups: list[LinearGroup
 def _agree(layer: nn.Module, candidate: FusedDecoderLayer, step: StepContext) -> bool:
     """Whether both give the same on random rows of one sequence."""
     cache = candidate.attention.key_cache
-    blocks, size = cache.shape[0], cache.shape[3]
-    rows = min(_TRIAL_ROWS, blocks * size)
     generator = torch.Generator().manual_seed(0)
-    x, cos, sin = (
-        torch.randn(1, rows, width, generator=generator).to(cache.dtype)
-        for width in (candidate.hidden_size, cache.shape[2], cache.shape[2])
-    )
-    plan = AttentionPlan(
-        slot_mapping=torch.arange(rows),
-        query_start=torch.tensor([0, rows], dtype=torch.int32),
-        context_lens=torch.tensor([rows], dtype=torch.int32),
-        prefix_lens=torch.tensor([0], dtype=torch.int32),
-        block_tables=torch.arange(-(-rows // size), dtype=torch.int32)[None],
-    )
-    step.begin(plan, NO_SEGMENTS, NO_SEGMENTS, rows)
     try:
-        with torch.inference_mode():
+        with trial_step(step, cache) as rows:
+            x, cos, sin = (
+                torch.randn(1, rows, width, generator=generator).to(cache.dtype)
+                for width in (candidate.hidden_size, cache.shape[2], cache.shape[2])
+            )
             theirs, mine = (
                 forward(
                     x,
@@ -149,12 +140,6 @@ def _agree(layer: nn.Module, candidate: FusedDecoderLayer, step: StepContext) ->
                 )
                 for forward in (layer.forward, candidate)
             )
-            return (
-                isinstance(theirs, torch.Tensor)
-                and isinstance(mine, torch.Tensor)
-                and torch.equal(mine, theirs)
-            )
     except (RuntimeError, TypeError, ValueError):
         return False
-    finally:
-        step.end()
+    return isinstance(theirs, torch.Tensor) and isinstance(mine, torch.Tensor) and torch.equal(mine, theirs)

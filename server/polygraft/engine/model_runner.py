@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,9 @@ from polygraft.engine.scheduler import Batch, Scheduled
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.low_rank_bank import Run
 from polygraft.layers.merging import WeightSwitch
-from polygraft.layers.step import AttentionPlan, StepContext
+from polygraft.layers.step import AttentionPlan, BrokenRun, StepContext
+
+log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -65,18 +68,32 @@ class ModelRunner:
             inputs = {"inputs_embeds": self._embed(items, starts, ids.to(device))[None]}
         try:
             with torch.inference_mode():
-                output = self._base.model(
+                logits = self._logits(
                     **inputs,
                     position_ids=positions[None].to(device),
                     attention_mask=self._no_mask,
                     use_cache=False,
                     logits_to_keep=torch.tensor(head_rows, dtype=torch.long, device=device),
                 )
-                logits: torch.Tensor = output.logits[0]
                 self._bank.replaced.clear_foreign(logits, wanted)
         finally:
             self._step.end()
         return logits
+
+    def _logits(self, **inputs: object) -> torch.Tensor:
+        """The model's, [rows that are kept, tokens]."""
+        try:
+            logits: torch.Tensor = self._base.model(**inputs).logits[0]
+            if self._step.following is None:
+                return logits
+        except BrokenRun:
+            pass
+        # Something has come between two layers since the model was loaded. The second time writes to the same
+        # places of the cache.
+        log.warning("decoder layers are no longer called one right after another: each is computed by itself")
+        self._step.joins, self._step.following = False, None
+        again: torch.Tensor = self._base.model(**inputs).logits[0]
+        return again
 
     def _rows(self, items: list[Scheduled]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and positions of all rows."""

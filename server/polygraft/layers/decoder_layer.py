@@ -1,12 +1,14 @@
 """Whole decoder layers as one C++ operator, in the place of a dozen calls each.
 
+Neighbours are one call together: the first computes them all, and the others hand back what they are given.
 `base/layer_fusing.py` decides where, and checks the results.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -17,7 +19,7 @@ from polygraft.layers.linear import LinearGroup
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import DecoderLayerStruct, NormStruct
 from polygraft.layers.norms import AdaptedNorm
-from polygraft.layers.step import StepContext
+from polygraft.layers.step import BrokenRun, StepContext
 
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q", "k")
 
@@ -68,7 +70,33 @@ class FusedDecoderLayer:
             if isinstance(norm, AdaptedNorm):
                 norm.bind(getattr(self._struct, name))
         self._address = ctypes.addressof(self._struct)
-        self._width = kernels.decoder_layer_buffer(self._address)
+        self._own_width = kernels.decoder_layer_buffer(self._address)
+        self._following: FusedDecoderLayer | None = None  # among those that are computed together
+        self.join([], [])
+
+    @property
+    def shape(self) -> tuple[int, int, torch.dtype]:
+        """What layers that are computed together must have in common: widths and type of what they read."""
+        return self.hidden_size, self._head_dim, self._dtype
+
+    def join(self, others: Sequence[FusedDecoderLayer], hooks: Sequence[Mapping[int, object]]) -> None:
+        """Compute the layers that come behind this one with it, where the step allows it.
+
+        Args:
+            others: in their order and of one `shape`; in every step each is called with what the one before
+                has given, with the same positions, and with nothing in between.
+            hooks: dictionaries in which torch notes whoever wants to see or change what is handed from one to
+                the next; as long as one isn't empty, each layer is computed by itself.
+        """
+        run = [self, *others]
+        for layer, following in itertools.pairwise(run):
+            layer._following = following
+        self._hooks = hooks
+        self._addresses = (ctypes.c_void_p * len(run))(*(layer._address for layer in run))
+        self._run_bits = [layer._bits for layer in run]
+        self._width = max(layer._own_width for layer in run)
+        self._adapted = (ctypes.c_int64 * len(run))()
+        self._touched = 0  # for which `_adapted` is filled
 
     def __call__(
         self,
@@ -77,8 +105,19 @@ class FusedDecoderLayer:
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: object,
     ) -> object:
-        """[1, rows, hidden] to the same, with rotary positions (cos, sin), each [1, rows, head_dim]."""
+        """[1, rows, hidden] to the same, with rotary positions (cos, sin), each [1, rows, head_dim].
+
+        Raises:
+            BrokenRun: layers were computed together, and the next of them to be called is another one, or is to
+                be called with something else than they have given.
+        """
         x, step = hidden_states, self._step
+        if step.following is not None:
+            expected = step.following is self and x is step.stream and position_embeddings is step.positions
+            if not expected or args:
+                raise BrokenRun
+            step.following = self._following
+            return x
         if args or step.attention is None or x.dtype is not self._dtype or position_embeddings is None:
             return self._original(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         # Layers that share their positions share what else they are told of the step.
@@ -86,19 +125,25 @@ class FusedDecoderLayer:
             if not all(self._serves(x, positions) for positions in position_embeddings):
                 return self._original(hidden_states, position_embeddings=position_embeddings, **kwargs)
             step.describe_rows(position_embeddings)
-        touched, adapted = step.segments.touched, 0
-        if touched:
-            for bit, bits in enumerate(self._bits):
-                if touched & bits:
-                    adapted |= 1 << bit
+        count = len(self._addresses) if step.joins and not any(self._hooks) else 1
+        if step.segments.touched != self._touched:
+            self._note_adapted(step.segments.touched)
         step.rows.buffer = step.buffer(x.shape[1] * self._width, self._dtype).data_ptr()
         x = x.contiguous()
         out = torch.empty_like(x)
-        self._kernels.decoder_layer(
-            DTYPES[self._dtype], self._address, step.rows_address, adapted, x.data_ptr(), out.data_ptr(),
-            torch.get_num_threads(),
+        self._kernels.decoder_layers(
+            DTYPES[self._dtype], self._addresses, self._adapted, count, step.rows_address, x.data_ptr(),
+            out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+        if count > 1:
+            step.stream, step.following = out, self._following
         return out
+
+    def _note_adapted(self, touched: int) -> None:
+        """Fill in what a step's adapters have weights for; mostly it is the same in step after step."""
+        self._touched = touched
+        for at, layer_bits in enumerate(self._run_bits):
+            self._adapted[at] = sum(1 << bit for bit, bits in enumerate(layer_bits) if touched & bits)
 
     def _serves(self, x: torch.Tensor, positions: torch.Tensor) -> bool:
         """Whether positions are as the operator reads them: it takes their shape on trust."""

@@ -1,7 +1,7 @@
-// A whole decoder layer in one team of threads: norm, q k v, rotary positions, attention, o, norm, gate and
-// up, activation, down, and what is added around them. layers/decoder_layer.py tells which of the base's
-// layers it stands in for. Every part is the operator that would otherwise be called by itself, rounded in the
-// same places, so the results are the same to the bit.
+// Neighbouring decoder layers in one team of threads, each of them: norm, q k v, rotary positions, attention, o,
+// norm, gate and up, activation, down, and what is added around them. layers/decoder_layer.py tells which of the
+// base's layers it stands in for. Every part is the operator that would otherwise be called by itself, rounded in
+// the same places, so the results are the same to the bit.
 
 #pragma once
 
@@ -37,7 +37,7 @@ struct Rows {  // the step's rows as a layer sees them; layers/decoder_layer.py 
   float* scratch;  // [rows, kMaxModules * max_rank], and what bottleneck_share needs
   int64_t max_rank;
   int64_t max_width;  // the largest of a bottleneck
-  void* buffer;  // of the base's type, as many elements for each row as `buffer_width` says
+  void* buffer;  // of the base's type, for each row as many elements as the largest `buffer_width` of the layers
 };
 
 // Which products have side paths in this step, whether any norm has a scale of its own, and which sites have
@@ -77,9 +77,11 @@ void norm_rows(const Norm& norm, const Segment* segments, int64_t num_segments, 
   run(to, norm.scale);
 }
 
-// x and out [rows, hidden]; out is not x.
+// The calling thread's share of a layer; every thread of the team calls it. x and out [rows, hidden], out may be x.
+// Of both a thread reads no rows but its own before the first barrier, and writes none but its own behind the last
+// one: between two layers it needs none.
 template <typename T>
-void decoder_layer(const DecoderLayer& layer, const Rows& step, int64_t adapted, const T* x, T* out, int threads) {
+void decoder_layer_share(const DecoderLayer& layer, const Rows& step, int64_t adapted, const T* x, T* out) {
   const Layer& attention = *layer.attention;
   const int64_t rows = step.plan->num_rows, hidden = layer.hidden;
   const int64_t heads = attention.heads, kv_heads = attention.kv_heads, dim = attention.head_dim;
@@ -92,12 +94,24 @@ void decoder_layer(const DecoderLayer& layer, const Rows& step, int64_t adapted,
   T* attended = v + rows * v_width;
   T* gated = attended + rows * attended_width;
   T* up = gated + rows * inner;
-  auto project = [&](const Group& group, Adapted bit, const T* from, std::initializer_list<T*> to) {
-    linear_share(group, from, rows, to.begin(), step.segments, adapted & bit ? step.num_segments : 0,
-                 step.scratch, step.max_rank);
+  const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+  const int64_t from = rows * thread / team, count = rows * (thread + 1) / team - from;
+  const int64_t own = adapted & kNorms ? step.num_segments : 0;
+  auto project = [&](const Group& group, Adapted bit, const T* in, std::initializer_list<T*> to) {
+    linear_share(group, in, rows, to.begin(), step.segments, adapted & bit ? step.num_segments : 0, step.scratch,
+                 step.max_rank);
   };
-  // Adds h to r for the thread's own rows, then lets bottlenecks change their adapters' rows.
-  auto add_to_stream = [&](const Site* site, Adapted bit, const T* r, T* h, int64_t from, int64_t count) {
+  auto normalise = [&](const Norm& norm, const T* in, T* to) {
+    if (norm.scale) norm_rows(norm, step.segments, own, from, from + count, 1, hidden, in, to);
+  };
+  auto place = [&](const Norm& norm, T* in, int64_t number) {
+    T* mine = in + from * number * dim;
+    if (norm.scale) norm_rows(norm, step.segments, own, from, from + count, number, dim, in, in);
+    rotate(mine, number * dim, dim, count, number, dim, static_cast<const T*>(step.cos) + from * dim,
+           static_cast<const T*>(step.sin) + from * dim, mine);
+  };
+  // Adds h to r for the thread's own rows, once bottlenecks have changed their adapters' rows.
+  auto add_to_stream = [&](const Site* site, Adapted bit, const T* r, T* h) {
     if (adapted & bit) {
 #pragma omp barrier
       bottleneck_share(*site, step.segments, step.num_segments, r, h, h, rows, hidden, step.scratch,
@@ -106,45 +120,39 @@ void decoder_layer(const DecoderLayer& layer, const Rows& step, int64_t adapted,
     }
     add(r + from * hidden, h + from * hidden, count * hidden, out + from * hidden);
   };
+  normalise(layer.before_attention, x, state);
+#pragma omp barrier
+  project(*layer.qkv, kQkv, state, {q, k, v});
+#pragma omp barrier
+  place(layer.q, q, heads);
+  place(layer.k, k, kv_heads);
+  write_cache(attention, *step.plan, k, Strides{k_width, dim}, v, Strides{v_width, attention.value_dim}, from,
+              from + count);
+#pragma omp barrier
+  attend_share(attention, *step.plan, q, Strides{q_width, dim}, attended);
+  project(*layer.o, kO, attended, {state});
+#pragma omp barrier
+  normalise(layer.after_attention, state, state);
+  add_to_stream(layer.attention_site, kAttentionSite, x, state);
+  normalise(layer.before_mlp, out, state);
+#pragma omp barrier
+  project(*layer.gate_up, kGateUp, state, {gated, up});
+#pragma omp barrier
+  gate(gated + from * inner, up + from * inner, count * inner, int(layer.activation), gated + from * inner);
+#pragma omp barrier
+  project(*layer.down, kDown, gated, {state});
+#pragma omp barrier
+  normalise(layer.after_mlp, state, state);
+  add_to_stream(layer.mlp_site, kMlpSite, out, state);
+}
+
+// `count` layers, each reading what the one before it gives. adapted [count]; x and out [rows, hidden], not the same.
+template <typename T>
+void decoder_layers(const DecoderLayer* const* layers, const int64_t* adapted, int64_t count, const Rows& step,
+                    const T* x, T* out, int threads) {
 #pragma omp parallel num_threads(threads)
-  {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const int64_t from = rows * thread / team, count = rows * (thread + 1) / team - from;
-    const int64_t own = adapted & kNorms ? step.num_segments : 0;
-    auto normalise = [&](const Norm& norm, const T* in, T* to) {
-      if (norm.scale) norm_rows(norm, step.segments, own, from, from + count, 1, hidden, in, to);
-    };
-    auto place = [&](const Norm& norm, T* in, int64_t number) {
-      T* mine = in + from * number * dim;
-      if (norm.scale) norm_rows(norm, step.segments, own, from, from + count, number, dim, in, in);
-      rotate(mine, number * dim, dim, count, number, dim, static_cast<const T*>(step.cos) + from * dim,
-             static_cast<const T*>(step.sin) + from * dim, mine);
-    };
-    normalise(layer.before_attention, x, state);
-#pragma omp barrier
-    project(*layer.qkv, kQkv, state, {q, k, v});
-#pragma omp barrier
-    place(layer.q, q, heads);
-    place(layer.k, k, kv_heads);
-    write_cache(attention, *step.plan, k, Strides{k_width, dim}, v, Strides{v_width, attention.value_dim}, from,
-                from + count);
-#pragma omp barrier
-    attend_share(attention, *step.plan, q, Strides{q_width, dim}, attended);
-    project(*layer.o, kO, attended, {state});
-#pragma omp barrier
-    normalise(layer.after_attention, state, state);
-    add_to_stream(layer.attention_site, kAttentionSite, x, state, from, count);
-    normalise(layer.before_mlp, out, state);
-#pragma omp barrier
-    project(*layer.gate_up, kGateUp, state, {gated, up});
-#pragma omp barrier
-    gate(gated + from * inner, up + from * inner, count * inner, int(layer.activation), gated + from * inner);
-#pragma omp barrier
-    project(*layer.down, kDown, gated, {state});
-#pragma omp barrier
-    normalise(layer.after_mlp, state, state);
-    add_to_stream(layer.mlp_site, kMlpSite, out, state, from, count);
-  }
+  for (int64_t n = 0; n < count; n++)
+    decoder_layer_share(*layers[n], step, adapted[n], n == 0 ? x : out, out);
 }
 
 }  // namespace

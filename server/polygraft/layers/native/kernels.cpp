@@ -1,5 +1,5 @@
 // The operators that a step runs: products with the adapters' side paths, attention over the paged cache, the
-// small operations between them, and a whole decoder layer of these. layers/ holds each in torch as well,
+// small operations between them, and whole decoder layers of these. layers/ holds each in torch as well,
 // which is the reference in the tests and the fallback where no compiler is at hand.
 //
 // Plain C++ with GCC/Clang vector extensions and OpenMP, no torch headers: it builds in seconds and doesn't
@@ -114,18 +114,19 @@ void polygraft_rotate(int dtype, const void* x, int64_t row_stride, int64_t head
   });
 }
 
-// Elements of the base's type that `decoder_layer` needs in its buffer for a row.
+// Elements of the base's type that a decoder layer needs in the step's buffer for a row.
 int64_t polygraft_decoder_layer_buffer(const void* layer) {
   return buffer_width(*static_cast<const DecoderLayer*>(layer));
 }
 
-// x and out [rows, hidden], not the same; adapted: a bit for each product that has side paths in this step.
-void polygraft_decoder_layer(int dtype, const void* layer, const void* rows, int64_t adapted, const void* x,
-                             void* out, int threads) {
+// x and out [rows, hidden], not the same. layers: addresses of `DecoderLayer`s; adapted, for each of them: a bit for
+// each of `Adapted` that has something to do in this step.
+void polygraft_decoder_layers(int dtype, const void* const* layers, const int64_t* adapted, int64_t count,
+                              const void* rows, const void* x, void* out, int threads) {
   by_type(dtype, [&](auto type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    decoder_layer(*static_cast<const DecoderLayer*>(layer), *static_cast<const Rows*>(rows), adapted,
-                  static_cast<const T*>(x), static_cast<T*>(out), threads);
+    decoder_layers(reinterpret_cast<const DecoderLayer* const*>(layers), adapted, count,
+                   *static_cast<const Rows*>(rows), static_cast<const T*>(x), static_cast<T*>(out), threads);
   });
 }
 }

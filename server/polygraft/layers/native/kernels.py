@@ -44,9 +44,9 @@ class Kernels:
             address, integer,
         )  # fmt: skip
         self.paged_attention.restype = None
-        self.decoder_layer = library.polygraft_decoder_layer
-        self.decoder_layer.argtypes = (integer, address, address, size, address, address, integer)
-        self.decoder_layer.restype = None
+        self.decoder_layers = library.polygraft_decoder_layers
+        self.decoder_layers.argtypes = (integer, address, address, size, address, address, address, integer)
+        self.decoder_layers.restype = None
         self.decoder_layer_buffer = library.polygraft_decoder_layer_buffer
         self.decoder_layer_buffer.argtypes = (address,)
         self.decoder_layer_buffer.restype = size
