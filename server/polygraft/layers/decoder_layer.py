@@ -108,8 +108,8 @@ class FusedDecoderLayer:
         """[1, rows, hidden] to the same, with rotary positions (cos, sin), each [1, rows, head_dim].
 
         Raises:
-            BrokenRun: layers were computed together, and the next of them to be called is another one, or is to
-                be called with something else than they have given.
+            BrokenRun: layers were computed together, and now another one than the next of them is called, or
+                with something else than they have given.
         """
         x, step = hidden_states, self._step
         if step.following is not None:
