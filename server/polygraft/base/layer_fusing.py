@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from polygraft.base.layer_runs import join_neighbours, trial_step
+from polygraft.base.model_frame import ModelFrame
 from polygraft.layers.attention import PagedAttention, attached
 from polygraft.layers.bottlenecks import BottleneckSite
 from polygraft.layers.decoder_layer import FusedDecoderLayer
@@ -30,7 +31,7 @@ def fuse_decoder_layers(
     sites: Mapping[str, Sequence[BottleneckSite]],
     step: StepContext,
     kernels: Kernels | None,
-) -> int:
+) -> ModelFrame | None:
     """Take over the layers that one call can stand in for; their modules stay where they are.
 
     The paged cache must be attached and empty: its first blocks are written.
@@ -39,7 +40,7 @@ def fuse_decoder_layers(
         sites: of bottleneck adapters, by the name of the layer.
 
     Returns:
-        How many there were.
+        What is around them, as `join_neighbours` does.
     """
     fused: dict[nn.Module, FusedDecoderLayer] = {}
     if kernels is not None:
@@ -47,8 +48,7 @@ def fuse_decoder_layers(
             candidate = _candidate(layer, sites.get(name, ()), step, kernels)
             if candidate is not None and _agree(layer, candidate, step):
                 layer.forward = fused[layer] = candidate
-        join_neighbours(model, fused, step)
-    return len(fused)
+    return join_neighbours(model, fused, step)
 
 
 def _candidate(

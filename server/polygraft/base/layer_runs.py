@@ -10,16 +10,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from polygraft.base.model_frame import Call, ModelFrame, find_frame, watch_calls
 from polygraft.layers.decoder_layer import FusedDecoderLayer
 from polygraft.layers.step import NO_SEGMENTS, AttentionPlan, BrokenRun, StepContext
 
 _TRIAL_ROWS = 5
+
+
+def trial_rows(key_cache: torch.Tensor) -> int:
+    """How many rows are tried."""
+    return min(_TRIAL_ROWS, key_cache.shape[0] * key_cache.shape[3])
 
 
 @contextmanager
@@ -29,8 +34,7 @@ def trial_step(step: StepContext, key_cache: torch.Tensor) -> Iterator[int]:
     Args:
         key_cache: of any layer, [blocks, kv_heads, head_dim, block_size].
     """
-    blocks, size = key_cache.shape[0], key_cache.shape[3]
-    rows = min(_TRIAL_ROWS, blocks * size)
+    rows, size = trial_rows(key_cache), key_cache.shape[3]
     plan = AttentionPlan(
         slot_mapping=torch.arange(rows),
         query_start=torch.tensor([0, rows], dtype=torch.int32),
@@ -48,87 +52,87 @@ def trial_step(step: StepContext, key_cache: torch.Tensor) -> Iterator[int]:
 
 def join_neighbours(
     model: PreTrainedModel, fused: Mapping[nn.Module, FusedDecoderLayer], step: StepContext
-) -> None:
+) -> ModelFrame | None:
     """Have every first of several neighbours compute them all, unless the model then gives something else.
 
     Args:
         fused: by the module whose forward it is.
+
+    Returns:
+        What is around them, if they are all of the model's layers and the rest can be called without it.
     """
     step.joins = False
     if len(fused) < 2:
-        return
+        return None
+    trial = _Trial(model, next(iter(fused.values())).attention.key_cache, step)
     try:
-        calls, logits = _watch(model, fused, step)
-        runs = _runs(calls)
-        for first, *others in runs:
-            # A hook behind a layer but the last, or before one but the first, comes between two of them.
-            hooks = [call.module._forward_hooks for call in (first, *others[:-1])]
-            hooks += [call.module._forward_pre_hooks for call in others]
-            fused[first.module].join([fused[call.module] for call in others], hooks)
+        with watch_calls(model) as calls:
+            one_by_one = trial.run(model)
+        of_layers = [call for call in calls if call.module in fused]
+        runs = _runs(of_layers, fused)
+        for run in runs:
+            fused[run[0].module].join({call.module: fused[call.module] for call in run})
         step.joins = True
-        step.joins = bool(runs) and torch.equal(_logits(model, fused, step), logits)
+        if not runs or not torch.equal(trial.run(model), one_by_one):
+            step.joins = False
+            return None
+        if runs != [of_layers]:
+            return None
+        first = fused[of_layers[0].module]
+        frame = find_frame(model, calls, of_layers, first, trial.positions, step)
+        return frame if frame and torch.equal(trial.run(frame), one_by_one) else None
     except (BrokenRun, RuntimeError, TypeError, ValueError):
         step.joins = False
+        return None
 
 
-class _Call(NamedTuple):
-    """One call of a fused layer by the model."""
+class _Trial:
+    """Runs a few rows through a model, called as `model_runner` does.
 
-    module: nn.Module
-    layer: FusedDecoderLayer
-    x: object
-    positions: object
-    out: object
+    Args:
+        key_cache: of any of its layers.
+    """
 
-
-def _watch(
-    model: PreTrainedModel, fused: Mapping[nn.Module, FusedDecoderLayer], step: StepContext
-) -> tuple[list[_Call], torch.Tensor]:
-    """How the model calls its layers, in its order, and its logits."""
-    calls: list[_Call] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        x = args[0] if len(args) == 1 else None
-        calls.append(_Call(module, fused[module], x, kwargs.get("position_embeddings"), out))
-
-    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in fused]
-    try:
-        return calls, _logits(model, fused, step)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _logits(
-    model: PreTrainedModel, fused: Mapping[nn.Module, FusedDecoderLayer], step: StepContext
-) -> torch.Tensor:
-    """Logits [rows, vocabulary] of a few rows, called as `model_runner` does."""
-    cache = next(iter(fused.values())).attention.key_cache
-    with trial_step(step, cache) as rows:
+    def __init__(self, model: PreTrainedModel, key_cache: torch.Tensor, step: StepContext) -> None:
+        self._cache = key_cache
+        self._step = step
+        rows = trial_rows(key_cache)
         generator = torch.Generator().manual_seed(0)
         vocabulary = model.config.get_text_config().vocab_size
-        logits: torch.Tensor = model(
-            input_ids=torch.randint(vocabulary, (1, rows), generator=generator),
-            position_ids=torch.arange(rows)[None],
-            attention_mask=torch.zeros(1, 1, 1, 1),
-            use_cache=False,
-        ).logits[0]
-    if step.following is not None:
-        raise BrokenRun
-    return logits
+        self._ids = torch.randint(vocabulary, (1, rows), generator=generator)
+        self.positions = torch.arange(rows)[None]
+
+    def run(self, model: PreTrainedModel | ModelFrame) -> torch.Tensor:
+        """Logits of all rows but the first, [rows - 1, vocabulary]."""
+        with trial_step(self._step, self._cache) as rows:
+            kept = torch.arange(1, rows)
+            if isinstance(model, ModelFrame):
+                logits = model(self.positions, kept, input_ids=self._ids)
+            else:
+                logits = model(
+                    input_ids=self._ids,
+                    position_ids=self.positions,
+                    attention_mask=torch.zeros(1, 1, 1, 1),
+                    use_cache=False,
+                    logits_to_keep=kept,
+                ).logits[0]
+            if logits is None or self._step.following is not None:
+                raise BrokenRun
+            return logits
 
 
-def _runs(calls: list[_Call]) -> list[list[_Call]]:
+def _runs(calls: list[Call], fused: Mapping[nn.Module, FusedDecoderLayer]) -> list[list[Call]]:
     """Two and more calls in a row of layers that can be computed together."""
     if len({call.module for call in calls}) < len(calls):  # one is called several times, each with other rows
         return []
-    runs: list[list[_Call]] = [[call] for call in calls[:1]]
+    runs = [[call] for call in calls[:1]]
     for before, call in itertools.pairwise(calls):
         if (
-            call.x is before.out
+            len(call.args) == len(before.args) == 1
+            and call.args[0] is before.out
             and call.positions is not None
             and call.positions is before.positions
-            and call.layer.shape == before.layer.shape
+            and fused[call.module].shape == fused[before.module].shape
         ):
             runs[-1].append(call)
         else:

@@ -78,7 +78,9 @@ class Engine:
             device=base.device,
             kernels=load_kernels() if native else None,
         )
-        fuse_decoder_layers(base.model, bank.bottlenecks.by_layer, step, load_kernels() if native else None)
+        frame = fuse_decoder_layers(
+            base.model, bank.bottlenecks.by_layer, step, load_kernels() if native else None
+        )
         pool = BlockPool(self.kv_cache.num_blocks, config.block_size)
         self.scheduler = Scheduler(
             pool,
@@ -88,7 +90,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         switch = WeightSwitch()
-        self.runner = ModelRunner(base, bank, switch, step, config.block_size)
+        self.runner = ModelRunner(base, bank, switch, step, config.block_size, frame)
         self.prompts = AdapterPrompts(base)
         self.background = BackgroundWork()
         requantized = base.quantization != "none" and config.requantize_merged

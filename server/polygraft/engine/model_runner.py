@@ -11,6 +11,7 @@ import torch
 
 from polygraft.adapters.stack import Runs
 from polygraft.base.loader import Base
+from polygraft.base.model_frame import ModelFrame
 from polygraft.engine.scheduler import Batch, Scheduled
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.low_rank_bank import Run
@@ -25,12 +26,21 @@ class ModelRunner:
 
     Args:
         block_size: tokens in a block of the cache.
+        frame: gives the same as the model, with less around it.
     """
 
     def __init__(
-        self, base: Base, bank: AdapterBank, switch: WeightSwitch, step: StepContext, block_size: int
+        self,
+        base: Base,
+        bank: AdapterBank,
+        switch: WeightSwitch,
+        step: StepContext,
+        block_size: int,
+        frame: ModelFrame | None = None,
     ) -> None:
         self._base = base
+        self._device = base.device  # looked up among the model's parameters
+        self._frame = frame
         self._bank = bank
         self._switch = switch
         self.switched = False
@@ -39,7 +49,7 @@ class ModelRunner:
         self._block_size = block_size
         # A mask of four dimensions is taken for a finished one, so transformers builds none and doesn't
         # look for packed sequences; attention goes by the plan.
-        self._no_mask = torch.zeros(1, 1, 1, 1, device=base.device)
+        self._no_mask = torch.zeros(1, 1, 1, 1, device=self._device)
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Run a batch; keys and values of its rows are in the cache afterwards.
@@ -54,36 +64,39 @@ class ModelRunner:
         head_rows = [
             start + row for start, item in zip(starts, items, strict=False) for row in item.logit_rows
         ]
-        device = self._base.device
+        device = self._device
         ids, positions = self._rows(items)
-        wanted = self._bank.segments(*_runs([run for item in items for run in item.runs(item.logit_rows)]))
-        self._step.begin(
-            self._attention_plan(items, starts),
-            self._bank.segments(*_runs([run for item in items for run in item.runs(range(item.count))])),
-            wanted,
-            rows=len(ids),
+        every = wanted = self._bank.segments(
+            *_runs([run for item in items for run in item.runs(range(item.count))])
         )
+        kept: torch.Tensor | None = None
+        if len(head_rows) < len(ids):
+            wanted = self._bank.segments(
+                *_runs([run for item in items for run in item.runs(item.logit_rows)])
+            )
+            kept = torch.tensor(head_rows, dtype=torch.long, device=device)
+        self._step.begin(self._attention_plan(items, starts), every, wanted, rows=len(ids))
         inputs = {"input_ids": ids[None].to(device)}
         if any(item.sequence.embeddings is not None for item in items):
             inputs = {"inputs_embeds": self._embed(items, starts, ids.to(device))[None]}
         try:
             with torch.inference_mode():
-                logits = self._logits(
-                    **inputs,
-                    position_ids=positions[None].to(device),
-                    attention_mask=self._no_mask,
-                    use_cache=False,
-                    logits_to_keep=torch.tensor(head_rows, dtype=torch.long, device=device),
-                )
+                logits = self._logits(positions[None].to(device), kept, inputs)
                 self._bank.replaced.clear_foreign(logits, wanted)
         finally:
             self._step.end()
         return logits
 
-    def _logits(self, **inputs: object) -> torch.Tensor:
-        """The model's, [rows that are kept, tokens]."""
+    def _logits(
+        self, positions: torch.Tensor, kept: torch.Tensor | None, inputs: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Logits [kept rows, tokens], as `ModelFrame` has them, by it or by the model itself."""
+        if self._frame is not None:
+            logits = self._frame(positions, kept, **inputs)
+            if logits is not None:
+                return logits
         try:
-            logits: torch.Tensor = self._base.model(**inputs).logits[0]
+            logits = self._ask_model(positions, kept, inputs)
             if self._step.following is None:
                 return logits
         except BrokenRun:
@@ -92,8 +105,19 @@ class ModelRunner:
         # places of the cache.
         log.warning("decoder layers are no longer called one right after another: each is computed by itself")
         self._step.joins, self._step.following = False, None
-        again: torch.Tensor = self._base.model(**inputs).logits[0]
-        return again
+        return self._ask_model(positions, kept, inputs)
+
+    def _ask_model(
+        self, positions: torch.Tensor, kept: torch.Tensor | None, inputs: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        logits: torch.Tensor = self._base.model(
+            **inputs,
+            position_ids=positions,
+            attention_mask=self._no_mask,
+            use_cache=False,
+            logits_to_keep=0 if kept is None else kept,
+        ).logits[0]
+        return logits
 
     def _rows(self, items: list[Scheduled]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and positions of all rows."""
@@ -136,7 +160,7 @@ class ModelRunner:
         table = np.zeros((len(items), max(map(len, tables))), dtype=np.int32)
         for row, blocks in enumerate(tables):
             table[row, : len(blocks)] = blocks
-        device = self._base.device
+        device = self._device
         return AttentionPlan(
             slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
             query_start=torch.tensor(starts, dtype=torch.int32, device=device),
@@ -154,7 +178,7 @@ class ModelRunner:
         bare = torch.zeros(len(items), len(self._base.spec.attention), dtype=torch.uint8)
         for row, without in enumerate(layers):
             bare[row, list(without)] = 1
-        return bare.to(self._base.device)
+        return bare.to(self._device)
 
 
 def _runs(items: Sequence[tuple[Runs, int]]) -> list[list[Run]]:

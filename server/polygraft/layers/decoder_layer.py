@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from polygraft.layers.attention import PagedAttention
 from polygraft.layers.bottlenecks import BottleneckSite
@@ -72,31 +73,43 @@ class FusedDecoderLayer:
         self._address = ctypes.addressof(self._struct)
         self._own_width = kernels.decoder_layer_buffer(self._address)
         self._following: FusedDecoderLayer | None = None  # among those that are computed together
-        self.join([], [])
+        self.join({})
 
     @property
     def shape(self) -> tuple[int, int, torch.dtype]:
         """What layers that are computed together must have in common: widths and type of what they read."""
         return self.hidden_size, self._head_dim, self._dtype
 
-    def join(self, others: Sequence[FusedDecoderLayer], hooks: Sequence[Mapping[int, object]]) -> None:
-        """Compute the layers that come behind this one with it, where the step allows it.
+    def join(self, run: Mapping[nn.Module, FusedDecoderLayer]) -> None:
+        """Compute the layers that come behind this one with it.
 
         Args:
-            others: in their order and of one `shape`; in every step each is called with what the one before
-                has given, with the same positions, and with nothing in between.
-            hooks: dictionaries in which torch notes whoever wants to see or change what is handed from one to
-                the next; as long as one isn't empty, each layer is computed by itself.
+            run: this layer and those, by their modules, in their order and of one `shape`. In every step each
+                is called with what the one before has given, with the same positions, and with nothing in
+                between; else `BrokenRun` is raised.
         """
-        run = [self, *others]
-        for layer, following in itertools.pairwise(run):
+        layers = list(run.values()) or [self]
+        for layer, following in itertools.pairwise(layers):
             layer._following = following
-        self._hooks = hooks
-        self._addresses = (ctypes.c_void_p * len(run))(*(layer._address for layer in run))
-        self._run_bits = [layer._bits for layer in run]
-        self._width = max(layer._own_width for layer in run)
-        self._adapted = (ctypes.c_int64 * len(run))()
+        # Whoever has a hook there expects to be called between two layers, or behind the last one.
+        self._hooks = [module._forward_hooks for module in run]
+        self._hooks += [module._forward_pre_hooks for module in list(run)[1:]]
+        self._places = [(vars(module), layer) for module, layer in run.items()]
+        self._addresses = (ctypes.c_void_p * len(layers))(*(layer._address for layer in layers))
+        self._run_bits = [layer._bits for layer in layers]
+        self._width = max(layer._own_width for layer in layers)
+        self._adapted = (ctypes.c_int64 * len(layers))()
         self._touched = 0  # for which `_adapted` is filled
+
+    @property
+    def together(self) -> bool:
+        """Whether it computes others as well: as long as nobody has come between them."""
+        return (
+            self._step.joins
+            and len(self._addresses) > 1
+            and not any(self._hooks)
+            and all(attributes.get("forward") is layer for attributes, layer in self._places)
+        )
 
     def __call__(
         self,
@@ -125,7 +138,7 @@ class FusedDecoderLayer:
             if not all(self._serves(x, positions) for positions in position_embeddings):
                 return self._original(hidden_states, position_embeddings=position_embeddings, **kwargs)
             step.describe_rows(position_embeddings)
-        count = len(self._addresses) if step.joins and not any(self._hooks) else 1
+        count = len(self._addresses) if self.together else 1
         if step.segments.touched != self._touched:
             self._note_adapted(step.segments.touched)
         step.rows.buffer = step.buffer(x.shape[1] * self._width, self._dtype).data_ptr()

@@ -18,7 +18,7 @@ from polygraft.layers.low_rank import ENTRY, AdaptedLinear, LowRankSlots
 from polygraft.layers.merging import AnyLinearSite, PackedSite, PlainSite
 from polygraft.layers.native.kernels import Kernels, load_kernels
 from polygraft.layers.packed_adapter import together
-from polygraft.layers.step import Depth, Segment, Segments, StepContext, segment_table
+from polygraft.layers.step import NO_SEGMENTS, Depth, Segment, Segments, StepContext, segment_table
 
 if TYPE_CHECKING:
     from polygraft.layers.triton_side_path import TritonSidePath
@@ -167,6 +167,8 @@ class LowRankBank:
             depths: the runs of rows' first adapters, then those of their second ones, and so on. A depth's
                 runs are in the order of rows and share none; each lies in one of the depth before.
         """
+        if not depths:
+            return NO_SEGMENTS
         touched = rank = 0
         placed: list[list[Segment]] = []
         for runs in depths:
