@@ -20,6 +20,7 @@ from polygraft.engine.answers import Answers
 from polygraft.engine.background import BackgroundWork
 from polygraft.engine.block_pool import BlockPool
 from polygraft.engine.canaries import Canaries
+from polygraft.engine.garbage import keep_for_good
 from polygraft.engine.generations import Generations
 from polygraft.engine.handle import Occupancy
 from polygraft.engine.intake import Intake
@@ -155,7 +156,7 @@ class Engine:
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> Engine:
-        """Load the base and every adapter of the store.
+        """Load the base and every adapter of the store; see `keep_for_good` for what else becomes of objects.
 
         Raises:
             ConfigError, BaseModelError, UnsupportedArchitecture.
@@ -174,6 +175,7 @@ class Engine:
         engine = cls(base, config)
         engine.adapters.load_store()
         engine.finish_background()
+        keep_for_good()
         return engine
 
     def _merged_budget(self) -> int:
