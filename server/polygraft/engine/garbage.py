@@ -10,8 +10,8 @@ def keep_for_good() -> None:
 
     A base with transformers and torch is some hundred thousand objects that stay until the process ends, and
     every full collection would look at each of them, in the middle of a step (0.35 s for the default model).
-    What is no longer referenced goes as ever; only a cycle of objects that is let go of later stays until this
-    is called again.
+    What is no longer referenced goes as ever; only a cycle of objects that is let go of later stays until
+    this is called again.
     """
     gc.unfreeze()
     gc.collect()
