@@ -90,8 +90,10 @@ def catalog(root: Path, model: str, store: Path, gguf: Path) -> list[Peer]:
             "polygraft",
             ("polygraft", "torch", "transformers"),
             (
-                System("Polygraft", "bfloat16", (adapters, "none", "bfloat16"), tuple(CASES)),
-                System("Polygraft", "int8", (adapters, "int8", "bfloat16"), tuple(CASES)),
+                System("Polygraft", "bfloat16", (adapters, "none", "none"), tuple(CASES)),
+                System("Polygraft", "int8", (adapters, "int8", "none"), tuple(CASES)),
+                # As the others' 4-bit weights have it.
+                System("Polygraft", "int8, head int8", (adapters, "int8", "int8"), tuple(CASES)),
             ),
         ),
         Peer(

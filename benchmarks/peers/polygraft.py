@@ -46,10 +46,10 @@ async def ask_all(address: str, asks: Sequence[Ask]) -> tuple[list[list[int]], l
 
 
 def main() -> None:
-    store, quantization, dtype = sys.argv[1:]
+    store, quantization, head = sys.argv[1:]
     command = serve_command(
         "--adapters", store, "--kv-cache-bytes", "128MiB", "--threads", "2",
-        "--quantization", quantization, "--dtype", dtype,
+        "--quantization", quantization, "--head-quantization", head, "--dtype", "bfloat16",
         "--no-prefix-caching",  # rounds repeat their prompts
     )  # fmt: skip
     with ServerProcess(command) as server:

@@ -15,6 +15,7 @@ from polygraft.cli.demo.scrape import scrape
 PRECISIONS = {
     "bfloat16": ("--quantization", "none", "--dtype", "bfloat16"),
     "int8": ("--quantization", "int8"),
+    "int8, head int8": ("--quantization", "int8", "--head-quantization", "int8"),
     "nf4": ("--quantization", "nf4"),
     "fp4": ("--quantization", "fp4"),
     "float32": ("--quantization", "none", "--dtype", "float32"),
