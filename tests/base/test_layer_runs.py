@@ -82,6 +82,13 @@ def mix(name: str = "", **options: object) -> list[Request]:
     ]
 
 
+def warm_engine(model: Path, store: Path, precision: str) -> Engine:
+    """One that has answered `mix` and takes several steps for its prompts."""
+    engine = make_engine(model, store, precision=precision, prefix_caching=False, max_num_batched_tokens=128)
+    engine.generate(mix("warm"))
+    return engine
+
+
 def equal(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
 
@@ -95,14 +102,7 @@ def test_a_run_gives_the_same_logits_as_its_layers(
     architecture: str,
     precision: str,
 ) -> None:
-    engine = make_engine(
-        tiny_model(architecture),
-        common_store(architecture),
-        precision=precision,
-        prefix_caching=False,
-        max_num_batched_tokens=128,
-    )
-    engine.generate(mix("warm"))
+    engine = warm_engine(tiny_model(architecture), common_store(architecture), precision)
     assert runs(engine) == [3]
     together = all_logits(engine, mix())
     assert len(together) > 5

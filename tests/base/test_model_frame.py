@@ -16,7 +16,7 @@ from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
 from polygraft.layers.native.kernels import load_kernels
 from tests.architectures import MATRIX
-from tests.base.test_layer_runs import all_logits, equal, mix, runs
+from tests.base.test_layer_runs import all_logits, equal, mix, runs, warm_engine
 from tests.engines import make_engine
 from tests.tiny import save_random_model
 
@@ -31,14 +31,7 @@ def test_it_gives_the_same_logits_as_the_model(
     architecture: str,
     precision: str,
 ) -> None:
-    engine = make_engine(
-        tiny_model(architecture),
-        common_store(architecture),
-        precision=precision,
-        prefix_caching=False,
-        max_num_batched_tokens=128,
-    )
-    engine.generate(mix("warm"))
+    engine = warm_engine(tiny_model(architecture), common_store(architecture), precision)
     assert engine.runner._frame is not None
     engine.base.model.register_forward_pre_hook(lambda *_: pytest.fail("the model's own code runs"))
     by_frame = all_logits(engine, mix())
