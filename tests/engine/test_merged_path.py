@@ -109,7 +109,7 @@ def hash_of_the_base(engine: Engine) -> str:
     for module in engine.base.model.modules():
         if isinstance(module, PackedLinear):
             panels = module.group._panels
-            for part in (panels.weight, panels.scale, panels.values, *module.group._biases):
+            for part in (*panels.tensors, *module.group._biases):
                 if part is not None:
                     tensors[part.data_ptr()] = part
             digest.update(bytes(module.group._struct))
