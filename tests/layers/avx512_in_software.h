@@ -1,6 +1,6 @@
-// Lets a processor without AVX-512 run what the operators do on one that has it, VNNI included: vectors of 64 bytes are
-// taken apart by the compiler, and the few instructions that the sources name are written out here, after Intel's
-// Intrinsics Guide.
+// Lets a processor without AVX-512 run what the operators do on one that has it, VNNI and BF16 included: vectors of 64
+// bytes are taken apart by the compiler, and the few instructions that the sources name are written out here, after
+// Intel's Intrinsics Guide.
 
 #include <immintrin.h>
 
@@ -11,6 +11,9 @@
 #define __AVX512BW__ 1
 #if defined(POLYGRAFT_VNNI)
 #define __AVX512VNNI__ 1
+#endif
+#if defined(POLYGRAFT_BF16)
+#define __AVX512BF16__ 1
 #endif
 
 namespace in_software {
@@ -63,6 +66,40 @@ inline __m512i widen(__m128i bytes) {
   return __m512i(out);
 }
 
+inline __m512i widen_words(__m256i words) {
+  typedef uint16_t sixteen __attribute__((vector_size(32)));
+  doubles out;
+  for (int i = 0; i < 16; i++) out[i] = sixteen(words)[i];
+  return __m512i(out);
+}
+
+inline float of_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float f;
+  std::memcpy(&f, &wide, sizeof(f));
+  return f;
+}
+
+inline __m512 dpbf16(__m512 sum, __m512bh a, __m512bh b) {
+  typedef uint16_t thirty_two __attribute__((vector_size(64)));
+  floats out = floats(sum);
+  for (int i = 0; i < 16; i++)
+    for (int k = 2 * i + 1; k >= 2 * i; k--) out[i] += of_bfloat16(thirty_two(a)[k]) * of_bfloat16(thirty_two(b)[k]);
+  return __m512(out);
+}
+
+inline __m256bh narrow(__m512 wide) {
+  typedef uint16_t sixteen __attribute__((vector_size(32)));
+  sixteen out;
+  for (int i = 0; i < 16; i++) {
+    const float f = floats(wide)[i];
+    uint32_t bits;
+    std::memcpy(&bits, &f, sizeof(bits));
+    out[i] = f != f ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+  return __m256bh(out);
+}
+
 }  // namespace in_software
 
 #define _mm512_dpbusd_epi32 in_software::dpbusd
@@ -71,3 +108,6 @@ inline __m512i widen(__m128i bytes) {
 #define _mm512_loadu_ps in_software::loadu
 #define _mm512_permutexvar_ps in_software::permute
 #define _mm512_cvtepu8_epi32 in_software::widen
+#define _mm512_cvtepu16_epi32 in_software::widen_words
+#define _mm512_dpbf16_ps in_software::dpbf16
+#define _mm512_cvtneps_pbh in_software::narrow

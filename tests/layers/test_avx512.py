@@ -1,4 +1,4 @@
-"""The operators as AVX-512 computes them, with and without VNNI, on a processor that may have neither."""
+"""The operators as AVX-512 computes them, with and without VNNI and BF16, on a processor that may have none of it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["AVX-512", "VNNI"])
+EXTENSIONS = {"AVX-512": [], "VNNI": ["-DPOLYGRAFT_VNNI"], "BF16": ["-DPOLYGRAFT_VNNI", "-DPOLYGRAFT_BF16"]}
+
+
+@pytest.fixture(scope="module", params=EXTENSIONS)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("avx512") / "kernels.so"
-    define = ["-DPOLYGRAFT_VNNI"] if request.param == "VNNI" else []
     subprocess.run(
         [
-            "g++", *build.FLAGS, "-O1", "-Wno-psabi", "-march=x86-64-v3", *define,
+            "g++", *build.FLAGS, "-O1", "-Wno-psabi", "-march=x86-64-v3", *EXTENSIONS[request.param],
             "-include", str(Path(__file__).with_name("avx512_in_software.h")),
             "-o", str(path), str(build.FOLDER / "kernels.cpp"), *map(str, build.torch_openmp()),
         ],
@@ -66,6 +68,15 @@ def test_other_products(library: ctypes.CDLL, dtype: torch.dtype, quantization: 
     mine = products(Kernels(library), weight, quantization, x)
     theirs = products(kernels.load_kernels(), weight, quantization, x)
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 13])
+@pytest.mark.parametrize("width_in", [64, 577])
+def test_bfloat16_products_of_whole_numbers_are_exact(library: ctypes.CDLL, rows: int, width_in: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randint(-9, 10, (n, width_in), generator=generator).bfloat16() for n in (rows, 75))
+    exact = x.double() @ weight.double().t()
+    assert torch.equal(products(Kernels(library), weight, "none", x), exact.bfloat16())
 
 
 def test_a_server(

@@ -98,6 +98,11 @@ def test_the_name_changes_with_source_flags_and_instruction_set(
 @pytest.mark.parametrize(
     ("vectors", "extensions", "expected"),
     [
+        (
+            "AVX512",
+            ["avx512_vnni", "avx512_bf16"],
+            ["x86-64-v4+avx512vnni+avx512bf16", "x86-64-v4+avx512vnni", "x86-64-v4", "x86-64-v3", ""],
+        ),
         ("AVX512", ["avx512_vnni"], ["x86-64-v4+avx512vnni", "x86-64-v4", "x86-64-v3", ""]),
         ("AVX512", ["avx_vnni"], ["x86-64-v4", "x86-64-v3+avxvnni", "x86-64-v3", ""]),
         ("AVX512_VNNI", [], ["x86-64-v4", "x86-64-v3", ""]),

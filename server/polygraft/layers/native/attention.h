@@ -41,23 +41,34 @@ struct Strides {
   int64_t row, head;
 };
 
+// Sums of each score, taken in turn: a single one would wait for its own last addition where registers are many.
+constexpr int kChains = kLanes == 16 ? 2 : 1;
+
 // Scores of Q queries [Q, dim] against V vectors of neighbouring keys [dim, block_size].
 template <int Q, int V, typename T>
 inline void score_tile(const float* query, int64_t dim, const T* keys, int64_t block_size, float* scores,
                        int64_t stride, Ahead next, Ahead values) {
-  vec acc[Q][V] = {};
-  for (int64_t d = 0; d < dim; d++) {
+  vec acc[kChains][Q][V] = {};
+  auto add = [&](int64_t d, vec (&sums)[Q][V]) {
     next.step();
     values.step();
     vec k[V];
     for (int v = 0; v < V; v++) k[v] = load(keys + d * block_size + v * kLanes);
     for (int n = 0; n < Q; n++) {
       const vec one = splat(query[n * dim + d]);
-      for (int v = 0; v < V; v++) acc[n][v] += one * k[v];
+      for (int v = 0; v < V; v++) sums[n][v] += one * k[v];
     }
-  }
+  };
+  int64_t d = 0;
+  for (; d + kChains <= dim; d += kChains)
+    for (int c = 0; c < kChains; c++) add(d + c, acc[c]);
+  for (; d < dim; d++) add(d, acc[0]);
   for (int n = 0; n < Q; n++)
-    for (int v = 0; v < V; v++) store(scores + n * stride + v * kLanes, acc[n][v]);
+    for (int v = 0; v < V; v++) {
+      vec total = acc[0][n][v];
+      for (int c = 1; c < kChains; c++) total += acc[c][n][v];
+      store(scores + n * stride + v * kLanes, total);
+    }
 }
 
 // result [Q, V vectors of vdim] += scores [Q, from:to] times values [from:to, vdim]
@@ -105,10 +116,14 @@ inline float largest(const float* s, int64_t count) {
   return top;
 }
 
-// Rows [first_row, last_row) of a sequence, for one head of the keys; fetches the keys `after` it as well.
+// Blocks of keys that are fetched ahead: one takes less time to multiply by than to come from memory.
+constexpr int64_t kBlocksAhead = 2;
+
+// Rows [first_row, last_row) of a sequence, for one head of the keys; fetches the blocks of keys `after` them as well.
 template <typename T>
 void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_head, int64_t first_row,
-            int64_t last_row, const T* q, Strides qs, T* out, const void* after, std::vector<float>& scratch) {
+            int64_t last_row, const T* q, Strides qs, T* out, const T* const (&after)[kBlocksAhead],
+            std::vector<float>& scratch) {
   const int64_t group = layer.heads / layer.kv_heads;
   const int64_t dim = layer.head_dim, vdim = layer.value_dim, bs = layer.block_size;
   const int64_t rows = last_row - first_row, queries = rows * group;
@@ -144,8 +159,7 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
       const int64_t start = shared ? b * bs : prefix + (b - prefix_blocks) * bs;
       if (start >= end) break;
       const int64_t count = std::min(shared ? std::min(bs, prefix - start) : bs, end - start);
-      const int64_t next = start + count < end ? table[b + 1] : -1;
-      if (start + count > begin) visit(int64_t(table[b]), next, start, count);
+      if (start + count > begin) visit(b, int64_t(table[b]), start, count);
     }
   };
   auto keys_of = [&](int64_t block) {
@@ -154,10 +168,13 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
   auto values_of = [&](int64_t block) {
     return static_cast<const T*>(layer.value_cache) + (block * layer.kv_heads + kv_head) * bs * vdim;
   };
-  for_blocks([&](int64_t block, int64_t next, int64_t start, int64_t count) {
+  const int64_t blocks = prefix_blocks + std::max<int64_t>(0, end - prefix + bs - 1) / bs;
+  for_blocks([&](int64_t b, int64_t block, int64_t start, int64_t count) {
     const T* keys = keys_of(block);
-    // The next block's keys, and this one's values: every tile fetches them all, the first from memory.
-    const Ahead ahead{static_cast<const char*>(next >= 0 ? keys_of(next) : after), bs * int64_t(sizeof(T))};
+    // A later block's keys, and this one's values: every tile fetches them all, the first from memory.
+    const int64_t then = b + kBlocksAhead;
+    const Ahead ahead(then < blocks ? keys_of(table[then]) : after[std::min(then - blocks, kBlocksAhead - 1)],
+                      bs * int64_t(sizeof(T)));
     const int64_t bytes = count * vdim * int64_t(sizeof(T));
     const Ahead behind = Ahead::of_tile(values_of(block), bytes, 0, 1, dim);
     if (bs % kLanes == 0) {
@@ -216,7 +233,7 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
     std::fill(s + to, s + end, 0.0f);
   }
   std::fill(result, result + queries * vdim, 0.0f);
-  for_blocks([&](int64_t block, int64_t, int64_t start, int64_t count) {
+  for_blocks([&](int64_t, int64_t block, int64_t start, int64_t count) {
     const T* values = values_of(block);
     const int64_t skip = std::max<int64_t>(0, begin - start);
     int64_t d = 0;
@@ -284,9 +301,12 @@ void attend_share(const Layer& layer, const Plan& plan, const T* q, Strides qs, 
     const Task task = tasks[t % count];
     // The first keys of what this thread may do next.
     const int64_t next = (t + team) % (count * layer.kv_heads);
-    const int64_t block = plan.block_tables[tasks[next % count].sequence * plan.max_blocks];
-    const void* after = static_cast<const T*>(layer.key_cache) +
-                        (block * layer.kv_heads + next / count) * layer.head_dim * layer.block_size;
+    const int32_t* table = plan.block_tables + tasks[next % count].sequence * plan.max_blocks;
+    const T* after[kBlocksAhead];
+    for (int64_t b = 0; b < kBlocksAhead; b++)
+      after[b] = static_cast<const T*>(layer.key_cache) +
+                 (table[std::min(b, plan.max_blocks - 1)] * layer.kv_heads + next / count) * layer.head_dim *
+                     layer.block_size;
     attend(layer, plan, task.sequence, t / count, task.first_row, task.last_row, q, qs, out, after, scratch);
   }
 }

@@ -94,7 +94,7 @@ void for_adapted_rows(const Site& site, const Segment* segments, int64_t num_seg
 // out to all threads.
 inline void down_share(const Site& site, const Segment* segments, int64_t num_segments, int64_t hidden,
                        const float* x, float* a, int64_t max_width) {
-  constexpr int64_t kRows = 64, kRanks = 4;
+  constexpr int64_t kRows = 64;
   const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
   int64_t piece = 0;
   for (int64_t s = 0; s < num_segments; s++) {

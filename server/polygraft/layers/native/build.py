@@ -27,13 +27,14 @@ FOLDER = Path(__file__).parent
 # -fno-math-errno and -fno-trapping-math let loops over floor and select become vector code; unlike
 # -ffast-math they keep NaN and infinity, which the canary looks for.
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-LEVELS = {
+LEVELS: dict[str, tuple[str, ...]] = {
+    "x86-64-v4+avx512vnni+avx512bf16": ("AVX512", "avx512_vnni", "avx512_bf16"),
     "x86-64-v4+avx512vnni": ("AVX512", "avx512_vnni"),
-    "x86-64-v4": ("AVX512", None),
+    "x86-64-v4": ("AVX512",),
     "x86-64-v3+avxvnni": ("AVX2", "avx_vnni"),
-    "x86-64-v3": ("AVX2", None),
+    "x86-64-v3": ("AVX2",),
 }
-"""The best first: `-march` and what is on beside it, with torch's names of what they need."""
+"""The best first: `-march` and what is on beside it, with torch's names of the vectors and of the rest."""
 
 
 def instruction_sets() -> list[str]:
@@ -48,8 +49,8 @@ def instruction_sets() -> list[str]:
     return [
         *(
             name
-            for name, (needed, extension) in LEVELS.items()
-            if needed in vectors and (extension is None or extensions.get(extension))
+            for name, (needed, *beside) in LEVELS.items()
+            if needed in vectors and all(extensions.get(extension) for extension in beside)
         ),
         "",
     ]
@@ -84,8 +85,8 @@ def build(march: str, folder: Path) -> Path:
     # Compiled aside and moved into place, so that nobody loads half a file.
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         output = Path(aside) / target.name
-        level, _, extension = march.partition("+")
-        arch = [f"-march={level}"] * bool(level) + [f"-m{extension}"] * bool(extension)
+        level, *beside = march.split("+")
+        arch = [f"-march={level}"] * bool(level) + [f"-m{extension}" for extension in beside]
         # The OpenMP runtime that torch has loaded, under whatever name its wheel gave it: a second one
         # would bring a second set of threads. The compiler's own is left out where nothing needs it.
         runtime = ["-Wl,--as-needed", *map(str, torch_openmp())]

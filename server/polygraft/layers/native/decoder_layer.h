@@ -79,9 +79,10 @@ void norm_rows(const Norm& norm, const Segment* segments, int64_t num_segments, 
 
 // The calling thread's share of a layer; every thread of the team calls it. x and out [rows, hidden], out may be x.
 // Of both a thread reads no rows but its own before the first barrier, and writes none but its own behind the last
-// one: between two layers it needs none.
+// one: between two layers it needs none. `next` is the layer behind it or null, of which `next_adapted` is true.
 template <typename T>
-void decoder_layer_share(const DecoderLayer& layer, const Rows& step, int64_t adapted, const T* x, T* out) {
+void decoder_layer_share(const DecoderLayer& layer, const Rows& step, int64_t adapted, const T* x, T* out,
+                         const DecoderLayer* next, int64_t next_adapted) {
   const Layer& attention = *layer.attention;
   const int64_t rows = step.plan->num_rows, hidden = layer.hidden;
   const int64_t heads = attention.heads, kv_heads = attention.kv_heads, dim = attention.head_dim;
@@ -97,9 +98,10 @@ void decoder_layer_share(const DecoderLayer& layer, const Rows& step, int64_t ad
   const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
   const int64_t from = rows * thread / team, count = rows * (thread + 1) / team - from;
   const int64_t own = adapted & kNorms ? step.num_segments : 0;
-  auto project = [&](const Group& group, Adapted bit, const T* in, std::initializer_list<T*> to) {
+  auto project = [&](const Group& group, Adapted bit, const T* in, std::initializer_list<T*> to,
+                     const Group* following, bool follows) {
     linear_share(group, in, rows, to.begin(), step.segments, adapted & bit ? step.num_segments : 0, step.scratch,
-                 step.max_rank);
+                 step.max_rank, follows ? following : nullptr, step.num_segments);
   };
   auto normalise = [&](const Norm& norm, const T* in, T* to) {
     if (norm.scale) norm_rows(norm, step.segments, own, from, from + count, 1, hidden, in, to);
@@ -122,7 +124,7 @@ void decoder_layer_share(const DecoderLayer& layer, const Rows& step, int64_t ad
   };
   normalise(layer.before_attention, x, state);
 #pragma omp barrier
-  project(*layer.qkv, kQkv, state, {q, k, v});
+  project(*layer.qkv, kQkv, state, {q, k, v}, layer.o, adapted & kO);
 #pragma omp barrier
   place(layer.q, q, heads);
   place(layer.k, k, kv_heads);
@@ -130,17 +132,17 @@ void decoder_layer_share(const DecoderLayer& layer, const Rows& step, int64_t ad
               from + count);
 #pragma omp barrier
   attend_share(attention, *step.plan, q, Strides{q_width, dim}, attended);
-  project(*layer.o, kO, attended, {state});
+  project(*layer.o, kO, attended, {state}, layer.gate_up, adapted & kGateUp);
 #pragma omp barrier
   normalise(layer.after_attention, state, state);
   add_to_stream(layer.attention_site, kAttentionSite, x, state);
   normalise(layer.before_mlp, out, state);
 #pragma omp barrier
-  project(*layer.gate_up, kGateUp, state, {gated, up});
+  project(*layer.gate_up, kGateUp, state, {gated, up}, layer.down, adapted & kDown);
 #pragma omp barrier
   gate(gated + from * inner, up + from * inner, count * inner, int(layer.activation), gated + from * inner);
 #pragma omp barrier
-  project(*layer.down, kDown, gated, {state});
+  project(*layer.down, kDown, gated, {state}, next ? next->qkv : nullptr, next_adapted & kQkv);
 #pragma omp barrier
   normalise(layer.after_mlp, state, state);
   add_to_stream(layer.mlp_site, kMlpSite, out, state);
@@ -151,8 +153,11 @@ template <typename T>
 void decoder_layers(const DecoderLayer* const* layers, const int64_t* adapted, int64_t count, const Rows& step,
                     const T* x, T* out, int threads) {
 #pragma omp parallel num_threads(threads)
-  for (int64_t n = 0; n < count; n++)
-    decoder_layer_share(*layers[n], step, adapted[n], n == 0 ? x : out, out);
+  for (int64_t n = 0; n < count; n++) {
+    const bool last = n + 1 == count;
+    decoder_layer_share(*layers[n], step, adapted[n], n == 0 ? x : out, out, last ? nullptr : layers[n + 1],
+                        last ? 0 : adapted[n + 1]);
+  }
 }
 
 }  // namespace

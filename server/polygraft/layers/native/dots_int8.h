@@ -3,10 +3,6 @@
 
 #pragma once
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "vectors.h"
 
 // AVX2 and AVX-512 without VNNI multiply bytes twice as fast as 16-bit numbers, but sum the products in 16 bits.
@@ -18,6 +14,7 @@
 
 namespace {
 
+typedef int8_t quarter __attribute__((vector_size(kLanes)));
 typedef int8_t bytes __attribute__((vector_size(kLanes * 4)));
 typedef int16_t shorts __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t unsigned_shorts __attribute__((vector_size(kLanes * 4)));

@@ -57,19 +57,21 @@ void store_panel(const float* acc, const float* bias, int64_t rows, int64_t widt
 template <typename T>
 struct BlockOfRows {
   int64_t in;
-  const float* wide;  // [count, in], padded as weights in T are; or null
+  const typename Panel<T>::Row* plain;  // [count, in], padded as weights in T are; or null
+  const float* wide;                    // likewise
   const Int8Rows& quantized;
   int64_t count;
 
   // acc [count, kPanel] = the product with panel `p` of a module, or what is in `out` where there is none.
-  void multiply(const Weights& by, int64_t p, const T* out, int64_t width, int64_t columns, float* acc) const {
+  void multiply(const Weights& by, int64_t p, const T* out, int64_t width, int64_t columns, float* acc,
+                Later& later) const {
     if (by.storage == kRowsType) {
-      multiply_panel(wide, count, Panel<T>::inputs(in), Panel<T>::at(by.weight, p, in), acc);
+      multiply_panel(plain, count, Panel<T>::inputs(in), Panel<T>::at(by.weight, p, in), acc, later);
     } else if (by.storage == kInt8) {
-      multiply_panel_int8(quantized, count, in, by.weight, by.scale, p, acc);
+      multiply_panel_int8(quantized, count, in, by.weight, by.scale, p, acc, later);
     } else if (by.storage == k4Bit) {  // whole blocks of inputs, so never an odd number
       multiply_panel_4bit(wide, count, in, static_cast<const uint8_t*>(by.weight) + p * in / 2 * kPanel,
-                          by.scale + p * in / kScaleInputs * kPanel, by.values, acc);
+                          by.scale + p * in / kScaleInputs * kPanel, by.values, acc, later);
     } else {
       load_panel(out, count, width, columns, acc);
     }
@@ -109,43 +111,53 @@ const float* transform_inputs(const Group& group, int64_t member, const T* x, in
 }
 
 // The calling thread's share of the group's products; every thread of the team calls it, and needs a barrier
-// before it reads another's outputs.
+// before it reads another's outputs. `following` are the modules whose side paths are computed next, or null.
 template <typename T>
 void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, const Segment* segments,
-                  int64_t num_segments, float* h, int64_t max_rank) {
+                  int64_t num_segments, float* h, int64_t max_rank, const Group* following = nullptr,
+                  int64_t num_following = 0) {
   const int thread = omp_get_thread_num(), team = omp_get_num_threads();
   const int64_t in = group.in, h_stride = kMaxModules * max_rank;
   // As many rows as keep the block's inputs in the L2 cache.
   const int64_t fitting = std::clamp<int64_t>(65536 / in, 4 * kTileRows, kBlockRows);
   const int64_t blocks = (rows + fitting - 1) / fitting;
   int64_t panels = 0;
-  bool widens = false, quantizes = false;
+  bool plain = false, widens = false, quantizes = false;
   for (int64_t m = 0; m < group.modules; m++) {
     const int64_t storage = group.module[m].weights.storage;
     panels += panels_of(group.module[m]);
     quantizes |= storage == kInt8;
-    widens |= storage == kRowsType || storage == k4Bit;
+    plain |= storage == kRowsType;
+    widens |= storage == k4Bit;
   }
+  if (following) fetch_entries(segments, num_following, following->module, following->modules);
   if (num_segments > 0) {
     shrink_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread,
                  team);
+    kron_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread, team);
     rotate_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread,
                  team);
 #pragma omp barrier
   }
+  static thread_local Later later;
+  later.clear();
+  if (following)
+    note_pieces(following->in, segments, num_following, following->module, following->modules, thread, team, later);
   // Each thread takes its own panels, so that weights are read once; with more threads than panels can
   // feed, they share out the rows as well.
   int64_t across = 1;
   while (team % (2 * across) == 0 && blocks >= 2 * across && panels * across < 8 * team) across *= 2;
   const int64_t share = thread / across, shares = team / across;
   const int64_t from = panels * share / shares, to = panels * (share + 1) / shares;
-  static thread_local std::vector<float> widened, widened_own;
+  static thread_local std::vector<typename Panel<T>::Row> plain_rows, plain_own;
+  static thread_local std::vector<float> widened, transformed;
   static thread_local Int8Rows quantized, quantized_own;
   alignas(64) float acc[kBlockRows * kPanel];
   for (int64_t b = thread % across; b < blocks; b += across) {
     const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
     if (quantizes) quantize(x + row * in, count, in, in, quantized);
     const float* wide = widens ? widen(x + row * in, count, in, widened) : nullptr;
+    const auto* whole = plain ? as_rows<T>(x + row * in, count, in, plain_rows) : nullptr;
     int64_t first = 0;  // panel of the module among all
     for (int64_t m = 0; m < group.modules; m++) {
       const Module& module = group.module[m];
@@ -155,15 +167,19 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
         continue;
       }
       const float* own = num_segments > 0 ? transform_inputs(group, m, x, row, count, segments, num_segments, h,
-                                                             h_stride, max_rank, widened_own)
+                                                             h_stride, max_rank, transformed)
                                           : nullptr;
       if (own && module.weights.storage == kInt8) quantize(own, count, in, Panel<T>::inputs(in), quantized_own);
-      const BlockOfRows<T> from_rows{in, own ? own : wide, own ? quantized_own : quantized, count};
+      const auto* own_rows =
+          own && module.weights.storage == kRowsType ? as_rows<T>(own, count, Panel<T>::inputs(in), plain_own) : whole;
+      const BlockOfRows<T> from_rows{in, own_rows, own ? own : wide, own ? quantized_own : quantized, count};
+      if (num_segments > 0)
+        fetch_panel(row, count, segments, num_segments, module, std::max(from, first) - first);
       for (int64_t p = std::max(from, first); p < std::min(to, last); p++) {
         const int64_t panel = p - first, column = panel * kPanel;
         const int64_t columns = std::min<int64_t>(kPanel, module.width - column);
         T* out = outs[m] + row * module.width + column;
-        from_rows.multiply(module.weights, panel, out, module.width, columns, acc);
+        from_rows.multiply(module.weights, panel, out, module.width, columns, acc, later);
         if (num_segments > 0)
           expand_panel(acc, row, count, segments, num_segments, module, in, panel, h + m * max_rank,
                        h_stride);

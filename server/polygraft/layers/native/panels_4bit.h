@@ -4,10 +4,6 @@
 
 #pragma once
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "panels.h"
 
 namespace {
@@ -15,7 +11,7 @@ namespace {
 constexpr int64_t kScaleInputs = 64;  // inputs that share a scale
 static_assert(kBlockInputs % kScaleInputs == 0);
 
-typedef uint8_t quarter __attribute__((vector_size(kLanes)));
+typedef uint8_t quarter_bytes __attribute__((vector_size(kLanes)));
 
 struct Codes {  // the 16 values, where a lookup reaches them
 #if defined(__AVX512F__)
@@ -42,7 +38,7 @@ struct Codes {  // the 16 values, where a lookup reaches them
 };
 
 inline ivec load_bytes(const uint8_t* p) {
-  quarter q;
+  quarter_bytes q;
   std::memcpy(&q, p, sizeof(q));
   // Compilers take the conversion apart where one instruction does it.
 #if defined(__AVX512F__)
@@ -71,7 +67,7 @@ inline void widen_4bit(const uint8_t* w, const float* scale, const Codes& codes,
 
 // acc[rows, kPanel] = x[rows, inputs] times one panel, whose scales are [inputs / 64, kPanel].
 inline void multiply_panel_4bit(const float* x, int64_t rows, int64_t inputs, const uint8_t* w,
-                                const float* scale, const float* values, float* acc) {
+                                const float* scale, const float* values, float* acc, Later& later) {
   const Codes codes(values);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   alignas(64) float wide[kBlockInputs * kPanel];
@@ -80,7 +76,7 @@ inline void multiply_panel_4bit(const float* x, int64_t rows, int64_t inputs, co
     const uint8_t* block = w + i / 2 * kPanel;
     widen_4bit(block, scale + i / kScaleInputs * kPanel, codes, count, wide);
     multiply_tiles(rows, tiles, x + i, inputs, static_cast<const float*>(wide), count, acc, i == 0,
-                   block + inputs / 2 * kPanel, count / 2 * kPanel);
+                   block + inputs / 2 * kPanel, count / 2 * kPanel, later);
   }
 }
 

@@ -71,12 +71,12 @@ void multiply_int8(int64_t count, const Int8Rows& rows, int64_t row, const uint8
 
 // out [count, kPanel] = the product of a block of rows with panel `p` of a module.
 inline void multiply_panel_int8(const Int8Rows& rows, int64_t count, int64_t in, const void* weight,
-                                const float* scale, int64_t p, float* out) {
+                                const float* scale, int64_t p, float* out, Later& later) {
   const int64_t inputs = int8_inputs(in), tiles = (count + kInt8Rows - 1) / kInt8Rows, bytes = inputs * kPanel;
   const uint8_t* panel = static_cast<const uint8_t*>(weight) + p * bytes;
   for (int64_t t = 0; t < tiles; t++) {
     const int64_t from = count * t / tiles, to = count * (t + 1) / tiles;
-    const Ahead ahead = Ahead::of_tile(panel + bytes, bytes, t, tiles, inputs / 4);
+    const Ahead ahead = Ahead::of_tile(panel + bytes, bytes, t, tiles, inputs / 4, later);
     float* tile = out + from * kPanel;
 #if POLYGRAFT_CLIPS_ROWS
     const SumOf sums = *std::max_element(rows.sums.data() + from, rows.sums.data() + to);

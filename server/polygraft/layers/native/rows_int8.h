@@ -100,28 +100,49 @@ inline SumOf clip_row(int8_t* row, int64_t inputs, std::vector<Clip>& clips) {
 
 #endif
 
+// The bits of a number's size: of two sizes the larger has the larger bits, and NaN's are above all.
+inline ivec bits_of_sizes(const float* p) {
+  ivec bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bits & 0x7fffffff;
+}
+inline shorts bits_of_sizes(const bf16* p) {
+  shorts bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bits & 0x7fff;
+}
+
 // The largest size in row [in], NaN if any number is.
 template <typename T>
 float largest_size(const T* row, int64_t in) {
-  vec tops = {};
+  typedef decltype(bits_of_sizes(row)) Bits;
+  constexpr int kCount = sizeof(Bits) / sizeof(T), kChains = 4;  // of comparisons, which wait for each other
+  Bits tops[kChains] = {};
   int64_t i = 0;
-  for (; i + kLanes <= in; i += kLanes) {
-    const vec v = load(row + i);
-    const vec size = v < 0 ? -v : v;
-    tops = (size > tops) | (size != size) ? size : tops;
+  for (; i + kChains * kCount <= in; i += kChains * kCount)
+    for (int c = 0; c < kChains; c++) {
+      const Bits bits = bits_of_sizes(row + i + c * kCount);
+      tops[c] = bits > tops[c] ? bits : tops[c];
+    }
+  for (; i + kCount <= in; i += kCount) {
+    const Bits bits = bits_of_sizes(row + i);
+    tops[0] = bits > tops[0] ? bits : tops[0];
   }
+  for (int c = 1; c < kChains; c++) tops[0] = tops[c] > tops[0] ? tops[c] : tops[0];
+  T sizes[kCount];
+  std::memcpy(sizes, &tops[0], sizeof(sizes));
   float top = 0;
-  for (int k = 0; k < kLanes; k++) top = tops[k] > top || tops[k] != tops[k] ? tops[k] : top;
-  for (; i < in; i++) {
-    const float size = std::fabs(to_float(row[i]));
+  auto take = [&](T x) {
+    const float size = std::fabs(to_float(x));
     top = size > top || size != size ? size : top;
-  }
+  };
+  for (int k = 0; k < kCount; k++) take(sizes[k]);
+  for (; i < in; i++) take(row[i]);
   return top;
 }
 
 template <typename T>
 void quantize(const T* x, int64_t rows, int64_t in, int64_t stride, Int8Rows& out) {
-  typedef int8_t lanes __attribute__((vector_size(kLanes)));
   const int64_t inputs = int8_inputs(in);
   out.values.resize(rows * inputs);
   out.scale.resize(rows);
@@ -155,7 +176,7 @@ void quantize(const T* x, int64_t rows, int64_t in, int64_t stride, Int8Rows& ou
     }
 #endif
     for (; i + kLanes <= in; i += kLanes) {
-      const lanes packed = __builtin_convertvector(whole(i), lanes);
+      const quarter packed = __builtin_convertvector(whole(i), quarter);
       std::memcpy(to + i, &packed, sizeof(packed));
     }
     int32_t total = 0;

@@ -63,36 +63,68 @@ struct Segment {  // layers/step.py has the same
   int32_t offset;  // of its product with A in a row of the scratch: segments that share rows differ in it
 };
 
-// Dot products of ROWS rows of x with up to 4 rows of A, times the weight.
-template <int ROWS, typename X, typename W>
-inline void shrink_tile(const X* x, int64_t in, const W* a, int ranks, float weight, float* h, int64_t h_stride) {
-  vec acc[ROWS][4] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= in; i += kLanes) {
-    vec w[4];
-    for (int j = 0; j < 4; j++) w[j] = load(a + (j < ranks ? j : 0) * in + i);
-    for (int r = 0; r < ROWS; r++) {
-      const vec v = load(x + r * in + i);
-      for (int j = 0; j < 4; j++) acc[r][j] += v * w[j];
-    }
-  }
+// The sums of a tile's products over inputs [0, done), those behind them added one by one, times the weight.
+template <int ROWS, int RANKS, typename X, typename W>
+inline void finish_tile(const vec (&acc)[ROWS][RANKS], const X* x, int64_t done, int64_t in, const W* a, int ranks,
+                        float weight, float* h, int64_t h_stride) {
   for (int r = 0; r < ROWS; r++) {
+    float totals[RANKS];
+    for (int j = 0; j < RANKS; j++) totals[j] = sum(acc[r][j]);
     for (int j = 0; j < ranks; j++) {
-      float total = sum(acc[r][j]);
-      for (int64_t k = i; k < in; k++) total += to_float(x[r * in + k]) * to_float(a[j * in + k]);
-      h[r * h_stride + j] = weight * total;
+      for (int64_t k = done; k < in; k++) totals[j] += to_float(x[r * in + k]) * to_float(a[j * in + k]);
+      h[r * h_stride + j] = weight * totals[j];
     }
   }
 }
 
+// Dot products of ROWS rows of x with up to RANKS rows of A, times the weight.
+template <int ROWS, int RANKS, typename X, typename W>
+inline void shrink_tile(const X* x, int64_t in, const W* a, int ranks, float weight, float* h, int64_t h_stride) {
+  vec acc[ROWS][RANKS] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= in; i += kLanes) {
+    vec w[RANKS];
+    for (int j = 0; j < RANKS; j++) w[j] = load(a + (j < ranks ? j : 0) * in + i);
+    for (int r = 0; r < ROWS; r++) {
+      const vec v = load(x + r * in + i);
+      for (int j = 0; j < RANKS; j++) acc[r][j] += v * w[j];
+    }
+  }
+  finish_tile(acc, x, i, in, a, ranks, weight, h, h_stride);
+}
+
+#if POLYGRAFT_DOTS_OF_BF16
+
+// The same of pairs of inputs.
+template <int ROWS, int RANKS>
+inline void shrink_tile(const bf16* x, int64_t in, const bf16* a, int ranks, float weight, float* h,
+                        int64_t h_stride) {
+  vec acc[ROWS][RANKS] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= in; i += 2 * kLanes) {
+    uvec w[RANKS];
+    for (int j = 0; j < RANKS; j++) w[j] = load_pairs(a + (j < ranks ? j : 0) * in + i);
+    for (int r = 0; r < ROWS; r++) {
+      const uvec pairs = load_pairs(x + r * in + i);
+      for (int j = 0; j < RANKS; j++) acc[r][j] = add_products_of_pairs(acc[r][j], pairs, w[j]);
+    }
+  }
+  finish_tile(acc, x, i, in, a, ranks, weight, h, h_stride);
+}
+
+#endif
+
+// Rows of A that are multiplied at a time.
+constexpr int kRanks = kLanes == 16 ? 8 : 4;
+
+// Up to kRanks ranks, in tiles of as many sums as the registers hold.
 template <typename X, typename W>
 void shrink(const X* x, int64_t rows, int64_t in, const W* a, int ranks, float weight, float* h,
             int64_t h_stride) {
-  constexpr int kRows = kLanes == 16 ? 4 : 2;  // as many sums as the registers hold
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    shrink_tile<kRows>(x + r * in, in, a, ranks, weight, h + r * h_stride, h_stride);
-  for (; r < rows; r++) shrink_tile<1>(x + r * in, in, a, ranks, weight, h + r * h_stride, h_stride);
+  for (; r + 2 <= rows; r += 2)
+    shrink_tile<2, kRanks>(x + r * in, in, a, ranks, weight, h + r * h_stride, h_stride);
+  for (; r < rows; r++) shrink_tile<1, kRanks>(x + r * in, in, a, ranks, weight, h + r * h_stride, h_stride);
 }
 
 // out[ROWS, kPanel] += h[ROWS, rank] b[rank, kPanel]
@@ -123,13 +155,17 @@ void expand(float* out, int64_t rows, const W* b, const float* h, int64_t rank, 
 template <typename X>
 void shrink_panel(const X* x, int64_t rows, int64_t in, const Entry& entry, int64_t panel, float weight, float* h,
                   int64_t h_stride) {
+  // An even number of inputs: nothing is padded.
   static thread_local std::vector<float> widened, sums;
+  Later nothing;
+  const void* a = reinterpret_cast<const void*>(entry.a);
   sums.resize(rows * kPanel);
-  const float* wide = widen(x, rows, in, widened);  // an even number of inputs: nothing is padded
   if (entry.dtype == 0)
-    multiply_panel(wide, rows, in, Panel<float>::at(reinterpret_cast<const void*>(entry.a), panel, in), sums.data());
+    multiply_panel(widen(x, rows, in, widened), rows, in, Panel<float>::at(a, panel, in), sums.data(), nothing);
+  else if constexpr (std::is_same_v<X, bf16> && POLYGRAFT_DOTS_OF_BF16)
+    multiply_panel(x, rows, in, Panel<bf16>::at(a, panel, in), sums.data(), nothing);
   else
-    multiply_panel(wide, rows, in, Panel<bf16>::at(reinterpret_cast<const void*>(entry.a), panel, in), sums.data());
+    multiply_panel(widen(x, rows, in, widened), rows, in, Panel<bf16>::at(a, panel, in), sums.data(), nothing);
   for (int64_t r = 0; r < rows; r++)
     for (int v = 0; v < kVecs; v++)
       store(h + r * h_stride + v * kLanes, load(sums.data() + r * kPanel + v * kLanes) * splat(weight));
@@ -140,6 +176,14 @@ inline void fetch_panel(const Entry& entry, int64_t panel) {
   const int64_t bytes = entry.rank * kPanel * (entry.dtype == 0 ? sizeof(float) : sizeof(bf16));
   const char* from = reinterpret_cast<const char*>(entry.b) + panel * bytes;  // may lie behind the last one
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+}
+
+// The same of all adapters that rows [row, row + rows) have.
+inline void fetch_panel(int64_t row, int64_t rows, const Segment* segments, int64_t num_segments, const Module& module,
+                        int64_t panel) {
+  for (int64_t s = 0; s < num_segments; s++)
+    if (segments[s].first < row + rows && segments[s].last > row)
+      fetch_panel(module.table[segments[s].slot], panel);
 }
 
 // Add the side paths of rows [row, row + rows) to one panel of their outputs, out [rows, kPanel].
@@ -182,16 +226,43 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
   }
 }
 
-// This thread's share of what is between a Kronecker product's halves, for rows [first, last).
+// This thread's share of what is between a Kronecker product's halves, for the segments' rows.
 template <typename X>
-void kron_share(const Kron& kron, const X* x, int64_t in, const Segment& segment, float* between, int64_t h_stride,
-                int64_t* piece, int thread, int threads) {
+void kron_share(const X* x, int64_t in, const Segment* segments, int64_t num_segments, const Module* modules,
+                int64_t num_modules, float* h, int64_t h_stride, int64_t max_rank, int thread, int threads) {
   constexpr int64_t kLines = 8;
-  for (int64_t row = segment.first; row < segment.last; row++)
-    for (int64_t line = 0; line < kron.lines(); line += kLines)
-      if ((*piece)++ % threads == thread)
-        kron_first(kron, x + row * in, line, std::min(line + kLines, kron.lines()), segment.weight,
-                   between + row * h_stride);
+  int64_t piece = 0;
+  for (int64_t s = 0; s < num_segments; s++)
+    for (int64_t m = 0; m < num_modules; m++) {
+      const Entry& entry = modules[m].table[segments[s].slot];
+      if (!entry.w1) continue;
+      const Kron kron = kron_of(entry, in, modules[m].width);
+      float* between = h + m * max_rank + segments[s].offset + between_at(entry);
+      for (int64_t row = segments[s].first; row < segments[s].last; row++)
+        for (int64_t line = 0; line < kron.lines(); line += kLines)
+          if (piece++ % threads == thread)
+            kron_first(kron, x + row * in, line, std::min(line + kLines, kron.lines()), segments[s].weight,
+                       between + row * h_stride);
+    }
+}
+
+// Calls visit(segment, m, row, rows, rank, ranks) for this thread's pieces of the products with A: small enough that
+// one long segment and many short ones both fill all threads.
+template <typename Visit>
+void for_pieces(const Segment* segments, int64_t num_segments, const Module* modules, int64_t num_modules, int thread,
+                int threads, Visit&& visit) {
+  constexpr int64_t kRows = 64;
+  int64_t piece = 0;
+  for (int64_t s = 0; s < num_segments; s++)
+    for (int64_t m = 0; m < num_modules; m++) {
+      const Entry& entry = modules[m].table[segments[s].slot];
+      const int64_t step = entry.a_in_panels ? kPanel : kRanks;
+      for (int64_t row = segments[s].first; row < segments[s].last; row += kRows)
+        for (int64_t rank = 0; rank < entry.rank; rank += step)
+          if (piece++ % threads == thread)
+            visit(segments[s], m, row, std::min<int64_t>(kRows, segments[s].last - row), rank,
+                  std::min<int64_t>(step, entry.rank - rank));
+    }
 }
 
 // This thread's share of h[row, module * max_rank + offset + j] = weight x[row] . A[j], for the segments' rows.
@@ -199,35 +270,41 @@ template <typename X>
 void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_segments,
                   const Module* modules, int64_t num_modules, float* h, int64_t h_stride, int64_t max_rank,
                   int thread, int threads) {
-  // Small enough pieces that one long segment and many short ones both fill all threads.
-  constexpr int64_t kRows = 64;
-  int64_t piece = 0;
-  for (int64_t s = 0; s < num_segments; s++) {
-    for (int64_t m = 0; m < num_modules; m++) {
-      const Entry& entry = modules[m].table[segments[s].slot];
-      if (entry.w1)
-        kron_share(kron_of(entry, in, modules[m].width), x, in, segments[s],
-                   h + m * max_rank + segments[s].offset + between_at(entry), h_stride, &piece, thread, threads);
-      for (int64_t row = segments[s].first; row < segments[s].last; row += kRows) {
-        const int64_t rows = std::min<int64_t>(kRows, segments[s].last - row);
-        const int64_t step = entry.a_in_panels ? kPanel : 4;
-        for (int64_t j = 0; j < entry.rank; j += step) {
-          if (piece++ % threads != thread) continue;
-          const int ranks = int(std::min<int64_t>(step, entry.rank - j));
-          float* to = h + row * h_stride + m * max_rank + segments[s].offset + j;
-          const float weight = segments[s].weight;
-          if (entry.a_in_panels)
-            shrink_panel(x + row * in, rows, in, entry, j / kPanel, weight, to, h_stride);
-          else if (entry.dtype == 0)
-            shrink(x + row * in, rows, in, reinterpret_cast<const float*>(entry.a) + j * in, ranks, weight, to,
-                   h_stride);
-          else
-            shrink(x + row * in, rows, in, reinterpret_cast<const bf16*>(entry.a) + j * in, ranks, weight, to,
-                   h_stride);
-        }
-      }
+  auto multiply = [&](const Segment& segment, int64_t m, int64_t row, int64_t rows, int64_t rank, int64_t ranks) {
+    const Entry& entry = modules[m].table[segment.slot];
+    float* to = h + row * h_stride + m * max_rank + segment.offset + rank;
+    if (entry.a_in_panels)
+      shrink_panel(x + row * in, rows, in, entry, rank / kPanel, segment.weight, to, h_stride);
+    else if (entry.dtype == 0)
+      shrink(x + row * in, rows, in, reinterpret_cast<const float*>(entry.a) + rank * in, int(ranks), segment.weight,
+             to, h_stride);
+    else
+      shrink(x + row * in, rows, in, reinterpret_cast<const bf16*>(entry.a) + rank * in, int(ranks), segment.weight,
+             to, h_stride);
+  };
+  for_pieces(segments, num_segments, modules, num_modules, thread, threads, multiply);
+}
+
+// Fetch what the modules' tables say of the segments' adapters: a line here and there, in hundreds of tables.
+inline void fetch_entries(const Segment* segments, int64_t num_segments, const Module* modules, int64_t num_modules) {
+  for (int64_t m = 0; m < num_modules; m++)
+    for (int64_t s = 0; s < num_segments; s++) {
+      const char* entry = reinterpret_cast<const char*>(modules[m].table + segments[s].slot);
+      __builtin_prefetch(entry, 0, 3);
+      __builtin_prefetch(entry + sizeof(Entry) - 1, 0, 3);
     }
-  }
+}
+
+// What this thread will read of A in `shrink_share`.
+inline void note_pieces(int64_t in, const Segment* segments, int64_t num_segments, const Module* modules,
+                        int64_t num_modules, int thread, int threads, Later& later) {
+  auto note = [&](const Segment& segment, int64_t m, int64_t row, int64_t, int64_t rank, int64_t ranks) {
+    const Entry& entry = modules[m].table[segment.slot];
+    const int64_t size = entry.dtype == 0 ? sizeof(float) : sizeof(bf16);  // in rows or in panels: in one run
+    if (row == segment.first)
+      later.add(reinterpret_cast<const char*>(entry.a) + rank * in * size, ranks * in * size);
+  };
+  for_pieces(segments, num_segments, modules, num_modules, thread, threads, note);
 }
 
 }  // namespace

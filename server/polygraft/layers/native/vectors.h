@@ -3,9 +3,20 @@
 
 #pragma once
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+
+// Whether the processor multiplies pairs of bfloat16 and adds the products to a sum in float32 (AVX512-BF16).
+#if defined(__AVX512BF16__)
+#define POLYGRAFT_DOTS_OF_BF16 1
+#else
+#define POLYGRAFT_DOTS_OF_BF16 0
+#endif
 
 namespace {
 
@@ -60,7 +71,11 @@ inline uvec load(const uint32_t* p) {
 inline vec load(const bf16* p) {
   hvec h;
   std::memcpy(&h, p, sizeof(h));
+#if defined(__AVX512F__)
+  return vec(uvec(_mm512_cvtepu16_epi32(__m256i(h))) << 16);  // which compilers take apart in halves
+#else
   return vec(__builtin_convertvector(h, uvec) << 16);
+#endif
 }
 
 // Listed out: `vec{} + x` adds a zero first, which the compiler may not drop because of -0.
@@ -76,18 +91,56 @@ inline vec splat(float x) {
 
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(bf16* p, vec v) {
+#if POLYGRAFT_DOTS_OF_BF16
+  const __m256bh narrow = _mm512_cvtneps_pbh(__m512(v));  // the same, but for numbers too small for a product of them
+  std::memcpy(p, &narrow, sizeof(narrow));
+#else
   const uvec bits = uvec(v);
   const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const uvec is_nan = uvec(v != v);
   const hvec h = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), hvec);
   std::memcpy(p, &h, sizeof(h));
+#endif
 }
 
-inline float sum(vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; i++) total += v[i];
-  return total;
+#if POLYGRAFT_DOTS_OF_BF16
+
+inline uvec load_pairs(const bf16* p) {
+  uvec pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  return pairs;
 }
+
+// The same two inputs of a row for all columns.
+inline uvec splat_pair(const bf16* p) {
+  uint32_t pair;
+  std::memcpy(&pair, p, sizeof(pair));
+  return pair + uvec{};
+}
+
+// sum[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1]
+inline vec add_products_of_pairs(vec sum, uvec a, uvec b) {
+  return vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+}
+
+#endif
+
+typedef float four __attribute__((vector_size(16)));
+typedef float eight __attribute__((vector_size(32)));
+typedef float sixteen __attribute__((vector_size(64)));
+
+template <typename Half, typename Whole>
+inline Half add_halves(const Whole& v) {
+  Half low, high;
+  std::memcpy(&low, &v, sizeof(Half));
+  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
+  return low + high;
+}
+
+// By halves: one lane after another would take as many times an addition's whole latency.
+inline float sum(four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float sum(eight v) { return sum(add_halves<four>(v)); }
+inline float sum(sixteen v) { return sum(add_halves<eight>(v)); }
 
 // e^x for x <= 0, within 2 ulp. Range reduction and polynomial after Cephes' expf.
 inline vec exp_nonpositive(vec x) {
