@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from polygraft.base.loader import load_base
+from polygraft.base.model_frame import PositionTable
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
 from polygraft.layers.native.kernels import load_kernels
@@ -127,3 +128,38 @@ def test_hooks_on_its_parts_are_called(llama: Path, part: str) -> None:
     assert not equal(by_frame, before)
     engine.runner._frame = None
     assert equal(by_frame, all_logits(engine, mix()[:1]))
+
+
+class Rotary(nn.Module):
+    """Counts its calls; positions are all that goes in."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls += 1
+        angles = position_ids[..., None] * torch.arange(1, 5)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def test_a_position_table_gives_what_the_module_gives() -> None:
+    rotary = Rotary()
+    table = PositionTable(rotary, 3000)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(1, 3, 8, dtype=dtype)
+        for positions in ([0, 5, 5], [1023], [1024, 7], [2999, 0], [3000, 1]):
+            at = torch.tensor([positions])
+            for mine, theirs in zip(table(x, at), Rotary()(x, at), strict=True):
+                assert mine.dtype is dtype
+                assert torch.equal(mine, theirs)
+                assert mine.is_contiguous()
+    # Filled twice for each type, as the positions grow, and asked itself behind the last that is kept.
+    assert rotary.calls == 8
+
+
+def test_a_position_table_never_asks_behind_the_context() -> None:
+    class Short(Rotary):
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            assert position_ids.max() < 1500
+            return super().forward(x, position_ids)
+
+    PositionTable(Short(), 1500)(torch.zeros(1), torch.tensor([[1100]]))

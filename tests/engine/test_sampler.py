@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -112,3 +114,26 @@ def test_a_rare_token_at_the_end_of_the_vocabulary_can_be_drawn() -> None:
     tokens = sample(row.expand(200, -1), [SamplingParams(temperature=1.0, seed=1)] * 200, range(200))
     assert max(tokens) > 90_000
     assert min(tokens) < 10_000
+
+
+@given(
+    rows=st.integers(1, 40),
+    width=st.sampled_from([1, 15, 16, 64, 257, 5000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    levels=st.integers(1, 50),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_likeliest_are_torchs_own(
+    rows: int, width: int, dtype: torch.dtype, levels: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Few levels, so that many are equal.
+    logits = (torch.randint(-levels, levels, (rows, width), generator=generator) / 3).to(dtype)
+    for value in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        at = torch.randint(rows * width, (2,), generator=generator)
+        logits.view(-1)[at] = value
+    first = logits.float().numpy().argmax(-1)
+    finite = logits.gather(-1, torch.from_numpy(first)[:, None]).isfinite()[:, 0]
+    expected = [int(token) if ok else None for token, ok in zip(first, finite, strict=True)]
+    assert sample(logits, [SamplingParams()] * rows, [0] * rows) == expected

@@ -25,7 +25,9 @@ from tests.engines import greedy, make_engine
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
 RECORD = Path(__file__).with_name("step_cost.json")
-NATIVE = ("decoder_layers", "linear", "paged_attention", "rms_norm", "gate", "rotate")
+NATIVE = ("decoder_layers", "linear", "paged_attention", "rms_norm", "gate", "rotate", "likeliest")
+LOOKUPS = (torch.ops.aten.index_select.default, torch.ops.aten.embedding.default)
+"""Of their first argument they read no more than they give."""
 MIX = [None, "lora", "lora", "lora-bias", "prefix", "prompt"]
 
 
@@ -42,7 +44,8 @@ class Counting(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         if not function.is_view:
             self.cost["torch_calls"] += 1
-            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            read = (out, args[1:]) if function in LOOKUPS else args
+            tensors = [t for t in tree_leaves((read, kwargs, out)) if isinstance(t, torch.Tensor)]
             self.cost["torch_bytes"] += sum(tensor.nbytes for tensor in tensors)
         return out
 

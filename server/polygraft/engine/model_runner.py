@@ -122,14 +122,14 @@ class ModelRunner:
     def _rows(self, items: list[Scheduled]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and positions of all rows."""
         ids: list[int] = []
-        positions = []
+        positions: list[int] = []
         for item in items:
             sequence = item.sequence
             end = item.start + item.count
             ids += sequence.token_ids[item.start : end]
             first = sequence.prefix.start if sequence.prefix else 0
-            positions.append(np.arange(first + item.start, first + end))
-        return torch.tensor(ids), torch.from_numpy(np.concatenate(positions))
+            positions += range(first + item.start, first + end)
+        return torch.tensor(ids), torch.tensor(positions)
 
     def _embed(self, items: list[Scheduled], starts: list[int], ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [rows, hidden] with the soft prompts' own in their rows."""
@@ -143,26 +143,22 @@ class ModelRunner:
 
     def _attention_plan(self, items: list[Scheduled], starts: list[int]) -> AttentionPlan:
         size = self._block_size
-        tables, slots, contexts, prefixes = [], [], [], []
+        tables, contexts, prefixes = [], [], []
+        slots: list[int] = []
         for item in items:
             sequence = item.sequence
             prefix = sequence.prefix
             contexts.append(item.start + item.count + (prefix.length if prefix else 0))
             prefixes.append(prefix.length if prefix else 0)
             tables.append(prefix.blocks + sequence.blocks if prefix else sequence.blocks)
-            if item.count == 1:
-                slots.append(
-                    np.array([sequence.blocks[item.start // size] * size + item.start % size], dtype=np.int64)
-                )
-            else:
-                tokens = np.arange(item.start, item.start + item.count)
-                slots.append(np.array(sequence.blocks, dtype=np.int64)[tokens // size] * size + tokens % size)
+            tokens = range(item.start, item.start + item.count)
+            slots += [sequence.blocks[token // size] * size + token % size for token in tokens]
         table = np.zeros((len(items), max(map(len, tables))), dtype=np.int32)
         for row, blocks in enumerate(tables):
             table[row, : len(blocks)] = blocks
         device = self._device
         return AttentionPlan(
-            slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
+            slot_mapping=torch.tensor(slots, device=device),
             query_start=torch.tensor(starts, dtype=torch.int32, device=device),
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
             prefix_lens=torch.tensor(prefixes, dtype=torch.int32, device=device),

@@ -6,6 +6,7 @@
 // depend on torch's ABI. Everything is computed in float32, whatever it is stored in.
 
 #include "decoder_layer.h"
+#include "likeliest.h"
 #include "merge.h"
 
 namespace {
@@ -110,6 +111,16 @@ void polygraft_rotate(int dtype, const void* x, int64_t row_stride, int64_t head
       rotate(static_cast<const T*>(x) + from * row_stride, row_stride, head_stride, to - from, heads, dim,
              static_cast<const T*>(cos) + from * dim, static_cast<const T*>(sin) + from * dim,
              static_cast<T*>(out) + from * heads * dim);
+    });
+  });
+}
+
+// logits [rows, width]; out [rows]: the first of the largest in each, or -1.
+void polygraft_likeliest(int dtype, const void* logits, int64_t rows, int64_t width, int64_t* out, int threads) {
+  by_type(dtype, [&](auto type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for_rows(rows, width, threads, [&](int64_t from, int64_t to) {
+      for (int64_t r = from; r < to; r++) out[r] = likeliest(static_cast<const T*>(logits) + r * width, width);
     });
   });
 }

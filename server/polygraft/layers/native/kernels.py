@@ -64,6 +64,9 @@ class Kernels:
             integer, address, size, size, size, size, size, address, address, address, integer,
         )  # fmt: skip
         self.rotate.restype = None
+        self.likeliest = small.polygraft_likeliest
+        self.likeliest.argtypes = (integer, address, size, size, address, integer)
+        self.likeliest.restype = None
         library.polygraft_panel.restype = size
         self.panel = library.polygraft_panel()
 
