@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import platform
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -73,3 +75,16 @@ def test_what_was_let_go_of_since_the_last_time_is_found() -> None:
     assert gone() is not None
     keep_for_good()
     assert gone() is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less")
+def test_memory_that_was_freed_goes_back_to_the_system() -> None:
+    # Small enough to lie in the heap, with one behind them that keeps its end where it is.
+    blocks = [torch.ones(2**12) for _ in range(2**13)]
+    last = torch.ones(2**12)
+    del blocks
+    process = psutil.Process()
+    before = process.memory_info().rss
+    keep_for_good()
+    assert before - process.memory_info().rss > 2**26
+    assert last.all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from polygraft.base import bitsandbytes
 from polygraft.base.default_model import ensure_default_model
 from polygraft.base.fusing import fuse
-from polygraft.base.packing import count_quantized, own_parameters, pack_linears, weight_bytes
+from polygraft.base.packing import count_quantized, gather_weights, own_parameters, pack_linears, weight_bytes
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
@@ -100,7 +100,7 @@ def load_base(
     compute = _compute_dtype(dtype, config, device)
 
     def load(by_bitsandbytes: bool) -> PreTrainedModel:
-        options = _bitsandbytes(quantization, compute, double_quantization) if by_bitsandbytes else {}
+        options = bitsandbytes.options(quantization, compute, double_quantization) if by_bitsandbytes else {}
         loaded: PreTrainedModel = _read(
             lambda: AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -113,6 +113,8 @@ def load_base(
             ),
             model,
         )
+        if options:
+            bitsandbytes.leave_unpacked(loaded)
         return loaded.eval().requires_grad_(False)
 
     # Our own operator takes int8 and, if compiled, 4 bits on a CPU; anything else is bitsandbytes' matter.
@@ -139,6 +141,7 @@ def load_base(
         how.update((name, "int8") for name in spec.linears if name not in body)
     if pack_linears(loaded, spec.same_input, how, double=double_quantization):
         own_parameters(loaded)
+        gather_weights(loaded)
     head = "int8" if head_quantization == "int8" else "not"
     if quantization != "none":
         count = count_quantized(loaded, body)
@@ -207,26 +210,6 @@ def context_limit(config: Any) -> tuple[int, tuple[str, ...]]:
                 )
                 return int(original), (note,)
     return limit, ()
-
-
-def _bitsandbytes(quantization: str, compute: torch.dtype, double: bool) -> dict[str, Any]:
-    """Options for transformers."""
-    # Imported here: it costs seconds, and an unquantized base doesn't need it.
-    from transformers import BitsAndBytesConfig
-
-    # With `kernels` installed, bitsandbytes would ask a hub for one at import.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if quantization == "int8":
-        # With its default threshold, rows would depend on their neighbours.
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)}
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization,
-            bnb_4bit_use_double_quant=double,
-            bnb_4bit_compute_dtype=compute,
-        )
-    }
 
 
 def _compute_dtype(dtype: str, config: Any, device: str) -> torch.dtype:

@@ -14,11 +14,15 @@ from polygraft.base.calibration import ONEDNN, Calibration, calibrate
 from polygraft.layers.fused import FusedRmsNorm
 from polygraft.layers.int8_linear import Int8Linear
 from polygraft.layers.linear import LinearGroup, PackedLinear, Quantization
+from polygraft.layers.memory import Arena, give_back
 from polygraft.layers.native.kernels import DTYPES, Kernels, load_kernels
 from polygraft.layers.native.structures import MAX_MODULES
 from polygraft.layers.onednn_linear import OneDnnLinear, gains_by_onednn
 
 log = logging.getLogger(__name__)
+
+_MOST_TWICE = 2**28
+"""Bytes of weights that may take their memory twice while they are moved."""
 
 
 def pack_linears(
@@ -69,6 +73,20 @@ def pack_linears(
             for at in range(0, len(same), MAX_MODULES):
                 _pack_group(model, same[at : at + MAX_MODULES], kernels, how, double=double)
     return packed
+
+
+def gather_weights(model: nn.Module) -> None:
+    """Move the weights that were packed into one piece of memory, in the order in which a step reads them."""
+    modules = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    groups = list(dict.fromkeys(module.group for module in modules))
+    arena = Arena(tensor for group in groups for tensor in group.tensors)
+    moved = 0
+    for group in groups:
+        group.move(arena.copy)
+        moved += group.nbytes
+        if moved > _MOST_TWICE:  # what has moved is still in the heap
+            give_back()
+            moved = 0
 
 
 def own_parameters(model: nn.Module) -> None:

@@ -172,6 +172,8 @@ class Engine:
             device=config.device,
             max_context_length=config.max_context_length,
         )
+        # Before the cache is made: in memory that loading has touched, all of it would count at once.
+        keep_for_good()
         engine = cls(base, config)
         engine.adapters.load_store()
         engine.finish_background()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from polygraft.layers.memory import Place
 from polygraft.layers.native.structures import WeightsStruct
 from polygraft.layers.panels import Panels, plain
 
@@ -41,6 +42,11 @@ class FourBitPanels(Panels):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that is kept."""
         return self.weight, self.scale, self.values
+
+    def move(self, place: Place) -> None:
+        """Have `tensors` lie elsewhere, placed in their order."""
+        super().move(place)
+        self.scale, self.values = place(self.scale), place(self.values)
 
     def _dequantized(self, member: int, first: int, last: int) -> torch.Tensor:
         panels = super()._dequantized(member, first, last)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from polygraft.layers.memory import Place
 from polygraft.layers.native.structures import WeightsStruct
 from polygraft.layers.panels import Panels, padded
 
@@ -28,6 +29,11 @@ class Int8Panels(Panels):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that is kept."""
         return self.weight, self.scale
+
+    def move(self, place: Place) -> None:
+        """Have `tensors` lie elsewhere, placed in their order."""
+        super().move(place)
+        self.scale = place(self.scale)
 
     def _dequantized(self, member: int, first: int, last: int) -> torch.Tensor:
         panels = super()._dequantized(member, first, last).transpose(2, 3).flatten(1, 2)

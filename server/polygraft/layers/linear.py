@@ -20,6 +20,7 @@ from polygraft.adapters.primitives import Dense
 from polygraft.layers.four_bit_panels import FourBitPanels
 from polygraft.layers.int8_panels import Int8Panels
 from polygraft.layers.low_rank import LowRankSlots
+from polygraft.layers.memory import Place
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import MAX_MODULES, STORAGE, GroupStruct, WeightsStruct
 from polygraft.layers.panels import Panels, pack, padded, unpack
@@ -78,13 +79,10 @@ class LinearGroup:
         self._panels = self._pack(weights)
         self._biases = [None if bias is None else padded(bias.float(), kernels.panel) for bias in biases]
         self._struct = GroupStruct(self.in_features, len(weights))
-        self._own: list[WeightsStruct] = []
-        for member, (width, bias) in enumerate(zip(self.widths, self._biases, strict=True)):
-            own = self._panels.struct(member)
-            own.bias = None if bias is None else bias.data_ptr()
-            self._own.append(own)
+        for member, width in enumerate(self.widths):
             self._struct.module[member].width = width
-            self._struct.module[member].weights = own
+        self._own: list[WeightsStruct] = []
+        self._point()
         self.address = ctypes.addressof(self._struct)
         """Of linear.h's `Group`."""
         self._addresses = (ctypes.c_void_p * MAX_MODULES)()
@@ -94,6 +92,25 @@ class LinearGroup:
         """The modules' bits in `Segments.touched`."""
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
+
+    def _point(self) -> None:
+        """Tell the operator where the modules' own weights are."""
+        self._own = []
+        for member, bias in enumerate(self._biases):
+            own = self._panels.struct(member)
+            own.bias = None if bias is None else bias.data_ptr()
+            self._own.append(own)
+            self._struct.module[member].weights = own
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The modules' own weights as they are kept."""
+        return self._panels.tensors
+
+    def move(self, place: Place) -> None:
+        """Have `tensors` lie elsewhere, placed in their order; the modules' own weights must be in use."""
+        self._panels.move(place)
+        self._point()
 
     def _pack(self, weights: Sequence[torch.Tensor]) -> Panels:
         if self.quantization == "none":

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from polygraft.layers.int8_linear import Int8Linear
+from polygraft.layers.memory import allocate
 from polygraft.layers.onednn_linear import OneDnnLinear
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def merge(sites: Sequence[AnySite], slot: int, *, requantize: bool) -> Generator
     starts = list(itertools.accumulate((-(-size // _LINE) * _LINE for size in sizes), initial=0))
     # In one piece, which the system gets back when the copy goes: hundreds of smaller ones, made and given up
     # again and again, would leave holes in the heap.
-    memory = torch.empty(starts[-1], dtype=torch.uint8)
+    memory = allocate(starts[-1])
     for site, size, start in zip(sites, sizes, starts, strict=False):
         own = memory[start : start + size] if size else None
         parts.append((site, (yield from site.merge(slot, requantize=requantize, memory=own))))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from polygraft.adapters.primitives import LowRank
+from polygraft.layers.memory import Arena
 from polygraft.layers.panels import unpack
 
 
@@ -125,9 +125,6 @@ def _times_blocks(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     return (parts @ blocks).reshape(x.shape)
 
 
-_ALIGNMENT = 64  # bytes: a cache line; Triton's wide loads need 16
-
-
 def together(adapter: Sequence[PackedAdapter]) -> list[PackedAdapter]:
     """Copies of an adapter's weights in one piece of memory.
 
@@ -135,16 +132,7 @@ def together(adapter: Sequence[PackedAdapter]) -> list[PackedAdapter]:
     the heap would keep the holes.
     """
     tensors = [tensor for packed in adapter for tensor in packed if tensor is not None]
-    sizes = (-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors)
-    starts = list(itertools.accumulate(sizes, initial=0))
-    memory = torch.empty(starts[-1], dtype=torch.uint8, device=tensors[0].device if tensors else None)
-
-    # One view of the whole for each type: a view of a view keeps both, and there are hundreds.
-    typed = {tensor.dtype: memory.view(tensor.dtype) for tensor in tensors}
-
-    def copy(tensor: torch.Tensor, start: int) -> torch.Tensor:
-        first = start // tensor.itemsize
-        return typed[tensor.dtype][first : first + tensor.numel()].view(tensor.shape).copy_(tensor)
-
-    copies = map(copy, tensors, starts)
-    return [PackedAdapter(*(None if part is None else next(copies) for part in packed)) for packed in adapter]
+    arena = Arena(tensors, tensors[0].device if tensors else None)
+    return [
+        PackedAdapter(*(None if part is None else arena.copy(part) for part in packed)) for packed in adapter
+    ]

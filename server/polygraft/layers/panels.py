@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from polygraft.layers.memory import Place
 from polygraft.layers.native.structures import STORAGE, WeightsStruct
 
 
@@ -41,6 +42,10 @@ class Panels:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that is kept."""
         return (self.weight,)
+
+    def move(self, place: Place) -> None:
+        """Have `tensors` lie elsewhere, placed in their order."""
+        self.weight = place(self.weight)
 
     @property
     def nbytes(self) -> int:
