@@ -7,6 +7,9 @@ from torch import nn
 
 from polygraft.layers.int8_panels import quantize_int8
 
+_LEAST_INPUTS = 2
+"""With a single one torch's products are wrong on processors with VNNI (seen in 2.13.0)."""
+
 
 class Int8Linear(nn.Module):
     """Products of int8 weights and int8 rows, each column and each row by its largest value.
@@ -22,7 +25,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         quantized, self._scale = quantize_int8(weight)
-        self._quantized = quantized.t().contiguous()
+        self._fill = (0, max(0, _LEAST_INPUTS - self.in_features))
+        self._quantized = nn.functional.pad(quantized, self._fill).t().contiguous()
         self._dtype = weight.dtype
         self.bias = bias
 
@@ -32,6 +36,7 @@ class Int8Linear(nn.Module):
         scale = rows.abs().amax(1, keepdim=True) / 127
         # A row with NaN or infinity keeps it in its scale.
         whole = (rows / scale).nan_to_num(0.0).round().to(torch.int8)
+        whole = nn.functional.pad(whole, self._fill)
         out = torch._int_mm(whole, self._quantized).float() * scale * self._scale
         if self.bias is not None:
             out += self.bias.float()
@@ -40,7 +45,7 @@ class Int8Linear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """A copy of the weight [out_features, in_features], dequantized."""
-        return (self._quantized.t() * self._scale[:, None]).to(self._dtype)
+        return (self._quantized[: self.in_features].t() * self._scale[:, None]).to(self._dtype)
 
     @property
     def nbytes(self) -> int:
