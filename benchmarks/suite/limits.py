@@ -98,6 +98,8 @@ class Timed:
                 if stats and (stats.prefill_rows == prompt if prefill else stats.decode_rows == rows):
                     found.append({"step, ms": total, **self.seconds})
         medians = {key: 1000 * statistics.median(one[key] for one in found) for key in found[0]}
+        for part in ("decoder layers, ms", "head, ms"):
+            medians.setdefault(part, 0.0)  # computed by torch: among the rest
         run = medians.pop("run")
         medians["rest of the model, ms"] = run - medians["decoder layers, ms"] - medians["head, ms"]
         return medians

@@ -174,7 +174,8 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
           own && module.weights.storage == kRowsType ? as_rows<T>(own, count, Panel<T>::inputs(in), plain_own) : whole;
       const BlockOfRows<T> from_rows{in, own_rows, own ? own : wide, own ? quantized_own : quantized, count};
       if (num_segments > 0)
-        fetch_panel(row, count, segments, num_segments, module, std::max(from, first) - first);
+        for (int64_t p = std::max(from, first) - first, end = p + kPanelsAhead; p < end; p++)
+          fetch_panel(row, count, segments, num_segments, module, p);
       for (int64_t p = std::max(from, first); p < std::min(to, last); p++) {
         const int64_t panel = p - first, column = panel * kPanel;
         const int64_t columns = std::min<int64_t>(kPanel, module.width - column);

@@ -171,6 +171,8 @@ void shrink_panel(const X* x, int64_t rows, int64_t in, const Entry& entry, int6
       store(h + r * h_stride + v * kLanes, load(sums.data() + r * kPanel + v * kLanes) * splat(weight));
 }
 
+constexpr int64_t kPanelsAhead = 2;
+
 // Fetch a panel of B into the cache: each adapter's is a short run, too short for the processor's own prefetching.
 inline void fetch_panel(const Entry& entry, int64_t panel) {
   const int64_t bytes = entry.rank * kPanel * (entry.dtype == 0 ? sizeof(float) : sizeof(bf16));
@@ -204,7 +206,7 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
     if (entry.rank > 0) {
       const float* from = h + first * h_stride + segments[s].offset;
       const int64_t at = panel * entry.rank * kPanel;
-      fetch_panel(entry, panel + 1);
+      fetch_panel(entry, panel + kPanelsAhead);
       if (entry.dtype == 0)
         expand(to, last - first, reinterpret_cast<const float*>(entry.b) + at, from, entry.rank, h_stride);
       else
