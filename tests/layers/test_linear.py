@@ -87,6 +87,17 @@ def test_int8_products_are_those_of_whole_numbers(
         assert (mine(x) - reference(x)).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize("width_in", [1, 2, 3])
+def test_int8_products_in_torch_of_few_inputs(width_in: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randint(-9, 10, (n, width_in), generator=generator).float() for n in (15, 4))
+    # The largest of each is 127, so that all stay whole.
+    weight[:, 0] = x[:, 0] = 127.0
+    module = Int8Linear(weight, None)
+    assert torch.equal(module(x), x @ weight.t())
+    assert torch.equal(module.weight, weight)
+
+
 def whole_rows(kind: str, rows: int, width: int) -> torch.Tensor:
     """float32 [1, rows, width] of whole numbers, the largest of each row being 127 or -127."""
     generator = torch.Generator().manual_seed(rows + width)
