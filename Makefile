@@ -9,7 +9,7 @@ PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I pr
 THREADS := OMP_NUM_THREADS=2
 OUT ?= build/compare
 
-.PHONY: help setup model demo serve test test-full check format protos adapters bench bench-w bench-compare bench-peers bench-boundary clean
+.PHONY: help setup model demo serve test test-full attacks check format protos adapters bench bench-w bench-compare bench-peers bench-boundary clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ test: model  ## Run the tests, the demo included
 
 test-full: model  ## Run the tests with the whole equivalence matrix
 	$(BIN)/python -m pytest
+
+attacks: model  ## Attack a server of the default model, one fault after another, and report what others felt
+	$(BIN)/python -m tests.attacks
 
 check: setup  ## Lint, format, types, protos and their stubs
 	$(BIN)/ruff check .

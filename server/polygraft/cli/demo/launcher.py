@@ -72,6 +72,11 @@ class ServerProcess:
     def __exit__(self, *exception: object) -> None:
         self._end(STOP_SECONDS)
 
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
     def wait_ready(self, timeout: float, report: Callable[[str], None]) -> Addresses:
         """Wait for the server's ready line.
 
