@@ -20,6 +20,7 @@ from polygraft.adapters.kinds import AdapterLimits
 from polygraft.adapters.primitives import ExpertLowRank
 from polygraft.base.loader import inspect_without_weights
 from polygraft.base.spec import BaseSpec
+from polygraft.config import ServerConfig
 from polygraft.errors import AdapterInvalid
 from tests.adapters.specimen import Specimen, compile_folder
 from tests.architectures import MATRIX
@@ -103,7 +104,7 @@ def test_what_is_read(saved: Path, base: BaseSpec) -> None:
 
 
 def test_a_check_without_the_bases_weights(saved: Path, mixtral: Path) -> None:
-    report = check_folder(saved, str(mixtral))
+    report = check_folder(saved, ServerConfig(model=str(mixtral)))
     assert report.fits
     assert report.primitives == ("low_rank", "expert_low_rank")
     assert (report.modules, report.ranks, report.rank) == (8, {2: 2, 3: 6}, 3)

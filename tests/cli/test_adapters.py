@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from polygraft.config import ServerConfig
 from polygraft_api.v1 import adapters_pb2
 from tests.client.scripted import Script, adapter
 
@@ -127,7 +128,7 @@ class Report:
 def checks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A stand-in for the check, which imports torch."""
     stand_in = ModuleType("polygraft.adapters.check")
-    stand_in.check_folder = lambda folder, model: Report(str(folder), fits=model != "other")  # type: ignore[attr-defined]
+    stand_in.check_folder = lambda folder, config: Report(str(folder), fits=config.model != "other")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "polygraft.adapters.check", stand_in)
     return stand_in
 
@@ -142,8 +143,24 @@ def test_check(invoke: Invoke, checks: ModuleType, tmp_path: Path) -> None:
 def test_check_of_one_that_would_be_served_merged_only(
     invoke: Invoke, checks: ModuleType, tmp_path: Path
 ) -> None:
-    checks.check_folder = lambda folder, model: Report(str(folder), fits=True, merged_only=True)  # type: ignore[attr-defined]
+    checks.check_folder = lambda folder, config: Report(str(folder), fits=True, merged_only=True)  # type: ignore[attr-defined]
     assert "on a merged copy only" in invoke("adapters", "check", tmp_path).stdout
+
+
+def test_check_takes_the_servers_settings(
+    invoke: Invoke, checks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ServerConfig] = []
+    checks.check_folder = lambda folder, config: seen.append(config) or Report(str(folder), fits=True)  # type: ignore[attr-defined]
+    (tmp_path / "polygraft.toml").write_text("max_adapter_rank = 8\n")
+    monkeypatch.setenv("POLYGRAFT_MODEL", "from-a-variable")
+    flags = ["--dtype", "bfloat16", "--adapter-dtype", "float32", "--config", tmp_path / "polygraft.toml"]
+    assert invoke("adapters", "check", tmp_path, *flags).exit_code == 0
+    (config,) = seen
+    assert (config.model, config.dtype, config.adapter_dtype) == ("from-a-variable", "bfloat16", "float32")
+    assert config.max_adapter_rank == 8
+    wrong = invoke("adapters", "check", tmp_path, "--dtype", "int3")
+    assert (wrong.exit_code, wrong.stderr.startswith("error: --dtype: ")) == (2, True)
 
 
 def test_check_that_fails(invoke: Invoke, checks: ModuleType, tmp_path: Path) -> None:

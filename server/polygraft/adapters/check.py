@@ -11,9 +11,11 @@ import torch
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.folder import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.limits import adapter_limits
 from polygraft.adapters.primitives import LowRank
-from polygraft.base.loader import inspect_without_weights
+from polygraft.base.loader import compute_dtype, inspect_without_weights
 from polygraft.base.spec import BaseSpec
+from polygraft.config import ServerConfig
 from polygraft.errors import AdapterInvalid
 
 
@@ -47,17 +49,21 @@ class CheckReport:
     warnings: tuple[str, ...] = ()
 
 
-def check_folder(folder: Path, model: str, limits: AdapterLimits | None = None) -> CheckReport:
-    """Check an adapter's folder against a base model's configuration; no weights of the base are read.
+def check_folder(folder: Path, config: ServerConfig) -> CheckReport:
+    """Check an adapter's folder as a server with these settings would; no weights of the base are read.
 
     Raises:
         BaseModelError: the base can't be found or isn't served.
     """
-    return check_against(folder, inspect_without_weights(model), limits or AdapterLimits())
+    base = inspect_without_weights(config.model)
+    dtype = compute_dtype(config.model, config.dtype, config.device)
+    return check_against(folder, base, adapter_limits(config, dtype), dtype)
 
 
-def check_against(folder: Path, base: BaseSpec, limits: AdapterLimits) -> CheckReport:
-    """Check an adapter's folder against a base's spec."""
+def check_against(
+    folder: Path, base: BaseSpec, limits: AdapterLimits, dtype: torch.dtype = torch.float32
+) -> CheckReport:
+    """Check an adapter's folder against a base's spec; `dtype` is what the base computes in."""
     name = folder.resolve().name
     try:
         files = read_folder(name, folder, limits.compiled_bytes)
@@ -78,13 +84,13 @@ def check_against(folder: Path, base: BaseSpec, limits: AdapterLimits) -> CheckR
         parameters=compiled.parameters,
         share_of_base=compiled.parameters / base.parameters,
         disk_bytes=files.disk_bytes,
-        compiled_bytes=_with_weights(compiled, base).compiled_bytes,
+        compiled_bytes=_with_weights(compiled, base, dtype).compiled_bytes,
         merged_only=compiled.merged_only,
         warnings=compiled.warnings,
     )
 
 
-def _with_weights(compiled: CompiledAdapter, base: BaseSpec) -> CompiledAdapter:
+def _with_weights(compiled: CompiledAdapter, base: BaseSpec, dtype: torch.dtype) -> CompiledAdapter:
     """The shapes that it has when a load has completed it with the base's weights."""
     compiled = compiled.without_layer_weights()
 
@@ -100,6 +106,10 @@ def _with_weights(compiled: CompiledAdapter, base: BaseSpec) -> CompiledAdapter:
             primitive = replace(primitive, b=(weight @ primitive.b.float()).to(primitive.a.dtype))
         if primitive.of_base is not None:
             primitive = primitive.of_base.completed(primitive, weight, bias)
+        if primitive.magnitude is not None:  # it becomes a scale, which is float32 whatever B is kept in
+            primitive = replace(primitive, magnitude=primitive.magnitude.float())
         low_rank[name] = primitive
     dense = {name: change.completed(*own(name)) for name, change in compiled.dense.items()}
-    return replace(compiled, low_rank=low_rank, dense=dense)
+    # Rows that take the place of the base's lie in its type; how many of them differ, only its weights tell.
+    rows = tuple(replace(rows, weight=rows.weight.to(dtype)) for rows in compiled.token_rows)
+    return replace(compiled, low_rank=low_rank, dense=dense, token_rows=rows)

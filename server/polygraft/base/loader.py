@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base import bitsandbytes
+from polygraft.base.default_config import default_config
 from polygraft.base.default_model import ensure_default_model
 from polygraft.base.fusing import fuse
 from polygraft.base.packing import count_quantized, gather_weights, own_parameters, pack_linears, weight_bytes
@@ -167,14 +168,29 @@ def load_base(
     )
 
 
+def base_config(model: str) -> Any:
+    """The base's configuration: the default model's is known, a hub id's is read from the hub alone.
+
+    Raises:
+        BaseModelError: no such model.
+    """
+    if model == DEFAULT:
+        return default_config()
+    return _read(lambda: AutoConfig.from_pretrained(model, trust_remote_code=False), model)
+
+
+def compute_dtype(model: str, dtype: str = "auto", device: str = "cpu") -> torch.dtype:
+    """What a base would compute in under these settings of `load_base`. Raises: as base_config."""
+    return _compute_dtype(dtype, base_config(model), device)
+
+
 def inspect_without_weights(model: str) -> BaseSpec:
     """The base's spec from its configuration alone, in a second or two.
 
     Raises: as load_base.
     """
     attention.register()
-    folder = resolve_model(model)
-    config = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), model)
+    config = base_config(model)
     with torch.device("meta"):
         # bfloat16, since transformers' grouped experts take nothing else on meta.
         empty: PreTrainedModel = _read(

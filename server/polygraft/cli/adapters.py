@@ -9,6 +9,7 @@ import typer
 
 from polygraft.cli import tables
 from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, Token, console, to_json
+from polygraft.cli.serve import settle
 from polygraft_client import Adapter, Client
 
 app = typer.Typer(help="Show, load, unload, merge and check adapters.", no_args_is_help=True)
@@ -101,14 +102,24 @@ def merge(
 def check(
     folder: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     model: Annotated[
-        str, typer.Option(help="The base model: default, a local folder or a hub id.")
-    ] = "default",
+        str | None,
+        typer.Option(
+            help="The base model: default, a local folder or a hub id; only its configuration is read."
+        ),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="As serve takes it.")] = None,
+    adapter_dtype: Annotated[str | None, typer.Option(help="As serve takes it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The server's TOML file; its variables count as well.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say without a server whether a folder can be served. Exit status: 0 if it fits, 1 if not."""
+    given = {"model": model, "dtype": dtype, "adapter_dtype": adapter_dtype, "config": config}
+    settings = settle(**{name: value for name, value in given.items() if value is not None})
     from polygraft.adapters.check import check_folder  # it imports torch
 
-    report = check_folder(folder, model)
+    report = check_folder(folder, settings)
     if as_json:
         print(to_json(report))
     else:

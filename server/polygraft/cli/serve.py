@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from tomllib import TOMLDecodeError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -31,21 +32,42 @@ def read_config(arguments: Sequence[str]) -> ServerConfig:
     Raises:
         ConfigError: anything is wrong with them; lists everything, each by its flag.
     """
-    from pydantic import ValidationError
-    from pydantic_settings import CliApp, SettingsError
+    from pydantic_settings import CliApp
 
     from polygraft.config import ServerConfig
 
-    try:
+    with _named_by_flag():
         config = CliApp.run(ServerConfig, cli_args=list(arguments), cli_exit_on_error=False)
+    config.check()
+    return config
+
+
+def settle(**given: Any) -> ServerConfig:
+    """Settle the server's settings for a command that doesn't serve: what is given, variables, the file.
+
+    Raises:
+        ConfigError: as read_config, but what involves several settings isn't checked.
+    """
+    from polygraft.config import ServerConfig
+
+    with _named_by_flag():
+        return ServerConfig(**given)
+
+
+@contextmanager
+def _named_by_flag() -> Iterator[None]:
+    """Turn what pydantic raises into ConfigError."""
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
+
+    try:
+        yield
     except ValidationError as error:
         raise _by_flag(error) from None
     except SettingsError as error:
         raise _by_argument(str(error)) from None
     except TOMLDecodeError as error:
         raise ConfigError("--config", str(error)) from None
-    config.check()
-    return config
 
 
 def _by_flag(error: ValidationError) -> ConfigError:

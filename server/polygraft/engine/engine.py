@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from polygraft.adapters.folder import AdapterStore
-from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.limits import adapter_limits
 from polygraft.adapters.registry import Adapter, AdapterRegistry
 from polygraft.base.layer_fusing import fuse_decoder_layers
 from polygraft.base.loader import Base, load_base
@@ -107,9 +107,6 @@ class Engine:
             bank, self.background, budget=config.combined_bytes, most=config.max_adapters
         )
         canaries = Canaries(self.scheduler, self.copies)
-        # Rounded no coarser than the base's own products are; a float32 base gets what the file holds.
-        auto = torch.bfloat16 if base.dtype == torch.bfloat16 else None
-        dtypes = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
         self.adapters = AdapterManager(
             base.spec,
             AdapterStore(config.adapters, config.max_adapter_bytes),
@@ -120,12 +117,7 @@ class Engine:
             canaries,
             self.copies,
             self.prompts,
-            AdapterLimits(
-                rank=config.max_adapter_rank,
-                virtual_tokens=config.max_virtual_tokens,
-                compiled_bytes=config.max_adapter_bytes,
-                dtype=dtypes[config.adapter_dtype],
-            ),
+            adapter_limits(config, base.dtype),
             base.context_length,
             self._forget,
         )

@@ -1,0 +1,21 @@
+"""What the server's settings allow each adapter; `adapters check` and the engine ask here alike."""
+
+from __future__ import annotations
+
+import torch
+
+from polygraft.adapters.kinds import AdapterLimits
+from polygraft.config import ServerConfig
+
+
+def adapter_limits(config: ServerConfig, base: torch.dtype) -> AdapterLimits:
+    """The limits and the type that adapters are kept in, beside a base that computes in `base`."""
+    # Rounded no coarser than the base's own products are; a float32 base gets what the file holds.
+    auto = torch.bfloat16 if base == torch.bfloat16 else None
+    dtypes = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    return AdapterLimits(
+        rank=config.max_adapter_rank,
+        virtual_tokens=config.max_virtual_tokens,
+        compiled_bytes=config.max_adapter_bytes,
+        dtype=dtypes[config.adapter_dtype],
+    )
