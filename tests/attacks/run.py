@@ -82,6 +82,7 @@ def main() -> int:
         store = Path(folder) / "store"
         store.mkdir()
         shutil.copytree(SAMPLES / "sentiment", store / "sentiment")
+        folders.add_broken_folder(store)
         with ServerProcess(serve_command("--adapters", str(store))) as server:
             addresses = server.wait_ready(300, report=lambda line: None)
             target = Target(addresses.grpc, addresses.metrics, store)
