@@ -26,7 +26,7 @@ async def _send(
 
 @attack
 async def a_chat_of_800_000_empty_messages(target: Target) -> str:
-    message = pb.ChatMessage(role="user")
+    message = pb.ChatMessage(role="u")
     return await _send(target, "Generate", pb.GenerateRequest(chat=pb.Chat(messages=[message] * 800_000)))
 
 
