@@ -38,7 +38,7 @@ PRECISIONS = {
 def windows(engine: Engine) -> list[list[int]]:
     """Token ids [WINDOWS][TOKENS]."""
     text = inspect.getsource(textwrap) + inspect.getsource(argparse)
-    ids = engine.base.backend.encode(text).ids
+    ids = engine.base.tokenizer.encode(text, special=True)
     assert len(ids) >= WINDOWS * TOKENS
     return [ids[n * TOKENS : (n + 1) * TOKENS] for n in range(WINDOWS)]
 

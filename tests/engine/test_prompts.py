@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,16 @@ from tests.tiny import EOS, VOCABULARY, byte_tokenizer
 
 @pytest.fixture(scope="module")
 def prompts(tiny_model: Callable[[str], Path]) -> Prompts:
-    return Prompts(load_base(str(tiny_model("llama"))))
+    return Prompts.of_base(load_base(str(tiny_model("llama"))))
 
 
 @pytest.fixture
-def with_template(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], Prompts]:
+def with_template(tiny_model: Callable[[str], Path]) -> Callable[[str | None], Prompts]:
+    base = load_base(str(tiny_model("llama")))
+
     def use(template: str | None) -> Prompts:
-        monkeypatch.setattr(prompts._tokenizer, "chat_template", template)
-        return prompts
+        templates = {} if template is None else {"default": template}
+        return Prompts.of_base(replace(base, tokenizer=replace(base.tokenizer, chat_templates=templates)))
 
     return use
 

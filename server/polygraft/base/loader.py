@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -20,6 +19,7 @@ from polygraft.base.default_model import ensure_default_model
 from polygraft.base.fusing import fuse
 from polygraft.base.packing import count_quantized, gather_weights, own_parameters, pack_linears, weight_bytes
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
+from polygraft.base.tokenizer import TextTokenizer, text_tokenizer
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
 from polygraft.layers.four_bit_panels import BLOCK
@@ -39,8 +39,6 @@ class Base:
 
     Args:
         name: as given to `--model`.
-        tokenizer: transformers' fast tokenizer, for encoding and chat templates.
-        backend: the same tokenizer's core, for incremental decoding.
         context_length: most positions that are exact.
         parameters: of the whole model, counted before quantization packs them.
         weight_bytes: of all weights as they are held, shared ones once.
@@ -49,8 +47,7 @@ class Base:
 
     name: str
     model: PreTrainedModel
-    tokenizer: Any
-    backend: Tokenizer
+    tokenizer: TextTokenizer
     spec: BaseSpec
     dtype: torch.dtype
     quantization: str
@@ -121,10 +118,9 @@ def load_base(
     # Our own operator takes int8 and, if compiled, 4 bits on a CPU; anything else is bitsandbytes' matter.
     ours = device == "cpu" and compute in DTYPES and (quantization == "int8" or load_kernels() is not None)
     loaded = load(by_bitsandbytes=quantization != "none" and not ours)
-    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise BaseModelError(f"{model}: has no fast tokenizer (tokenizer.json)")
+    tokenizer = _read(
+        lambda: text_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)), model
+    )
     name = DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model)
     spec = inspect_base(loaded, name)
     body = {n: shape for n, shape in spec.linears.items() if not shape.is_head}
@@ -157,7 +153,6 @@ def load_base(
         name=model,
         model=loaded,
         tokenizer=tokenizer,
-        backend=backend,
         spec=spec,
         dtype=compute,
         quantization=quantization,

@@ -7,17 +7,14 @@ differs, or a chat template, is used for the requests of that adapter and of no 
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from polygraft.adapters.folder import TOKENIZER, AdapterFolder
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
 from polygraft.base.loader import Base
+from polygraft.base.tokenizer import TextTokenizer
+from polygraft.engine.adapter_tokenizer import read_tokenizer
+from polygraft.engine.chat_template import LocalTemplate
 from polygraft.engine.prompts import Prompts
 from polygraft.errors import AdapterInvalid
 
@@ -29,7 +26,7 @@ class AdapterPrompts:
     """The prompts of the base and of every resident adapter. May be asked from any thread."""
 
     def __init__(self, base: Base) -> None:
-        self.base = Prompts(base)
+        self.base = Prompts.of_base(base)
         self._base = base
         self._own: dict[int, Prompts] = {}
 
@@ -48,15 +45,22 @@ class AdapterPrompts:
             AdapterInvalid: a file is broken, or there are more tokens than rows for them.
         """
         known = vocabulary or self._base.spec.vocabulary_size
-        tokenizer = self._tokenizer(folder, known)
-        if tokenizer is None and vocabulary is not None:
-            self._check_size(folder.name, self._base.backend, known, "the base's tokenizer")
-        template = self._template(folder)
-        if tokenizer is None and template == self._base.tokenizer.chat_template:
-            template = None
-        if tokenizer is None and template is None and vocabulary is None:
+        base = self._base.tokenizer
+        tokenizer = self._tokenizer(folder)
+        self._check_size(folder.name, tokenizer or base, known)
+        source = self._template(folder) or base.chat_template
+        if tokenizer is None and source == base.chat_template and vocabulary is None:
             return None
-        return Prompts(self._base, tokenizer, template, vocabulary)
+        used = tokenizer or base
+        own = used.special_id("eos_token")
+        return Prompts(
+            used,
+            None if source is None else LocalTemplate(source, used.special_tokens),
+            vocabulary=known,
+            context_length=self._base.context_length,
+            eos_token_ids=(*self._base.eos_token_ids, *(() if own is None else (own,))),
+            is_own=tokenizer is not None or source != base.chat_template,
+        )
 
     def add(self, adapter: Adapter, prompts: Prompts) -> None:
         """Use these for an adapter's requests."""
@@ -66,36 +70,23 @@ class AdapterPrompts:
         """An adapter is gone."""
         self._own.pop(adapter.generation, None)
 
-    def _tokenizer(self, folder: AdapterFolder, vocabulary: int) -> Any:
-        content = folder.texts.get(TOKENIZER)
-        if content is None:
+    def _tokenizer(self, folder: AdapterFolder) -> TextTokenizer | None:
+        if TOKENIZER not in folder.texts:
             return None
-        try:
-            backend = Tokenizer.from_str(content.decode())
-        except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception
-            raise AdapterInvalid(folder.name, [f"{TOKENIZER} can't be read: {error}"]) from None
-        if backend.to_str() == self._base.backend.to_str():
+        tokenizer = read_tokenizer(folder.name, folder.texts)
+        if tokenizer.backend.to_str() == self._base.tokenizer.backend.to_str():
             return None
-        self._check_size(folder.name, backend, vocabulary, TOKENIZER)
-        with tempfile.TemporaryDirectory(prefix="polygraft-") as aside:
-            for file, text in folder.texts.items():
-                (Path(aside) / file).write_bytes(text)
-            try:
-                # The class itself and not Auto: what the files name as their class isn't looked for.
-                return PreTrainedTokenizerFast.from_pretrained(aside, local_files_only=True)
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with the files, the load fails with it
-                raise AdapterInvalid(folder.name, [f"its tokenizer can't be loaded: {error}"]) from None
+        return tokenizer
 
     @staticmethod
-    def _check_size(name: str, backend: Tokenizer, vocabulary: int, whose: str) -> None:
-        size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        if size > vocabulary:
+    def _check_size(name: str, tokenizer: TextTokenizer, vocabulary: int) -> None:
+        if tokenizer.size > vocabulary:
             raise AdapterInvalid(
                 name,
                 [
-                    f"{whose} has ids up to {size - 1}, and there are embeddings for {vocabulary} tokens: "
-                    "the rows of added ones are to be saved with the adapter (modules_to_save, or "
-                    "save_embedding_layers)"
+                    f"its tokenizer has ids up to {tokenizer.size - 1}, and there are embeddings for "
+                    f"{vocabulary} tokens: the rows of added ones are to be saved with the adapter "
+                    "(modules_to_save, or save_embedding_layers)"
                 ],
             )
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import jinja2
-from tokenizers import Tokenizer
 
 from polygraft.base.loader import Base
+from polygraft.base.tokenizer import TextTokenizer
+from polygraft.engine.chat_template import ChatTemplate, LocalTemplate
 from polygraft.engine.logprobs import TokenTexts
 from polygraft.engine.request import Chat
 from polygraft.engine.text_stream import TextStream
@@ -17,48 +15,64 @@ from polygraft.errors import ContextLengthExceeded, InvalidRequest
 
 class Prompts:
     """A tokenizer and a chat template: the base model's, or those that an adapter brings along. Thread-safe,
-    since a tokenizer's calls are.
+    since nothing here changes.
 
     Args:
-        tokenizer: transformers' fast tokenizer; None is the base's own.
-        chat_template: instead of the tokenizer's.
-        vocabulary: tokens that there are rows for; None is as many as the base has.
+        template: None if there is none.
+        vocabulary: tokens that there are embeddings for.
+        context_length: most tokens of a request.
+        eos_token_ids: what ends an answer; those without an embedding are left out.
+        is_own: whether anything but the number of tokens is an adapter's.
+        warnings: what an operator should know.
     """
 
     def __init__(
         self,
-        base: Base,
-        tokenizer: Any = None,
-        chat_template: str | None = None,
-        vocabulary: int | None = None,
+        tokenizer: TextTokenizer,
+        template: ChatTemplate | None,
+        *,
+        vocabulary: int,
+        context_length: int,
+        eos_token_ids: Sequence[int],
+        is_own: bool = False,
+        warnings: Sequence[str] = (),
     ) -> None:
-        self.is_own = tokenizer is not None or chat_template is not None
-        """Whether anything but the number of tokens is an adapter's."""
-        self._tokenizer = base.tokenizer if tokenizer is None else tokenizer
-        self._template = chat_template
-        self._backend: Tokenizer = base.backend if tokenizer is None else tokenizer.backend_tokenizer
-        self._vocabulary = vocabulary or base.spec.vocabulary_size
-        self._context_length = base.context_length
-        longest = max(map(len, self._backend.get_vocab()), default=1)
-        self._most_characters = longest * base.context_length
-        self._eos = base.eos_token_ids
-        if tokenizer is not None and tokenizer.eos_token_id is not None:
-            self._eos = tuple(dict.fromkeys((*base.eos_token_ids, int(tokenizer.eos_token_id))))
-        self.texts = TokenTexts(self._backend)
+        self.is_own = is_own
+        self.warnings = tuple(warnings)
+        self._tokenizer = tokenizer
+        self._template = template
+        self._vocabulary = vocabulary
+        self._context_length = context_length
+        self._most_characters = tokenizer.longest * context_length
+        self._eos = tuple(dict.fromkeys(token for token in eos_token_ids if token < vocabulary))
+        self.texts = TokenTexts(tokenizer.backend)
+
+    @classmethod
+    def of_base(cls, base: Base) -> Prompts:
+        """The base model's own."""
+        tokenizer = base.tokenizer
+        source = tokenizer.chat_template
+        return cls(
+            tokenizer,
+            None if source is None else LocalTemplate(source, tokenizer.special_tokens),
+            vocabulary=base.spec.vocabulary_size,
+            context_length=base.context_length,
+            eos_token_ids=base.eos_token_ids,
+        )
 
     @property
     def has_chat_template(self) -> bool:
         """Whether chats can be rendered."""
-        return bool(self._template or getattr(self._tokenizer, "chat_template", None))
+        return self._template is not None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends an answer: the model's own, and its tokenizer's if that is an adapter's."""
+        """What ends an answer: the model's own, and what an adapter's folder names."""
         return self._eos
 
     def text_stream(self, prompt_ids: Sequence[int], stop: Sequence[str]) -> TextStream:
         """Turns what comes behind a prompt into text."""
-        return TextStream(self._backend, prompt_ids, stop)
+        return TextStream(self._tokenizer.backend, prompt_ids, stop)
 
     def token_ids(self, prompt: str | tuple[int, ...] | Chat) -> Sequence[int]:
         """Token ids of a prompt: text with the model's own special tokens, ids as they are, a chat
@@ -75,13 +89,13 @@ class Prompts:
             # The template writes the special tokens itself.
             text = self._render(prompt)
             self._check_characters(text, "chat")
-            ids = self._encode(text, False)
+            ids = self._tokenizer.encode(text, special=False)
             field = "chat"
         else:
             if not prompt:
                 raise InvalidRequest("prompt", "must not be empty")
             self._check_characters(prompt, "prompt")
-            ids = self._encode(prompt, True)
+            ids = self._tokenizer.encode(prompt, special=True)
             field = "prompt"
         if not ids:
             raise InvalidRequest(field, "must not be empty")
@@ -111,7 +125,7 @@ class Prompts:
             self._check_characters(whole, "prompt")
             text = whole.rstrip() if special else whole
             moved = whole[len(text) :]
-            context = self._encode(text, special) if text else ()
+            context = self._tokenizer.encode(text, special=special) if text else ()
         if len(context) > self._context_length:
             raise ContextLengthExceeded(
                 "prompt", f"{len(context)} tokens, the context holds {self._context_length}"
@@ -124,26 +138,21 @@ class Prompts:
                 ids = continuation
             elif isinstance(prompt, tuple) or not context:
                 self._check_characters(continuation, field)
-                ids = self._encode(moved + continuation, False)
+                ids = self._tokenizer.encode(moved + continuation, special=False)
             else:
                 self._check_characters(continuation, field)
-                ids = self._encode(text + moved + continuation, special)[len(context) :]
+                ids = self._tokenizer.encode(text + moved + continuation, special=special)[len(context) :]
             if not ids:
                 raise InvalidRequest(field, "adds no token to the prompt")
             found.append((context or self._beginning(), ids))
         return found
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        if special:
-            ids: list[int] = self._tokenizer(text)["input_ids"]
-            return ids
-        return self._backend.encode(text, add_special_tokens=False).ids
-
     def _beginning(self) -> Sequence[int]:
         """What stands for an empty prompt; raises InvalidRequest if the model has no such token."""
-        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+        for role in ("bos_token", "eos_token"):
+            token = self._tokenizer.special_id(role)
             if token is not None:
-                return (int(token),)
+                return (token,)
         raise InvalidRequest("prompt", "must not be empty: the model has no token for a beginning")
 
     def _check_characters(self, text: str, field: str) -> None:
@@ -155,20 +164,11 @@ class Prompts:
             )
 
     def _render(self, chat: Chat) -> str:
-        if not self.has_chat_template:
+        if self._template is None:
             raise InvalidRequest("chat", "the model has no chat template; send a prompt")
         if not chat.messages:
             raise InvalidRequest("chat.messages", "must not be empty")
-        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
-            )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise InvalidRequest(
-                "chat.messages", f"the model's chat template refuses them: {error}"
-            ) from error
-        return text
+        return self._template.render(chat.messages)
 
     def check_ids(self, ids: Sequence[int], field: str) -> None:
         """Raise InvalidRequest for an id outside the vocabulary."""
@@ -186,4 +186,4 @@ class Prompts:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens. Raises InvalidRequest for an id outside the vocabulary."""
         self.check_ids(ids, "token_ids")
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        return self._tokenizer.decode(ids)

@@ -1,0 +1,95 @@
+"""A tokenizer as it is served: what a text becomes depends on the text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenizers import Tokenizer
+
+DEFAULT_TEMPLATE = "default"
+"""The one of several chat templates that transformers takes unless it is told another."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokenizer:
+    """The core of a tokenizer and what its files say beside it. Thread-safe: nothing changes it.
+
+    Args:
+        backend: encodes and decodes; it neither truncates nor pads nor drops merges at random, whatever its
+            file says.
+        size: its largest id and one.
+        longest: characters of its longest token.
+        hidden: texts of the tokens that decoding leaves out, by id.
+        special_tokens: texts of the special tokens by role, such as "bos_token"; chat templates see them.
+        chat_templates: by name; `DEFAULT_TEMPLATE` is the one that is used.
+        hashes: SHA-256 in hexadecimal of the files that it was read from, by file name.
+    """
+
+    backend: Tokenizer
+    size: int
+    longest: int
+    hidden: Mapping[int, str] = field(default_factory=dict)
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of a chat; None if there is none, or several and none of them is the default."""
+        return self.chat_templates.get(DEFAULT_TEMPLATE) or None
+
+    def special_id(self, role: str) -> int | None:
+        """The id of the special token that has a role, such as "eos_token"."""
+        token = self.special_tokens.get(role)
+        return None if token is None else self.backend.token_to_id(token)
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text, whole.
+
+        Args:
+            special: whether to add the special tokens that the tokenizer puts around a text.
+        """
+        ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+
+def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> TextTokenizer:
+    """Take over a tokenizer that transformers has loaded; nothing else may use it afterwards.
+
+    Its files may hold settings for training: a length to truncate or pad to, and a probability (dropout) of
+    skipping merges. transformers' own calls switch the first two off and on in the shared core, so that a
+    request's tokens would depend on who came before; all are switched off here, once.
+
+    Args:
+        loaded: a fast tokenizer of transformers.
+        hashes: see `TextTokenizer`.
+
+    Raises:
+        ValueError: it isn't a fast tokenizer.
+    """
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ValueError("has no fast tokenizer (tokenizer.json)")
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
+    templates = loaded.chat_template or {}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    return TextTokenizer(
+        backend,
+        size=max(vocabulary.values(), default=-1) + 1,
+        longest=max(map(len, vocabulary), default=1),
+        hidden={
+            id: token.content for id, token in backend.get_added_tokens_decoder().items() if token.special
+        },
+        special_tokens=dict(loaded.special_tokens_map),
+        chat_templates={DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else dict(templates),
+        hashes=hashes or {},
+    )
