@@ -20,11 +20,19 @@ PolygraftError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
+
+from polygraft.printable import Texts, printable
+
+_MOST = 4096
+"""Characters of an error's text that quotes what somebody sent."""
 
 
 class PolygraftError(Exception):
-    """The root of the tree. `reason` is a stable upper-case code for programs."""
+    """The root of the tree. `reason` is a stable upper-case code for programs.
+
+    Errors about what a caller or a folder brought along quote it in a printable form.
+    """
 
     reason = "INTERNAL"
 
@@ -67,9 +75,9 @@ class InvalidRequest(PolygraftError):
     reason = "INVALID_ARGUMENT"
 
     def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
-        self.field = field
-        self.problem = problem
+        self.field = printable(field)
+        self.problem = printable(problem, _MOST)
+        super().__init__(f"{self.field}: {self.problem}")
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -89,9 +97,9 @@ class NotSupported(PolygraftError):
     reason = "NOT_SUPPORTED"
 
     def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
-        self.field = field
-        self.problem = problem
+        self.field = printable(field)
+        self.problem = printable(problem, _MOST)
+        super().__init__(f"{self.field}: {self.problem}")
 
 
 class AdapterError(PolygraftError):
@@ -105,9 +113,9 @@ class AdapterError(PolygraftError):
     reason = "ADAPTER_ERROR"
 
     def __init__(self, name: str, problem: str) -> None:
-        super().__init__(f"adapter {name!r}: {problem}")
-        self.name = name
-        self.problem = problem
+        self.name = printable(name)
+        self.problem = printable(problem, _MOST)
+        super().__init__(f"adapter '{self.name}': {self.problem}")
 
 
 class AdapterNotFound(AdapterError):
@@ -127,15 +135,18 @@ class AdapterInvalid(AdapterError):
 
     Args:
         name: the adapter's name.
-        problems: everything that is wrong, one sentence each; never empty.
+        problems: what is wrong, one sentence each; never empty. Of very many the first are kept, and how
+            many more there are; `total` counts them all.
     """
 
     reason = "ADAPTER_INVALID"
 
-    def __init__(self, name: str, problems: Sequence[str]) -> None:
+    def __init__(self, name: str, problems: Collection[str]) -> None:
         assert problems
-        super().__init__(name, "; ".join(problems))
-        self.problems = tuple(problems)
+        found = problems if isinstance(problems, Texts) else Texts(problems)
+        self.problems = found.told()
+        self.total = len(found) + found.left_out
+        super().__init__(name, "; ".join(self.problems))
 
 
 class AdapterUnavailable(AdapterError):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from polygraft.adapters.folder import (
 from polygraft.adapters.names import check_name
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid, InvalidRequest, PolygraftError
+from polygraft.printable import MAX_CHARACTERS, MAX_TEXTS
 from tests.adapters.specimen import Specimen, compile_folder
 
 ROOM = 2**30
@@ -179,6 +181,23 @@ def test_the_hash_changes_with_config_and_weights_and_not_with_layout(
     next(iter(changed.tensors.values()))[0, 0] += 1
     changed.save(intact)
     assert digest() != first
+
+
+def test_a_folder_of_tens_of_thousands_of_problems(
+    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path
+) -> None:
+    damaged = specimen("lora")
+    name = "a name\n2026-01-01 00:00:00 INFO forged " + "x" * 1000
+    damaged.tensors |= {f"{name}{n}": torch.zeros(1) for n in range(3000)}
+    damaged.config["what\nelse"] = "much\nmore" * 1000
+    with pytest.raises(AdapterInvalid) as caught:
+        compile_folder(damaged.save(tmp_path / "a"), spec)
+    problems = caught.value.problems
+    assert len(problems) <= MAX_TEXTS + 1
+    assert "what\\nelse" in problems[0]
+    assert "forged" in problems[-2]
+    assert re.fullmatch(r"and \d+ more", problems[-1])
+    assert all(problem.isprintable() and len(problem) <= MAX_CHARACTERS for problem in problems)
 
 
 # ---- the store -------------------------------------------------------------------------------------------

@@ -88,6 +88,22 @@ async def test_list_is_paged(served: Served) -> None:
     assert whole.next_page_token == ""
 
 
+async def test_a_page_is_no_larger_than_a_message_may_be(served: Served) -> None:
+    problems = tuple("x" * 500 for _ in range(50))
+    served.engine.adapters = {
+        f"a{number:03}": AdapterInfo(f"a{number:03}", AdapterState.FAILED, "folder", problems=problems)
+        for number in range(200)
+    }
+    names: list[str] = []
+    token = ""
+    while not names or token:
+        page = await served.adapters.ListAdapters(pb.ListAdaptersRequest(page_size=1000, page_token=token))
+        assert 0 < page.ByteSize() < 2**20
+        names += [adapter.name for adapter in page.adapters]
+        token = page.next_page_token
+    assert names == sorted(served.engine.adapters)
+
+
 async def test_a_page_holds_its_place_while_adapters_come_and_go(served: Served) -> None:
     served.engine.adapters = {name: ready(name) for name in "bdf"}
     page = await served.adapters.ListAdapters(pb.ListAdaptersRequest(page_size=2))

@@ -49,3 +49,29 @@ def test_setting_up_twice_writes_each_record_once(stream: io.StringIO) -> None:
     configure_logging("info", stream)
     logging.getLogger("polygraft").info("once")
     assert stream.getvalue().count("once") == 1
+
+
+FORGED = "all is well\n2026-01-01 00:00:00.000 INFO    polygraft [-] forged\r\x1b[2K"
+
+
+def test_what_a_record_quotes_forges_no_other(stream: io.StringIO) -> None:
+    configure_logging("info", stream)
+    log = logging.getLogger("polygraft.engine")
+    token = request_id.set(FORGED)
+    log.warning("%s", FORGED)
+    request_id.reset(token)
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        log.exception("failed")
+    first, second, *traceback = stream.getvalue().split("\n")
+    assert first.endswith("well\\n2026-01-01 00:00:00.000 INFO    polygraft [-] forged\\r\\x1b[2K")
+    assert second.endswith("failed")
+    assert any("forged" in line for line in traceback)
+    assert all(line.isprintable() and line.startswith("    ") for line in traceback if line)
+
+
+def test_a_line_has_a_largest_length(stream: io.StringIO) -> None:
+    configure_logging("info", stream)
+    logging.getLogger("polygraft").info("x" * 10**6)
+    assert len(stream.getvalue()) < 10_000

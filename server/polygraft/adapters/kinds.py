@@ -164,7 +164,7 @@ def compile_adapter(
             "(--max-adapter-bytes)"
         )
     reader.finish()
-    return dataclasses.replace(compiled, warnings=tuple(reader.warnings))
+    return dataclasses.replace(compiled, warnings=reader.warnings.told())
 
 
 def _check_replaced(reader: FolderReader, compiled: CompiledAdapter) -> None:

@@ -6,6 +6,7 @@ whatever was wrong, missing or left over.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.refusals import why_not_option
 from polygraft.errors import AdapterInvalid
+from polygraft.printable import Texts, printable
 
 # Keys that say where an adapter comes from or how it was trained, never what it computes.
 _PROVENANCE = {
@@ -24,10 +26,16 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxdict = _SHORT.maxlist = 20
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
+"""Looks at no more of a value than it shows: one may be a megabyte, or nested a thousand deep."""
+
+
 def shown(value: object) -> str:
     """A configuration value for an error's text."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
+    return printable(_SHORT.repr(value), 203)
 
 
 class FolderReader:
@@ -43,8 +51,8 @@ class FolderReader:
         self, folder: AdapterFolder, adapter_dtype: torch.dtype | None, max_rank: int, max_bytes: int
     ) -> None:
         self.name = folder.name
-        self.problems: list[str] = []
-        self.warnings: list[str] = []
+        self.problems = Texts()
+        self.warnings = Texts()
         self.saved: tuple[str, ...] = ()
         """What `modules_to_save` named."""
         self.ties = False

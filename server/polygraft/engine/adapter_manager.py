@@ -26,10 +26,13 @@ from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, Inva
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.base_dependent import resolve_against_base
 from polygraft.layers.resolve_rows import resolve_token_rows
+from polygraft.printable import printable, printable_texts
 
 log = logging.getLogger(__name__)
 
 _CANARY_TOKENS = 8
+_LOGGED = 2000
+"""Characters of a folder's problems in the log; the adapter's status has them all."""
 LOADS_AT_ONCE = 8
 """Adapters of the store that are on their way: their canaries share steps, and their files fill memory."""
 
@@ -200,10 +203,10 @@ class AdapterManager:
             # Whatever it was, it must not take the engine down, and somebody waits for the outcome.
             if adapter is not None:
                 self._free(adapter)
-            problems = error.problems if isinstance(error, AdapterInvalid) else (str(error),)
+            problems = error.problems if isinstance(error, AdapterInvalid) else printable_texts([str(error)])
             failed = self.registry.fail_load(name, source, problems, keep=keep_failed)
             if isinstance(error, PolygraftError):
-                log.warning("adapter %s is not loaded: %s", name, "; ".join(problems))
+                log.warning("adapter %s is not loaded: %s", name, printable("; ".join(problems), _LOGGED))
             else:
                 log.exception("adapter %s is not loaded", name)
             self._events.append((AdapterChange.LOAD_FAILED, failed))

@@ -17,6 +17,7 @@ from polygraft.engine.background import BackgroundWork, Job
 from polygraft.errors import AdapterUnavailable, ResourceExhausted
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.merging import MergedWeights, WeightSwitch, merge
+from polygraft.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ class MergedCopies:
             copy.weights = None
             copy.reserved = False
             copy.state = MergeState.FAILED
-            copy.problem = str(error)
+            copy.problem = printable(str(error))
             copy.pinned = False
             if not isinstance(error, ResourceExhausted):
                 log.exception("adapter %s is not merged", copy.adapter.name)

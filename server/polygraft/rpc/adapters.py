@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 
+from polygraft.adapters.info import AdapterInfo
 from polygraft.adapters.names import check_name
 from polygraft.engine.handle import EngineHandle
 from polygraft.errors import InvalidRequest, NotSupported
@@ -18,6 +19,7 @@ from polygraft_api.v1 import adapters_pb2_grpc
 
 _DEFAULT_PAGE = 100
 _MAX_PAGE = 1000
+_PAGE_BYTES = 2**19
 _MAX_NEAREST = 16
 _TOKEN_PREFIX = b"1:"
 
@@ -25,10 +27,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
-    """Translates between the contract and the registry; errors are the interceptor's to map."""
+    """Translates between the contract and the registry; errors are the interceptor's to map.
 
-    def __init__(self, handle: EngineHandle) -> None:
+    Args:
+        message_bytes: the largest message that is sent.
+    """
+
+    def __init__(self, handle: EngineHandle, message_bytes: int = 4 * 2**20) -> None:
         self._handle = handle
+        # With room for the token and the fields' tags, and small enough to be made within a few milliseconds.
+        self._page_bytes = min(message_bytes // 2, _PAGE_BYTES)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:  # noqa: N802
         """Load a folder of the store."""
@@ -74,12 +82,24 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         after = _read_page_token(request.page_token)
         infos = self._handle.list_adapters()
         rest = [info for info in infos if after is None or info.name > after]
-        page = rest[: request.page_size or _DEFAULT_PAGE]
+        page = self._page(rest[: request.page_size or _DEFAULT_PAGE])
         return pb.ListAdaptersResponse(
-            adapters=[messages.adapter(info) for info in page],
+            adapters=page,
             next_page_token=_page_token(page[-1].name) if len(page) < len(rest) else "",
             total_size=len(infos),
         )
+
+    def _page(self, infos: Sequence[AdapterInfo]) -> list[pb.Adapter]:
+        """As many of them as one message holds, at least one: their problems and warnings may be long."""
+        page: list[pb.Adapter] = []
+        size = 0
+        for info in infos:
+            adapter = messages.adapter(info)
+            size += adapter.ByteSize()
+            if page and size > self._page_bytes:
+                break
+            page.append(adapter)
+        return page
 
     async def UpdateAdapter(  # noqa: N802
         self, request: pb.UpdateAdapterRequest, context: Context

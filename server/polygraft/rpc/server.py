@@ -41,7 +41,8 @@ class RpcServer:
             options=_options(config),
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(handle), self._server)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(handle), self._server)
+        adapters = AdapterServicer(handle, config.max_message_bytes)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (INFERENCE, ADAPTERS, HEALTH, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

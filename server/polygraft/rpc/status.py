@@ -68,9 +68,9 @@ def _details(error: Exception, reason: str) -> list[Message]:
     match error:
         case errors.AdapterInvalid():
             violations = [("source", problem) for problem in error.problems]
-            return [_error_info(reason, {"adapter": error.name}), _bad_request(violations)]
+            return [_error_info(reason, {"adapter": error.name}), _bad_request(violations, error.total)]
         case errors.InvalidRequest():
-            return [_error_info(reason, {}), _bad_request([(error.field, error.problem)])]
+            return [_error_info(reason, {}), _bad_request([(error.field, error.problem)], 1)]
         case errors.NotSupported():
             return [_error_info(reason, {"field": error.field})]
         case errors.AdapterError():
@@ -87,12 +87,12 @@ def _error_info(reason: str, metadata: dict[str, str]) -> error_details_pb2.Erro
     return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=short)
 
 
-def _bad_request(violations: list[tuple[str, str]]) -> error_details_pb2.BadRequest:
-    """As many of the violations as fit into the trailers, and how many were left out."""
+def _bad_request(violations: list[tuple[str, str]], total: int) -> error_details_pb2.BadRequest:
+    """As many of the violations as fit into the trailers, and how many were left out of `total`."""
     bad = error_details_pb2.BadRequest()
     for done, (field, problem) in enumerate(violations):
         if done == _MAX_VIOLATIONS or bad.ByteSize() > _MAX_DETAILS - 2 * _MAX_DESCRIPTION:
-            bad.field_violations.add(field=field, description=f"and {len(violations) - done} more problems")
+            bad.field_violations.add(field=field, description=f"and {total - done} more problems")
             break
         bad.field_violations.add(
             field=_shorten(field, _MAX_DESCRIPTION // 2), description=_shorten(problem, _MAX_DESCRIPTION)

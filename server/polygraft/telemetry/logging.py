@@ -5,12 +5,30 @@ from __future__ import annotations
 import logging
 import sys
 from contextvars import ContextVar
-from typing import TextIO
+from typing import Any, TextIO
+
+from polygraft.printable import printable
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """The id of the call that the current task serves; "-" outside of any."""
 
+_MOST = 8192
+"""Characters of a line."""
 _FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
+
+
+class _OneLine(logging.Formatter):
+    """Keeps what a record quotes from forging another: a message is one line, and those of a traceback are
+    indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line, with what can't be printed escaped."""
+        return printable(super().formatMessage(record), _MOST)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """The traceback."""
+        lines = super().formatException(ei).splitlines()
+        return "\n".join(f"    {printable(line, _MOST)}" for line in lines)
 
 
 class _RequestIdFilter(logging.Filter):
@@ -28,7 +46,7 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
     "warning" on.
     """
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
-    handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_OneLine(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
     handler.addFilter(_RequestIdFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("polygraft").setLevel(level.upper())
