@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.folder import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.store import read_folder
 from polygraft.base.loader import inspect_without_weights
 from polygraft.base.residual_sites import ATTENTION
 from polygraft.base.spec import BaseSpec

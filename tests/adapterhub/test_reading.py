@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from polygraft.adapters.adapterhub.form import ADAPTERHUB_PICKLE, ADAPTERHUB_WEIGHTS, HEAD_CONFIG
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.folder import AdapterFolder
+from polygraft.adapters.folder import AdapterFolder, Weights
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
 from polygraft.adapters.primitives import Prefix
 from polygraft.base.spec import BaseSpec
@@ -160,7 +160,7 @@ def test_strange_values_are_served_or_refused_and_nothing_else(
     for (at, name), value in itertools.product(places, STRANGE):
         damaged = Specimen(copy.deepcopy(intact.config), {})
         (damaged.config if at is None else blocks(damaged)[at])[name] = value
-        folder = AdapterFolder("strange", damaged.config, weights, "")
+        folder = AdapterFolder("strange", damaged.config, Weights(weights), "")
         with contextlib.suppress(AdapterInvalid):
             run_to_end(compile_adapter(folder, bases(architecture), AdapterLimits()))
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.folder import CONFIG, WEIGHTS, read_folder
+from polygraft.adapters.folder import CONFIG, WEIGHTS
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.store import read_folder
 from polygraft.base.spec import BaseSpec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"

@@ -138,7 +138,7 @@ def test_a_folder_that_is_none(tmp_path: Path, spec: BaseSpec, what: str) -> Non
     (tmp_path / "file").write_text("text")
     report = check_against(tmp_path / what, spec, AdapterLimits())
     assert not report.fits
-    assert "adapter_config.json" in report.problems[0]
+    assert report.problems == (f"no such folder in the store: {what}",)
 
 
 def test_a_base_that_is_none(llama_store: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from polygraft.adapters.convert import convert_folder
-from polygraft.adapters.folder import CONFIG, WEIGHTS, read_folder
+from polygraft.adapters.folder import CONFIG, WEIGHTS
+from polygraft.adapters.store import read_folder
 from polygraft.adapters.unpickle import read_tensors
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid, ConfigError

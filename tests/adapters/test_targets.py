@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from transformers import AutoModelForCausalLM
 
-from polygraft.adapters.folder import AdapterFolder
+from polygraft.adapters.folder import AdapterFolder, Weights
 from polygraft.adapters.reader import FolderReader
 from polygraft.adapters.targets import matching_key, target_modules
 from polygraft.base.spec import BaseSpec
@@ -67,7 +67,7 @@ def test_the_same_modules_as_peft(
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
-    reader = FolderReader(AdapterFolder("a", options, EMPTY, ""), None, max_rank=8, max_bytes=0)
+    reader = FolderReader(AdapterFolder("a", options, Weights(EMPTY), ""), None, max_rank=8, max_bytes=0)
     found = target_modules(reader, specs(architecture))
     assert sorted(found) == sorted(wrapped)
     assert reader.problems == []

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from polygraft.adapters.folder import CONFIG, WEIGHTS, AdapterFolder, AdapterStore
+from polygraft.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
 from polygraft.adapters.info import AdapterState
+from polygraft.adapters.store import AdapterStore
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.adapter_manager import LOADS_AT_ONCE, AdapterChange
@@ -100,11 +101,12 @@ def test_broken_folders_dont_stop_the_start_and_are_listed(
     (store / "loop").symlink_to("loop")
     engine = make_engine(llama, store)
     states = {info.name: (info.state, info.problems) for info in engine.adapters.registry.list()}
-    assert list(states) == ["cut", "empty", "lora", "outside", "prefix"]
+    assert list(states) == ["cut", "empty", "loop", "lora", "outside", "prefix"]
     assert {name for name, (state, _) in states.items() if state is AdapterState.READY} == {"lora", "prefix"}
     assert "can't be read" in states["cut"][1][0]
     assert states["empty"][1] == ("adapter_config.json is missing",)
     assert "leads out of the store" in states["outside"][1][0]
+    assert "the folder can't be opened: loop" in states["loop"][1][0]
     assert "'a@b' in the store is passed over" in caplog.text
     with pytest.raises(AdapterUnavailable, match=r"adapter_config.json is missing"):
         engine.submit(greedy("r", PROMPT, "empty", 1))
@@ -172,6 +174,22 @@ def test_other_content_under_a_name_that_is_taken(engine: Engine, store: Path) -
     with pytest.raises(AdapterExists, match="'lora': loaded from 'lora' with other content"):
         load(engine, "lora", "prefix")
     assert engine.adapters.registry.get("lora") == before
+
+
+def test_a_store_behind_a_link_that_is_led_elsewhere(llama: Path, llama_store: Path, tmp_path: Path) -> None:
+    copy_of(llama_store, tmp_path / "rev-1", "lora")
+    strengthen(copy_of(llama_store, tmp_path / "rev-2", "lora", "prefix") / "lora")
+    current = tmp_path / "current"
+    current.symlink_to("rev-1")
+    engine = make_engine(llama, current)
+    before = engine.adapters.registry.get("lora")
+    (tmp_path / "new").symlink_to("rev-2")
+    (tmp_path / "new").replace(current)
+    shutil.rmtree(tmp_path / "rev-1")
+    after = load(engine, "lora", reload=True)
+    assert after.generation > before.generation
+    assert after.content_hash != before.content_hash
+    assert load(engine, "prefix").state is AdapterState.READY
 
 
 def test_loads_of_the_same_at_once_are_one(engine: Engine, store: Path) -> None:

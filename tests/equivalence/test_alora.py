@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from polygraft.adapters.folder import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.store import read_folder
 from polygraft.engine.engine import Engine
 from polygraft.engine.request import AdapterRef, Request, ScoreRequest, StoppingParams
 from polygraft.errors import AdapterInvalid, InvalidRequest

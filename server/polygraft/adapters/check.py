@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,14 +10,14 @@ from pathlib import Path
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.folder import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
 from polygraft.adapters.limits import adapter_limits
 from polygraft.adapters.primitives import LowRank
+from polygraft.adapters.store import read_folder
 from polygraft.base.loader import compute_dtype, inspect_without_weights
 from polygraft.base.spec import BaseSpec
 from polygraft.config import ServerConfig
-from polygraft.errors import AdapterInvalid
+from polygraft.errors import AdapterInvalid, InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,13 @@ def check_against(
     folder: Path, base: BaseSpec, limits: AdapterLimits, dtype: torch.dtype = torch.float32
 ) -> CheckReport:
     """Check an adapter's folder against a base's spec; `dtype` is what the base computes in."""
-    name = folder.resolve().name
+    name = Path(os.path.abspath(folder)).name
     try:
         files = read_folder(name, folder, limits.compiled_bytes)
         compiled = run_to_end(compile_adapter(files, base, limits))
-    except AdapterInvalid as error:
-        return CheckReport(str(folder), False, base.parameters, problems=error.problems)
+    except (AdapterInvalid, InvalidRequest) as error:
+        problems = error.problems if isinstance(error, AdapterInvalid) else (str(error),)
+        return CheckReport(str(folder), False, base.parameters, problems=problems)
     ranks = Counter(compiled.ranks)
     return CheckReport(
         folder=str(folder),

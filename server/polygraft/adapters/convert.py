@@ -16,11 +16,12 @@ from pathlib import Path
 from polygraft.adapters.adapterhub.form import ADAPTERHUB_WEIGHTS, HAS_HEAD, HEAD_CONFIG, is_adapterhub
 from polygraft.adapters.folder import (
     CONFIG,
+    MAX_CONFIG_BYTES,
     MAX_TOKENIZER_BYTES,
     PICKLES,
     TOKENIZER_FILES,
     WEIGHTS,
-    read_config,
+    parse_config,
     read_file,
 )
 from polygraft.errors import AdapterInvalid, ConfigError
@@ -60,7 +61,8 @@ def convert_folder(folder: Path, out: Path, max_bytes: int = 2**30) -> Conversio
     name = folder.resolve().name
     if out.exists() or out.is_symlink():
         raise ConfigError("OUT", f"{out} exists already")
-    config, raw_config = read_config(name, folder)
+    raw_config = read_file(name, folder / CONFIG, MAX_CONFIG_BYTES)
+    config = parse_config(name, raw_config)
     from_adapterhub = is_adapterhub(config)
     weights = ADAPTERHUB_WEIGHTS if from_adapterhub else WEIGHTS
     if from_adapterhub and (folder / HEAD_CONFIG).exists():
@@ -80,7 +82,7 @@ def convert_folder(folder: Path, out: Path, max_bytes: int = 2**30) -> Conversio
         (made / CONFIG).write_bytes(raw_config)
         for file in TOKENIZER_FILES:
             if (folder / file).exists():
-                (made / file).write_bytes(read_file(name, folder / file, MAX_TOKENIZER_BYTES, None))
+                (made / file).write_bytes(read_file(name, folder / file, MAX_TOKENIZER_BYTES))
         size = (made / weights).stat().st_size
         if out.exists():
             raise ConfigError("OUT", f"{out} exists already")

@@ -1,18 +1,17 @@
-"""Reads an adapter's folder into memory, trusting nothing in it."""
+"""An adapter's folder in memory, trusting nothing in it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from polygraft.adapters.adapterhub.form import (
@@ -22,7 +21,8 @@ from polygraft.adapters.adapterhub.form import (
     HEAD_CONFIG,
     is_adapterhub,
 )
-from polygraft.errors import AdapterInvalid, InvalidRequest
+from polygraft.adapters.open_folder import FileUnreadable, FolderChanged, OpenFolder, read_descriptor
+from polygraft.errors import AdapterInvalid, PolygraftError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -34,13 +34,33 @@ TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"
 MAX_TOKENIZER_BYTES = 2**26
 
 
+MAX_HEADER_BYTES = 2**22
+"""Of the weights' file: names and shapes of its tensors."""
+MAX_TENSORS = 2**15
+"""Experts' LoRAs that are saved one by one have more, and aren't served anyway."""
+
+
+class Weights:
+    """The bytes of a weights file. In memory rather than mapped: a file that shrinks under a mapping kills
+    the process."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content: bytes | None = content
+        self.size = len(content)
+
+    def take(self) -> bytes:
+        """The bytes, which aren't kept here any longer: beside the tensors they would be there twice."""
+        content, self._content = self._content, None
+        assert content is not None, "taken already"
+        return content
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
     """An adapter's files, read but not yet understood.
 
     Args:
-        weights: the bytes of its safetensors file. In memory rather than mapped: a file that shrinks
-            under a mapping kills the process.
+        weights: of its safetensors file.
         content_hash: SHA-256 over configuration, weights and texts, in hexadecimal.
         texts: those of `TOKENIZER_FILES` that it has.
         weights_file: name of the file with the weights.
@@ -48,7 +68,7 @@ class AdapterFolder:
 
     name: str
     config: dict[str, Any]
-    weights: bytes
+    weights: Weights
     content_hash: str
     texts: Mapping[str, bytes] = field(default_factory=dict)
     weights_file: str = WEIGHTS
@@ -56,85 +76,74 @@ class AdapterFolder:
     @property
     def disk_bytes(self) -> int:
         """Bytes of its weights on disk."""
-        return len(self.weights)
+        return self.weights.size
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The file's tensors. Raises AdapterInvalid if it isn't whole."""
-        try:
-            return load_safetensors(self.weights)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise AdapterInvalid(self.name, [f"{self.weights_file} can't be read: {error}"]) from None
+    def take_tensors(self) -> dict[str, torch.Tensor]:
+        """The file's tensors; may be called once. Raises AdapterInvalid if it isn't whole, or too large."""
+        content = self.weights.take()
+        with untrusted(self.name, self.weights_file):
+            header = int.from_bytes(content[:8], "little")
+            if len(content) >= 8 and MAX_HEADER_BYTES < header <= len(content):
+                problem = (
+                    f"{self.weights_file} has a header of {header} bytes, the limit is {MAX_HEADER_BYTES}"
+                )
+                raise AdapterInvalid(self.name, [problem])
+            tensors = load_safetensors(content)
+        if len(tensors) > MAX_TENSORS:
+            problem = f"{self.weights_file} has {len(tensors)} tensors, the limit is {MAX_TENSORS}"
+            raise AdapterInvalid(self.name, [problem])
+        return tensors
 
 
-class AdapterStore:
-    """A folder whose sub-folders are adapters. Nothing outside it is ever read.
+@contextmanager
+def untrusted(name: str, what: str) -> Iterator[None]:
+    """Refuse an adapter for whatever goes wrong while something of its folder is parsed.
 
-    Args:
-        root: the folder, or None for a server without one.
-        max_bytes: the largest weights file that is read.
+    Libraries fail at hostile input with errors of any kind, RecursionError, OverflowError and MemoryError
+    among them, and those in Rust with panics, which aren't even of the class Exception.
+
+    Raises:
+        AdapterInvalid: with the reason.
     """
-
-    def __init__(self, root: Path | None, max_bytes: int) -> None:
-        self._root = None if root is None else root.resolve()
-        self._max_bytes = max_bytes
-
-    def names(self) -> list[str]:
-        """The sub-folders that can be adapters; hidden ones and Python's are none."""
-        if self._root is None:
-            return []
-        return sorted(
-            entry.name
-            for entry in self._root.iterdir()
-            if entry.is_dir() and not entry.name.startswith((".", "_"))
-        )
-
-    def read(self, name: str, source: str) -> AdapterFolder:
-        """Read one folder; blocks on the disk.
-
-        Args:
-            source: relative to the store.
-
-        Raises:
-            InvalidRequest: `source` leads out of the store, or there is no store.
-            AdapterInvalid: it isn't a folder that can be an adapter's.
-        """
-        if self._root is None:
-            raise InvalidRequest("source", "this server has no store (--adapters)")
-        relative = PurePosixPath(source)
-        if relative.is_absolute() or ".." in relative.parts or "\0" in source or not relative.parts:
-            raise InvalidRequest("source", f"must be a folder below the store, got {source[:200]!r}")
-        folder = self._root / relative
-        self._check_inside(folder, source)
-        if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long
-            raise AdapterInvalid(name, [f"no such folder in the store: {source[:200]}"])
-        return read_folder(name, folder, self._max_bytes, check=lambda path: self._check_inside(path, source))
-
-    def _check_inside(self, path: Path, source: str) -> None:
-        assert self._root is not None
-        try:
-            inside = path.resolve().is_relative_to(self._root)
-        except (OSError, RuntimeError):  # RuntimeError: a symlink that leads to itself, before Python 3.13
-            inside = False
-        if not inside:
-            raise InvalidRequest("source", f"leads out of the store: {source[:200]!r}")
+    try:
+        yield
+    except (PolygraftError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - see above
+        why = str(error).strip() or type(error).__name__
+        raise AdapterInvalid(name, [f"{what} can't be read: {why}"]) from None
 
 
-def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> AdapterFolder:
+def folder_bytes(name: str, folder: OpenFolder) -> int:
+    """Bytes of all files that `read_open_folder` reads."""
+    files = (CONFIG, WEIGHTS, ADAPTERHUB_WEIGHTS, *TOKENIZER_FILES)
+    return sum(folder.size(file) for file in files)
+
+
+def read_open_folder(name: str, folder: OpenFolder, max_bytes: int) -> AdapterFolder:
     """Read configuration and weights of a folder that PEFT or AdapterHub's library saved.
 
     Args:
-        check: called with each file's path before it is opened; raises to refuse it.
+        max_bytes: the largest weights file that is read.
 
     Raises:
         AdapterInvalid: a file is missing, too large, not what it should be, or a pickle.
+        OutsideStore, FolderChanged.
     """
-    config, _ = read_config(name, folder, check)
+    try:
+        return _read(name, folder, max_bytes)
+    except FileUnreadable as error:
+        raise AdapterInvalid(name, [str(error)]) from None
+
+
+def _read(name: str, folder: OpenFolder, max_bytes: int) -> AdapterFolder:
+    config = parse_config(name, folder.read(CONFIG, MAX_CONFIG_BYTES))
     weights_file = ADAPTERHUB_WEIGHTS if is_adapterhub(config) else WEIGHTS
-    if weights_file == ADAPTERHUB_WEIGHTS and os.path.exists(folder / HEAD_CONFIG):
+    if weights_file == ADAPTERHUB_WEIGHTS and folder.has(HEAD_CONFIG):
         raise AdapterInvalid(name, [HAS_HEAD])
-    if not os.path.exists(folder / weights_file):
+    if not folder.has(weights_file):
         for pickle in PICKLES:
-            if os.path.exists(folder / pickle):
+            if folder.has(pickle):
                 raise AdapterInvalid(
                     name,
                     [
@@ -143,55 +152,48 @@ def read_folder(name: str, folder: Path, max_bytes: int, check: Any = None) -> A
                         f"{'use_safetensors' if is_adapterhub(config) else 'safe_serialization'}=True"
                     ],
                 )
-    weights = read_file(name, folder / weights_file, max_bytes, check)
+    weights = folder.read(weights_file, max_bytes)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(weights)
-    texts = {
-        file: read_file(name, folder / file, MAX_TOKENIZER_BYTES, check)
-        for file in TOKENIZER_FILES
-        if os.path.exists(folder / file)
-    }
+    texts = {file: folder.read(file, MAX_TOKENIZER_BYTES) for file in TOKENIZER_FILES if folder.has(file)}
     for file, content in texts.items():
         digest.update(file.encode())
         digest.update(content)
-    return AdapterFolder(name, config, weights, digest.hexdigest(), texts, weights_file)
+    return AdapterFolder(name, config, Weights(weights), digest.hexdigest(), texts, weights_file)
 
 
-def read_config(name: str, folder: Path, check: Any = None) -> tuple[dict[str, Any], bytes]:
-    """A folder's configuration, parsed and as it is. Raises AdapterInvalid if there is none."""
-    raw = read_file(name, folder / CONFIG, MAX_CONFIG_BYTES, check)
+def parse_config(name: str, raw: bytes) -> dict[str, Any]:
+    """A folder's configuration. Raises AdapterInvalid if it is none."""
     try:
         config = json.loads(raw)
+        json.dumps(
+            config
+        )  # the hash is of this, and a value that is nested too deep fails here at the latest
     except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a number of 5000 digits
         raise AdapterInvalid(name, [f"{CONFIG} is not JSON: {error}"]) from None
     if not isinstance(config, dict):
         raise AdapterInvalid(name, [f"{CONFIG} must hold an object"])
-    return config, raw
+    return config
 
 
-def read_file(name: str, path: Path, max_bytes: int, check: Any) -> bytes:
-    """A file's content, if it is a file of at most so many bytes; else raises AdapterInvalid.
+def read_file(name: str, path: Path, max_bytes: int) -> bytes:
+    """A file's content, wherever it is, if it is a file of at most so many bytes; else raises AdapterInvalid.
 
     Args:
         name: the adapter's, for the error.
-        check: called with the path before it is opened; raises to refuse it.
     """
-    if check is not None:
-        check(path)
     try:
         with open(path, "rb", opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise AdapterInvalid(name, [f"{path.name} is not a file"])
-            if status.st_size > max_bytes:
-                raise AdapterInvalid(
-                    name, [f"{path.name} has {status.st_size} bytes, the limit is {max_bytes}"]
-                )
-            return file.read(max_bytes)
+            return read_descriptor(file.fileno(), path.name, max_bytes)
+    except FileUnreadable as error:
+        problem = str(error)
+    except FolderChanged:
+        problem = f"{path.name} changes while it is being read"
     except FileNotFoundError:
-        raise AdapterInvalid(name, [f"{path.name} is missing"]) from None
+        problem = f"{path.name} is missing"
     except OSError as error:
-        raise AdapterInvalid(name, [f"{path.name} can't be read: {error.strerror}"]) from None
+        problem = f"{path.name} can't be read: {error.strerror}"
+    raise AdapterInvalid(name, [problem])
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -58,7 +58,7 @@ class FolderReader:
         self.ties = False
         """Whether what is trained of the embedding is the head's as well, where the base ties the two."""
         self._config = dict(folder.config)
-        self._tensors = folder.tensors()
+        self._tensors = folder.take_tensors()
         self._dtype = adapter_dtype
         self._max_rank = max_rank
         self._max_bytes = max_bytes

@@ -64,7 +64,7 @@ def read_tensors(source: Path, limit: int, *, keep_aliases: bool) -> dict[str, t
     Raises:
         AdapterInvalid: it isn't a file of tensors by name, or is too large.
     """
-    data = read_file(source.name, source, limit, None)
+    data = read_file(source.name, source, limit)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError) as error:

@@ -11,11 +11,12 @@ from enum import Enum, auto
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.folder import AdapterFolder, AdapterStore
+from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.info import AdapterInfo, AdapterState
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter
 from polygraft.adapters.names import is_name
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
+from polygraft.adapters.store import AdapterStore
 from polygraft.base.spec import BaseSpec
 from polygraft.engine.adapter_prompts import AdapterPrompts
 from polygraft.engine.background import BackgroundWork, Job

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 import torch
 
-from polygraft.adapters.folder import AdapterStore
 from polygraft.adapters.limits import adapter_limits
 from polygraft.adapters.registry import Adapter, AdapterRegistry
+from polygraft.adapters.store import AdapterStore
 from polygraft.base.layer_fusing import fuse_decoder_layers
 from polygraft.base.loader import Base, load_base
 from polygraft.config import ServerConfig

@@ -1,0 +1,110 @@
+"""The folder that the server's adapters come from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from polygraft.adapters.folder import AdapterFolder, folder_bytes, read_open_folder
+from polygraft.adapters.open_folder import FolderChanged, OpenFolder, OutsideStore, open_folder
+from polygraft.errors import AdapterInvalid, InvalidRequest
+
+T = TypeVar("T")
+_TRIES = 5
+"""How often a folder is read that is being changed."""
+
+
+class AdapterStore:
+    """A folder whose sub-folders are adapters. Nothing outside it is ever read.
+
+    It may be a link that is led elsewhere while the server runs, as git-sync does it: where it leads is
+    looked up at each call, and what one call reads is from one tree.
+
+    Args:
+        root: the folder, or None for a server without one.
+        max_bytes: the largest weights file that is read.
+    """
+
+    def __init__(self, root: Path | None, max_bytes: int) -> None:
+        # Absolute, since the working directory may change, but with its links.
+        self._root = None if root is None else Path(os.path.abspath(root))
+        self._max_bytes = max_bytes
+
+    def names(self) -> list[str]:
+        """What may be adapters: sub-folders and links; hidden ones and Python's are none."""
+        if self._root is None:
+            return []
+        with os.scandir(self._root) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if not entry.name.startswith((".", "_"))
+                and (os.path.isdir(entry.path) or _leads_nowhere(entry))
+            )
+
+    def size(self, name: str, source: str) -> int:
+        """Bytes of the files that `read` would read; it raises as that does."""
+        return self._with_folder(name, source, lambda folder: folder_bytes(name, folder))
+
+    def read(self, name: str, source: str, most: int | None = None) -> AdapterFolder:
+        """Read one folder; blocks on the disk.
+
+        Args:
+            source: relative to the store.
+            most: bytes of all its files, where room was made for so many.
+
+        Raises:
+            InvalidRequest: `source` leads out of the store, or there is no store.
+            AdapterInvalid: it isn't a folder that can be an adapter's.
+        """
+
+        def read(folder: OpenFolder) -> AdapterFolder:
+            if most is not None and folder_bytes(name, folder) > most:
+                raise AdapterInvalid(name, ["it has grown since its load began; load it again"])
+            found = read_open_folder(name, folder, self._max_bytes)
+            folder.check_unchanged()
+            return found
+
+        return self._with_folder(name, source, read)
+
+    def _with_folder(self, name: str, source: str, use: Callable[[OpenFolder], T]) -> T:
+        if self._root is None:
+            raise InvalidRequest("source", "this server has no store (--adapters)")
+        relative = PurePosixPath(source)
+        if relative.is_absolute() or ".." in relative.parts or "\0" in source or not relative.parts:
+            raise InvalidRequest("source", f"must be a folder below the store, got {source[:200]!r}")
+        for _ in range(_TRIES):
+            was = os.path.realpath(self._root)
+            try:
+                with open_folder(self._root, relative.parts) as folder:
+                    return use(folder)
+            except OutsideStore:
+                raise InvalidRequest("source", f"leads out of the store: {source[:200]!r}") from None
+            except FolderChanged:
+                continue
+            except AdapterInvalid as error:
+                failure = error
+            except OSError as error:
+                failure = AdapterInvalid(name, [_why(error, source)])
+            # Else it was missing because the tree that it was in is gone, and there is another one.
+            if os.path.realpath(self._root) == was:
+                raise failure
+        raise AdapterInvalid(name, ["it changes while it is being read; load it again when it is complete"])
+
+
+def _why(error: OSError, source: str) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return f"no such folder in the store: {source[:200]}"
+    return f"the folder can't be opened: {source[:200]}: {error.strerror}"
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def read_folder(name: str, folder: Path, max_bytes: int) -> AdapterFolder:
+    """Read a folder as the server would whose store is the folder above it. Raises as `AdapterStore.read`."""
+    whole = Path(os.path.abspath(folder))
+    return AdapterStore(whole.parent, max_bytes).read(name, whole.name)
