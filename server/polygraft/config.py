@@ -142,6 +142,9 @@ class ServerConfig(BaseSettings):
         None, description="token that AdapterService asks for; needed to listen beyond loopback"
     )
     max_message_bytes: Bytes = Field(4 * 2**20, gt=0, description="largest gRPC message")
+    step_timeout: float = Field(
+        300.0, ge=0, description="seconds after which a step counts as hung and the server ends; 0 is never"
+    )
     drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM")
     threads: int | None = Field(None, ge=1, description="compute threads [default: one per core]")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")

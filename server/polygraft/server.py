@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import socket
 import sys
+from typing import NoReturn
 
 from polygraft.config import ServerConfig, split_host_port
 from polygraft.engine.async_engine import AsyncEngine
@@ -52,7 +55,19 @@ async def _serve(config: ServerConfig, engine: Engine, thread: EngineThread) -> 
             line += f" metrics={_with_port(config.metrics, ports.metrics)}"
         print(line, flush=True)  # noqa: T201 - this line is for programs
 
-    return await serve(config, handle, metrics, on_ready=announce)
+    status = await serve(config, handle, metrics, on_ready=announce)
+    if handle.failure is not None:
+        _leave(status)
+    return status
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process at once: a thread that hangs in an operator must not keep it, so that a supervisor can
+    start another."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def check_free(flag: str, address: str) -> None:

@@ -127,7 +127,7 @@ class Running:
 
     async def settle(self) -> None:
         """Wait until the engine has nothing left to do and everybody has heard of it."""
-        while self.engine.has_work or self.handle._inbox or self.handle._streams:
+        while not self.handle._engine_loop.idle or self.handle._streams:
             await asyncio.sleep(0.002)
         self.engine.check_integrity()
         assert all(info.running_requests == 0 for info in self.handle.list_adapters())
@@ -408,7 +408,7 @@ async def test_nearest_tokens(start: Start) -> None:
         assert [len(row) for row in near] == [3] * 6
         for row in near:
             assert [t.similarity for t in row] == sorted((t.similarity for t in row), reverse=True)
-            assert [t.text for t in row] == [running.handle.detokenize([t.token_id]) for t in row]
+            assert [t.text for t in row] == [await running.handle.detokenize([t.token_id]) for t in row]
         assert await running.handle.nearest_tokens("prompt", 0) == []
         assert await running.handle.nearest_tokens("lora", 3) == []
         assert len((await running.handle.nearest_tokens("prompt", 10**6))[0]) == 288
@@ -418,10 +418,10 @@ async def test_nearest_tokens(start: Start) -> None:
 
 async def test_tokenizing_is_what_generating_does(start: Start) -> None:
     async with start() as running:
-        ids = running.handle.tokenize("naïve")
-        assert running.handle.detokenize(ids) == "naïve"
+        ids = await running.handle.tokenize("naïve")
+        assert await running.handle.detokenize(ids) == "naïve"
         chat = Chat((ChatMessage("user", "hi"),))
-        assert running.handle.detokenize(running.handle.tokenize(chat)) == "[user]hi\n[assistant]"
+        assert await running.handle.detokenize(await running.handle.tokenize(chat)) == "[user]hi\n[assistant]"
 
 
 # ---- ends ------------------------------------------------------------------------------------------------
@@ -540,11 +540,11 @@ async def test_a_stop_between_two_looks_at_the_inbox_isnt_lost(llama: Path, stor
         """The stop arrives just before the engine's thread clears the event."""
 
         def clear(self) -> None:
-            handle._stopping = True
+            handle._engine_loop._stopping = True
             self.set()
             super().clear()
 
-    handle._wake = Wake()
+    handle._engine_loop._wake = Wake()
     handle.start()
     assert handle._ended is not None
     await asyncio.wait_for(asyncio.wrap_future(handle._ended), 10.0)

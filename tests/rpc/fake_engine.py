@@ -179,12 +179,12 @@ class FakeEngine:
             preemptions=1,
         )
 
-    def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
+    async def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
         self.asked_for = adapters
         text = prompt if isinstance(prompt, str) else "".join(turn.content for turn in prompt.messages)
         return tuple(text.encode())
 
-    def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
+    async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
         self.asked_for = adapters
         if any(token >= self.model.vocabulary_size for token in token_ids):
             raise InvalidRequest("token_ids", "out of range")

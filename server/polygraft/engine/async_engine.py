@@ -5,12 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
-import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from polygraft.adapters.info import AdapterInfo, AdapterState, NearToken
@@ -18,49 +14,32 @@ from polygraft.adapters.names import check_name
 from polygraft.adapters.nearest import nearest_tokens
 from polygraft.adapters.primitives import SoftPrompt
 from polygraft.adapters.stack import Stack
-from polygraft.engine.adapter_manager import AdapterChange
 from polygraft.engine.background import Job
+from polygraft.engine.commands import Commands
 from polygraft.engine.engine import Engine
+from polygraft.engine.engine_loop import EngineLoop
 from polygraft.engine.engine_thread import EngineThread
 from polygraft.engine.handle import ModelInfo, Observer
-from polygraft.engine.prompts import Prompts
+from polygraft.engine.preparation import Preparation
 from polygraft.engine.request import AdapterRef, Chat, Request, RequestOutput, ScoreRequest
-from polygraft.engine.scoring import ScoreJob
-from polygraft.engine.sequence import Generation
 from polygraft.engine.step_result import StepResult
-from polygraft.errors import Draining, EngineDead, InvalidRequest, PolygraftError, ResourceExhausted
+from polygraft.engine.streams import Streams
+from polygraft.engine.watchdog import Watchdog
+from polygraft.errors import Draining, EngineDead, InvalidRequest, ResourceExhausted
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-P = TypeVar("P", Generation, ScoreJob)
 
-REST_SECONDS = 1.0
-"""How long nothing may have happened before jobs run that nobody waits for."""
-_LONG_PROMPT = 16_384
-"""Characters: tokenizing so many takes some milliseconds."""
-
-
-@dataclass(slots=True)
-class _Stream:
-    """One request as the event loop sees it. `queue` is None once nobody listens any more."""
-
-    queue: asyncio.Queue[RequestOutput] | None
-    adapter: str
-    kind: str
-    last_tokens: float | None = None
-
-
-def _release(prepared: asyncio.Future[Generation] | asyncio.Future[ScoreJob]) -> None:
-    """Let go of what a request holds that nobody waits for any more."""
-    if not prepared.cancelled() and prepared.exception() is None:
-        prepared.result().stack.release()
+_ABORT_SECONDS = 10.0
+"""How long aborted requests may take to end."""
 
 
 class AsyncEngine:
     """`EngineHandle` over an engine on a thread of this process.
 
     The thread alone touches the engine; calls reach it through an inbox that it empties between steps, and
-    each step's outputs come back to the loop in one hand-over.
+    each step's outputs come back to the loop in one hand-over. Whatever ends the thread, be it an error or a
+    hang, ends every request and command with `EngineDead`; so does an error while outputs are handed on.
 
     Args:
         engine: loaded; this object owns it from here on.
@@ -74,18 +53,22 @@ class AsyncEngine:
         self._engine = engine
         self._observer = observer
         self._max_waiting = max_waiting
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._wake = threading.Event()
-        self._stopping = False
         self._draining = False
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._failed = asyncio.Event()
-        self._streams: dict[str, _Stream] = {}
-        self._commands: set[Future[Any]] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._loop = asyncio.get_running_loop()
+        self._streams = Streams(observer)
+        self._preparation = Preparation(engine, max_waiting)
+        self._event_loop = asyncio.get_running_loop()
         self._thread = thread or EngineThread()
+        self._engine_loop = EngineLoop(engine, self._hand_over)
+        self._commands = Commands(self._engine_loop)
+        self._watchdog = Watchdog(
+            self._engine_loop,
+            self._thread.thread,
+            engine.config.step_timeout,
+            lambda problem: self._call(self._fail, EngineDead(problem)),
+        )
+        self._stopped = False
         self._ended: Future[None] | None = None
 
     def start(self) -> None:
@@ -95,27 +78,21 @@ class AsyncEngine:
                 self._observer.adapter_load_failed(info)
             self._observer.adapter_changed(info)
         self._observer.occupancy_changed(self._engine.occupancy)
-        self._ended = self._thread.submit(self._run)
+        self._ended = self._thread.submit(self._engine_loop.run)
+        self._ended.add_done_callback(self._note_end)
+        self._watchdog.start()
 
-    # ---- on the event loop's thread ---------------------------------------------------------------------
+    # ---- requests ---------------------------------------------------------------------------------------
 
     @property
     def model(self) -> ModelInfo:
         """The base model as it is served."""
         return self._engine.model
 
-    @property
-    def failure(self) -> Exception | None:
-        """What killed the engine, or None while it works."""
-        return self._failure
-
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """See `EngineHandle.generate`."""
         self._check_room(request.id)
-        if isinstance(request.prompt, str) and len(request.prompt) > _LONG_PROMPT:
-            generation = await self._prepare_aside(lambda: self._engine.prepare(request))
-        else:
-            generation = self._engine.prepare(request)
+        generation = await self._preparation.generation(request)
         outputs = self._follow(request.id, generation.stack, lambda: self._engine.add(generation))
         async with contextlib.aclosing(outputs):
             async for output in outputs:
@@ -124,53 +101,41 @@ class AsyncEngine:
     async def score(self, request: ScoreRequest) -> RequestOutput:
         """See `EngineHandle.score`."""
         self._check_room(request.id)
-        # The prompt is tokenized with each of the continuations.
-        job = await self._prepare_aside(lambda: self._engine.prepare_score(request))
+        job = await self._preparation.score(request)
         outputs = self._follow(request.id, job.stack, lambda: self._engine.add_score(job))
         async with contextlib.aclosing(outputs):
             return await anext(outputs)
 
     def _check_room(self, request_id: str) -> None:
         self._check_open()
-        if request_id in self._streams:
+        if request_id in self._streams or request_id in self._preparation:
             raise InvalidRequest("request_id", f"{request_id!r} is running already")
-        waiting = len(self._streams) - len(self._engine.scheduler.running)
+        waiting = len(self._streams) + len(self._preparation) - len(self._engine.scheduler.running)
         if waiting >= self._max_waiting:
             raise ResourceExhausted(f"{waiting} requests are waiting, the limit is {self._max_waiting}")
-
-    async def _prepare_aside(self, prepare: Callable[[], P]) -> P:
-        """Prepare on another thread what would hold up everybody's stream on this one meanwhile."""
-        prepared = asyncio.ensure_future(asyncio.to_thread(prepare))
-        try:
-            result = await asyncio.shield(prepared)
-            # Draining may have begun meanwhile, and the engine's thread have ended.
-            self._check_open()
-        except (asyncio.CancelledError, Draining, EngineDead):
-            # The thread may go on, and nobody else would release the adapter that it pins.
-            prepared.add_done_callback(_release)
-            raise
-        return result
 
     async def _follow(
         self, request_id: str, stack: Stack, add: Callable[[], None]
     ) -> AsyncGenerator[RequestOutput, None]:
         """Queue what is prepared and hand on what comes of it; closing this aborts it."""
-        queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        stream = _Stream(queue, stack.label, stack.kind)
-        self._streams[request_id] = stream
-        self._idle.clear()
-        self._observer.request_submitted(stream.adapter, stream.kind)
-        self._post(add)
+        try:
+            # Draining may have begun while it was prepared, and the engine have died.
+            self._check_open()
+            stream = self._streams.open(request_id, stack)
+        except BaseException:
+            stack.release()
+            raise
+        self._engine_loop.post(add)
         terminal = False
         try:
             while not terminal:
-                output = await queue.get()
+                output = await stream.take()
                 terminal = output.terminal
                 if output.error is not None:
                     raise output.error
                 yield output
         finally:
-            stream.queue = None
+            stream.close()
             if not terminal:
                 self._abort(request_id)
 
@@ -179,22 +144,17 @@ class AsyncEngine:
             outputs = self._engine.abort(request_id)
             self._hand_over(StepResult(outputs, occupancy=self._engine.occupancy))
 
-        self._post(abort)
+        self._engine_loop.post(abort)
 
-    def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
+    async def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
         """See `EngineHandle.tokenize`."""
-        return tuple(self._prompts_of(adapters).token_ids(prompt))
+        return await self._preparation.tokenize(prompt, adapters)
 
-    def _prompts_of(self, adapters: Sequence[AdapterRef]) -> Prompts:
-        stack = self._engine.intake.resolve(adapters)
-        try:
-            return self._engine.prompts.of(stack)
-        finally:
-            stack.release()
-
-    def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
+    async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
         """See `EngineHandle.detokenize`."""
-        return self._prompts_of(adapters).decode(token_ids)
+        return await self._preparation.detokenize(token_ids, adapters)
+
+    # ---- adapters ---------------------------------------------------------------------------------------
 
     async def load_adapter(self, name: str, source: str = "") -> AdapterInfo:
         """See `EngineHandle.load_adapter`."""
@@ -223,16 +183,10 @@ class AsyncEngine:
         return await self._command(lambda done: self._engine.merging.update(name, merged, done))
 
     async def _command(self, command: Callable[[Future[T]], None]) -> T:
-        if self._failure is not None:
-            raise EngineDead(str(self._failure))
-        if self._stopping:
+        self._check_alive()
+        if self._stopped:
             raise Draining("the server is shutting down")
-        done: Future[T] = Future()
-        self._commands.add(done)
-        done.add_done_callback(self._commands.discard)
-        self._post(lambda: command(done))
-        # Shielded: a caller that gives up must not cancel what the engine is doing.
-        return await asyncio.shield(asyncio.wrap_future(done))
+        return await self._commands.run(command)
 
     def get_adapter(self, name: str) -> AdapterInfo:
         """See `EngineHandle.get_adapter`."""
@@ -249,15 +203,23 @@ class AsyncEngine:
             return []
         table = self._engine.base.model.get_input_embeddings().weight
 
+        def text(token: int) -> str:
+            return self._engine.prompts.base.decode([token])
+
         def job(done: Future[list[list[NearToken]]]) -> Job:
             try:
-                done.set_result(
-                    (yield from nearest_tokens(prompt, table, count, lambda token: self.detokenize([token])))
-                )
+                done.set_result((yield from nearest_tokens(prompt, table, count, text)))
             except Exception as error:  # noqa: BLE001 - passed on to the caller
                 done.set_exception(error)
 
         return await self._command(lambda done: self._engine.background.add(job(done)))
+
+    # ---- the end ----------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What killed the engine, or None while it works."""
+        return self._failure
 
     async def wait_failed(self) -> None:
         """Return when the engine has died."""
@@ -267,108 +229,74 @@ class AsyncEngine:
         """See `EngineHandle.drain`."""
         self._draining = True
         aborted = 0
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
-        except TimeoutError:
+        if not await self._until_idle(timeout):
             aborted = len(self._streams)
-            for request_id in list(self._streams):
+            for request_id in self._streams:
                 self._abort(request_id)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), 10.0)
-        self._stopping = True
-        self._wake.set()
-        if self._ended is not None:
-            await asyncio.wrap_future(self._ended)
-        self._end_commands(Draining("the server is shutting down"))
+            await self._until_idle(_ABORT_SECONDS)
+        self._stopped = True
+        self._engine_loop.stop()
+        if self._ended is not None and self._failure is None:
+            await self._first(asyncio.wrap_future(self._ended), None)
+        self._watchdog.stop()
+        self._commands.end(Draining("the server is shutting down"))
         return aborted
 
-    def _end_commands(self, error: PolygraftError) -> None:
-        """Answer those that wait for a command; the engine's thread has ended and won't."""
-        for done in list(self._commands):
-            done.set_exception(error)
+    async def _until_idle(self, timeout: float) -> bool:
+        """Wait until no request is left; returns whether that is so after `timeout` seconds."""
+        await self._first(asyncio.ensure_future(self._streams.idle.wait()), timeout)
+        return self._streams.idle.is_set()
+
+    async def _first(self, wait: asyncio.Future[Any], timeout: float | None) -> None:
+        """Return when `wait` has ended, the engine has died, or `timeout` seconds have passed."""
+        failed = asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait((wait, failed), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            failed.cancel()
+            wait.cancel()
 
     def _check_open(self) -> None:
-        if self._failure is not None:
-            raise EngineDead(str(self._failure))
+        self._check_alive()
         if self._draining:
             raise Draining("the server is shutting down")
 
-    def _post(self, command: Callable[[], None]) -> None:
-        self._inbox.append(command)
-        self._wake.set()
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDead(str(self._failure))
 
     def _deliver(self, result: StepResult) -> None:
-        now = time.monotonic()
-        for output in result.outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is None:
-                continue
-            if output.token_ids:
-                interval = None if stream.last_tokens is None else now - stream.last_tokens
-                self._observer.tokens_generated(
-                    stream.adapter, stream.kind, output.path.value, len(output.token_ids), interval
-                )
-                stream.last_tokens = now
-            if output.terminal:
-                del self._streams[output.request_id]
-                self._observer.request_finished(stream.adapter, stream.kind, output.finished, output.error)
-            if stream.queue is not None:
-                stream.queue.put_nowait(output)
-        if result.stats is not None:
-            self._observer.step_finished(result.stats)
-        if result.occupancy is not None:
-            self._observer.occupancy_changed(result.occupancy)
-        for change, info in result.adapter_events:
-            match change:
-                case AdapterChange.CHANGED:
-                    self._observer.adapter_changed(info)
-                case AdapterChange.REMOVED:
-                    self._observer.adapter_removed(info)
-                case AdapterChange.LOAD_FAILED:
-                    self._observer.adapter_load_failed(info)
-        for event in result.merge_events:
-            self._observer.merge_ended(event)
-        for path in result.path_decisions:
-            self._observer.path_decided(path)
-        if not self._streams:
-            self._idle.set()
+        if self._failure is not None:
+            return  # everybody has been told; the thread comes out of a hang
+        try:
+            self._streams.deliver(result)
+        except BaseException as error:  # noqa: BLE001 - somebody's output may be lost: nobody may wait for it
+            self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
+        """End everything: the engine's state is unknown, and nobody may go on with it."""
+        if self._failure is not None:
+            return
+        log.critical("the engine has failed", exc_info=error)
         self._failure = error
+        self._engine_loop.stop()
+        self._watchdog.stop()
         dead = EngineDead("the engine has failed")
-        outputs = [RequestOutput(request_id, error=dead) for request_id in self._streams]
-        self._deliver(StepResult(outputs=outputs))
-        self._end_commands(dead)
+        self._streams.fail(dead)
+        self._commands.end(dead)
         self._failed.set()
 
     # ---- on the engine's thread -------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            while True:
-                # Cleared before anything is read, so that what comes in between wakes it again.
-                self._wake.clear()
-                if self._stopping:
-                    return
-                while self._inbox:
-                    self._inbox.popleft()()
-                if self._engine.has_work:
-                    self._hand_over(self._engine.step())
-                else:
-                    self._hand_over(self._engine.take_news(StepResult()))
-                    rest = REST_SECONDS if self._engine.background.resting else None
-                    if not self._wake.wait(rest):
-                        self._engine.background.wake_resting()
-        except Exception as error:
-            # The engine's state is unknown: nobody may go on with it.
-            log.critical("the engine has failed", exc_info=error)
+    def _note_end(self, ended: Future[None]) -> None:
+        error = ended.exception()
+        if error is not None:
             self._call(self._fail, error)
 
     def _hand_over(self, result: StepResult) -> None:
-        if result.tells_anything:
-            self._call(self._deliver, result)
+        self._call(self._deliver, result)
 
     def _call(self, function: Callable[[T], None], argument: T) -> None:
         # The loop may be closed already when a server is torn down.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function, argument)
+            self._event_loop.call_soon_threadsafe(function, argument)

@@ -22,17 +22,23 @@ class EngineThread:
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         # A daemon, so that a process whose engine hangs can still end.
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Run a call when those before it have ended."""
         done: Future[T] = Future()
 
         def run() -> None:
+            # From here on nobody who gives up waiting can cancel it.
+            if not done.set_running_or_notify_cancel():
+                return
             try:
-                done.set_result(call())
+                result = call()
             except BaseException as error:  # noqa: BLE001 - handed to whoever waits
                 done.set_exception(error)
+            else:
+                done.set_result(result)
 
         self._calls.put(run)
         return done

@@ -145,7 +145,7 @@ class EngineHandle(Protocol):
         """The base model as it is served."""
 
     @property
-    def failure(self) -> Exception | None:
+    def failure(self) -> BaseException | None:
         """What killed the engine, or None while it works."""
 
     def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
@@ -166,13 +166,13 @@ class EngineHandle(Protocol):
         Raises: as generate.
         """
 
-    def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
+    async def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
         """Token ids as `generate` would use them.
 
-        Raises: InvalidRequest, AdapterNotFound, AdapterUnavailable.
+        Raises: InvalidRequest, AdapterNotFound, AdapterUnavailable, ResourceExhausted.
         """
 
-    def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
+    async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
         """Text without special tokens. Raises InvalidRequest for an id out of range; else as `tokenize`."""
 
     async def load_adapter(self, name: str, source: str = "") -> AdapterInfo:

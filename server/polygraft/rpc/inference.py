@@ -87,12 +87,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to token ids."""
         prompt, adapters = convert.tokenize_request(request)
-        return pb.TokenizeResponse(token_ids=self._handle.tokenize(prompt, adapters))
+        return pb.TokenizeResponse(token_ids=await self._handle.tokenize(prompt, adapters))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
         """Token ids to text."""
         adapters = convert.adapter_refs(request)
-        return pb.DetokenizeResponse(text=self._handle.detokenize(request.token_ids, adapters))
+        return pb.DetokenizeResponse(text=await self._handle.detokenize(request.token_ids, adapters))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         """What is being served."""

@@ -121,7 +121,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except grpc.aio.BaseError:  # gRPC's own: the caller went away while something was being sent
             code = grpc.StatusCode.CANCELLED
             raise
-        except Exception as error:  # noqa: BLE001 - the one place where errors become statuses
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the one place where errors become statuses
+            # A panic in Rust is no Exception: gRPC would never answer. A SystemExit would end the loop.
             code = code_of(error)
             await self._abort(details.method, context, name, error)
         finally:
@@ -131,7 +134,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             level = logging.DEBUG if code is grpc.StatusCode.OK else logging.INFO
             _log.log(level, "%s %s %.3f s", details.method, code.name, time.perf_counter() - started)
 
-    async def _abort(self, method: str, context: Context, name: str, error: Exception) -> NoReturn:
+    async def _abort(self, method: str, context: Context, name: str, error: BaseException) -> NoReturn:
         code = code_of(error)
         if code is grpc.StatusCode.INTERNAL:
             _log.error("%s failed", method, exc_info=error)

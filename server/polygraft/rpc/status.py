@@ -37,7 +37,7 @@ CODES: dict[type[errors.PolygraftError], grpc.StatusCode] = {
 }
 
 
-def code_of(error: Exception) -> grpc.StatusCode:
+def code_of(error: BaseException) -> grpc.StatusCode:
     """The code for an error; INTERNAL for all that weren't raised on purpose."""
     for kind in type(error).__mro__:
         if kind in CODES:
@@ -45,7 +45,7 @@ def code_of(error: Exception) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
-def to_status(error: Exception, request_id: str) -> status_pb2.Status:
+def to_status(error: BaseException, request_id: str) -> status_pb2.Status:
     """The google.rpc.Status that a caller gets for an error.
 
     An INTERNAL one tells nothing but `request_id`, under which the log has the rest.
@@ -64,7 +64,7 @@ def to_status(error: Exception, request_id: str) -> status_pb2.Status:
     return status
 
 
-def _details(error: Exception, reason: str) -> list[Message]:
+def _details(error: BaseException, reason: str) -> list[Message]:
     match error:
         case errors.AdapterInvalid():
             violations = [("source", problem) for problem in error.problems]

@@ -1,0 +1,41 @@
+"""What callers ask of the engine's thread, and the answers that they wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, TypeVar
+
+from polygraft.engine.engine_loop import EngineLoop
+from polygraft.errors import PolygraftError
+
+T = TypeVar("T")
+
+
+class Commands:
+    """The commands of one engine that haven't been answered. Belongs to the event loop's thread."""
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self._loop = loop
+        self._unanswered: set[Future[Any]] = set()
+
+    async def run(self, command: Callable[[Future[T]], None]) -> T:
+        """Run a command between two steps and wait for its answer, which may come much later.
+
+        Raises: what the command answers with, or the error of `end`.
+        """
+        done: Future[T] = Future()
+        self._unanswered.add(done)
+        done.add_done_callback(self._unanswered.discard)
+        self._loop.post(lambda: command(done))
+        # Shielded: a caller that gives up must not cancel what the engine is doing.
+        return await asyncio.shield(asyncio.wrap_future(done))
+
+    def end(self, error: PolygraftError) -> None:
+        """Answer all with an error: the engine's thread won't any more."""
+        for done in list(self._unanswered):
+            # It may come out of a hang, and be quicker.
+            with contextlib.suppress(InvalidStateError):
+                done.set_exception(error)
