@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polygraft.base.tokenizer import text_tokenizer
 from polygraft.engine.text_stream import TextStream
 from tests.tiny import byte_tokenizer
 
 FAST = byte_tokenizer()
-TOKENIZER = FAST.backend_tokenizer
+TOKENIZER = text_tokenizer(byte_tokenizer())
 
 
 def ids(text: str) -> list[int]:

@@ -460,7 +460,8 @@ class StoppingOptions(_message.Message):
     @_builtins.property
     def stop_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The text ends before the first of these that appears. At most 16, each of 1 to 512
-        characters.
+        characters. One that has a special token's text in it ("</s>") is met by that token, though special tokens
+        are no part of the text.
         """
 
     @_builtins.property

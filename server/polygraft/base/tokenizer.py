@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 DEFAULT_TEMPLATE = "default"
 """The one of several chat templates that transformers takes unless it is told another."""
+END_ROLES = ("eos_token", "eot_token")
+"""Special tokens that end an answer: of the sequence, and of a turn."""
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class TextTokenizer:
     """The core of a tokenizer and what its files say beside it. Thread-safe: nothing changes it.
 
@@ -24,7 +31,8 @@ class TextTokenizer:
         hidden: texts of the tokens that decoding leaves out, by id.
         special_tokens: texts of the special tokens by role, such as "bos_token"; chat templates see them.
         chat_templates: by name; `DEFAULT_TEMPLATE` is the one that is used.
-        hashes: SHA-256 in hexadecimal of the files that it was read from, by file name.
+        class_name: transformers' class for it.
+        hashes: SHA-256 in hexadecimal of the vocabulary's files that it was read from, by file name.
     """
 
     backend: Tokenizer
@@ -33,6 +41,7 @@ class TextTokenizer:
     hidden: Mapping[int, str] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_templates: Mapping[str, str] = field(default_factory=dict)
+    class_name: str = ""
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -91,5 +100,30 @@ def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> Text
         },
         special_tokens=dict(loaded.special_tokens_map),
         chat_templates={DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else dict(templates),
+        class_name=type(loaded).__name__,
         hashes=hashes or {},
     )
+
+
+def load_tokenizer(folder: str) -> TextTokenizer:
+    """A base model's tokenizer.
+
+    Args:
+        folder: a local one, or a hub id.
+
+    Raises:
+        OSError, ValueError: there is none, or none that is served.
+    """
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    hashes: dict[str, str] = {}
+    for file in _VOCABULARIES:
+        path = cached_file(
+            folder,
+            file,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is not None:
+            hashes[file] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return text_tokenizer(loaded, hashes)

@@ -72,7 +72,7 @@ class Prompts:
 
     def text_stream(self, prompt_ids: Sequence[int], stop: Sequence[str]) -> TextStream:
         """Turns what comes behind a prompt into text."""
-        return TextStream(self._tokenizer.backend, prompt_ids, stop)
+        return TextStream(self._tokenizer, prompt_ids, stop)
 
     def token_ids(self, prompt: str | tuple[int, ...] | Chat) -> Sequence[int]:
         """Token ids of a prompt: text with the model's own special tokens, ids as they are, a chat
@@ -89,13 +89,13 @@ class Prompts:
             # The template writes the special tokens itself.
             text = self._render(prompt)
             self._check_characters(text, "chat")
-            ids = self._tokenizer.encode(text, special=False)
+            ids = self._encode(text, "chat", special=False)
             field = "chat"
         else:
             if not prompt:
                 raise InvalidRequest("prompt", "must not be empty")
             self._check_characters(prompt, "prompt")
-            ids = self._tokenizer.encode(prompt, special=True)
+            ids = self._encode(prompt, "prompt", special=True)
             field = "prompt"
         if not ids:
             raise InvalidRequest(field, "must not be empty")
@@ -125,7 +125,7 @@ class Prompts:
             self._check_characters(whole, "prompt")
             text = whole.rstrip() if special else whole
             moved = whole[len(text) :]
-            context = self._tokenizer.encode(text, special=special) if text else ()
+            context = self._encode(text, "prompt", special=special) if text else ()
         if len(context) > self._context_length:
             raise ContextLengthExceeded(
                 "prompt", f"{len(context)} tokens, the context holds {self._context_length}"
@@ -138,20 +138,32 @@ class Prompts:
                 ids = continuation
             elif isinstance(prompt, tuple) or not context:
                 self._check_characters(continuation, field)
-                ids = self._tokenizer.encode(moved + continuation, special=False)
+                ids = self._encode(moved + continuation, field, special=False)
             else:
                 self._check_characters(continuation, field)
-                ids = self._tokenizer.encode(text + moved + continuation, special=special)[len(context) :]
+                ids = self._encode(text + moved + continuation, field, special=special)[len(context) :]
             if not ids:
                 raise InvalidRequest(field, "adds no token to the prompt")
             found.append((context or self._beginning(), ids))
         return found
 
+    def _encode(self, text: str, field: str, *, special: bool) -> list[int]:
+        """See `TextTokenizer.encode`. Raises InvalidRequest for a token that has no embedding."""
+        ids = self._tokenizer.encode(text, special=special)
+        if self._tokenizer.size > self._vocabulary and ids and max(ids) >= self._vocabulary:
+            token = next(token for token in ids if token >= self._vocabulary)
+            raise InvalidRequest(
+                field,
+                f"holds the token {self.texts(token)!r} of id {token}, and there are embeddings for "
+                f"[0, {self._vocabulary}) alone",
+            )
+        return ids
+
     def _beginning(self) -> Sequence[int]:
         """What stands for an empty prompt; raises InvalidRequest if the model has no such token."""
         for role in ("bos_token", "eos_token"):
             token = self._tokenizer.special_id(role)
-            if token is not None:
+            if token is not None and token < self._vocabulary:
                 return (token,)
         raise InvalidRequest("prompt", "must not be empty: the model has no token for a beginning")
 

@@ -251,7 +251,8 @@ class Generation(Sequence):
         stops = token in self.stop_token_ids and self.may_stop
         self.token_ids.append(token)
         if stops:
-            return self.text.flush(), FinishReason.STOP
+            text = self.text.end(token)
+            return text, FinishReason.STOP if self.text.matched is None else FinishReason.STOP_SEQUENCE
         text = self.text.push(token, match=self.completion_tokens >= self.request.stopping.min_new_tokens)
         if self.text.matched is not None:
             return text, FinishReason.STOP_SEQUENCE

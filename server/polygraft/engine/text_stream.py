@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from polygraft.base.tokenizer import TextTokenizer
+from polygraft.engine.stop_sequences import StopSequences
 
 _CONTEXT = 8
 """Prompt tokens that the decoder sees first: enough for what a tokenizer does at a word's start."""
@@ -21,16 +23,19 @@ class TextStream:
         stop: stop sequences, none of them empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+        self._backend = tokenizer.backend
+        self._hidden = tokenizer.hidden
         self._decoder = self._start(prompt_ids[-_CONTEXT:])
-        self._stop = stop
-        self._held = ""
-        self.matched: str | None = None
-        """The stop sequence that was reached."""
+        self._stop = StopSequences(stop, tokenizer.hidden.values()) if stop else None
 
     def _start(self, context: Sequence[int]) -> DecodeStream:
         return DecodeStream(ids=list(context), skip_special_tokens=True)
+
+    @property
+    def matched(self) -> str | None:
+        """The stop sequence that was reached."""
+        return None if self._stop is None else self._stop.matched
 
     def push(self, token: int, match: bool = True) -> str:
         """Add a token; returns the text that has become certain.
@@ -38,37 +43,31 @@ class TextStream:
         Args:
             match: whether stop sequences count yet.
         """
-        try:
-            new = self._decoder.step(self._tokenizer, token) or ""
-        except Exception:  # noqa: BLE001 - tokenizers raises bare Exception
-            # The prompt's last tokens don't decode to a stable start, as when it ends inside a character.
-            self._decoder = self._start([])
-            new = self._decoder.step(self._tokenizer, token) or ""
-        if not self._stop:
+        new = self._decode(token)
+        if self._stop is None:
             return new
         if not match:
-            held, self._held = self._held, ""
-            return held + new
-        self._held += new
-        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            at, self.matched = min(found, key=lambda pair: pair[0])
-            text, self._held = self._held[:at], ""
-            return text
-        keep = max(_overlap(self._held, stop) for stop in self._stop)
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text
+            return self._stop.flush() + new
+        hidden = self._hidden.get(token)
+        return self._stop.push(new) if hidden is None else self._stop.push_hidden(hidden)
+
+    def end(self, token: int) -> str:
+        """What was held back, when a token ends the text of which it is no part. It may complete a stop
+        sequence, of which the text then holds nothing."""
+        hidden = self._hidden.get(token)
+        if self._stop is None or hidden is None:
+            return self.flush()
+        text = self._stop.push_hidden(hidden)
+        return text if self.matched is not None else text + self.flush()
 
     def flush(self) -> str:
         """What was held back, when no more tokens come. An unfinished character stays out."""
-        text, self._held = self._held, ""
-        return text
+        return "" if self._stop is None else self._stop.flush()
 
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` starts with, shorter than `stop` itself."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0
+    def _decode(self, token: int) -> str:
+        try:
+            return self._decoder.step(self._backend, token) or ""
+        except Exception:  # noqa: BLE001 - tokenizers raises bare Exception
+            # The prompt's last tokens don't decode to a stable start, as when it ends inside a character.
+            self._decoder = self._start([])
+            return self._decoder.step(self._backend, token) or ""
