@@ -115,11 +115,15 @@ async def test_nobody_else_knows_them(live: Live, llama: Path) -> None:
     assert "lora has tokens of its own, which doesn't fold into the base's weights" in text
 
 
-async def test_a_tokenizer_without_rows_is_refused(live: Live, llama: Path) -> None:
-    save_tool_user(llama, live.store / "tools")
+async def test_tokens_without_rows_are_refused_one_by_one(live: Live, llama: Path) -> None:
+    last = save_tool_user(llama, live.store / "tools") - 1
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (live.store / "lora" / file).write_bytes((live.store / "tools" / file).read_bytes())
-    call = live.adapters.LoadAdapter(ap.LoadAdapterRequest(name="rowless", source="lora"))
-    code, text, _, _ = await refused(call)
-    assert code == Code.INVALID_ARGUMENT
-    assert f"has ids up to 293, and there are embeddings for {VOCABULARY} tokens" in text
+    loaded = await live.adapters.LoadAdapter(ap.LoadAdapterRequest(name="rowless", source="lora"))
+    [warning] = loaded.adapter.warnings
+    assert f"has ids up to {last}, and there are embeddings for {VOCABULARY} tokens" in warning
+    await live.inference.Generate(pb.GenerateRequest(prompt="x", adapter="rowless"))
+    call = live.inference.Generate(pb.GenerateRequest(prompt="x<tool-35>", adapter="rowless"))
+    code, text, fields, _ = await refused(call)
+    assert (code, fields) == (Code.INVALID_ARGUMENT, ["prompt"])
+    assert f"'<tool-35>' of id {last}" in text

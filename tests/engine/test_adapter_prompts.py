@@ -19,10 +19,11 @@ from polygraft.engine.request import (
     ChatMessage,
     Request,
     ResponseParams,
+    SamplingParams,
     ScoreRequest,
     StoppingParams,
 )
-from polygraft.errors import AdapterNotFound
+from polygraft.errors import AdapterNotFound, InvalidRequest
 from tests.engines import greedy, make_engine, run_greedy
 from tests.tiny import EOS, VOCABULARY, byte_tokenizer
 
@@ -64,19 +65,39 @@ def engine(
     copy_of(store, "both", tokenizer__json=reversed_tokenizer().to_str(), tokenizer_config__json=config)
     copy_of(store, "grown", tokenizer__json=reversed_tokenizer(VOCABULARY).to_str())
     copy_of(store, "broken", tokenizer__json="{")
-    copy_of(store, "listed", tokenizer_config__json={"chat_template": [{"name": "a", "template": "b"}]})
+    tools = {"name": "tool_use", "template": "no tools"}
+    listed = [tools, {"name": "default", "template": TEMPLATE}]
+    copy_of(store, "listed", tokenizer_config__json={"chat_template": listed})
+    copy_of(store, "undecided", tokenizer_config__json={"chat_template": [tools]})
+    copy_of(store, "shapeless", tokenizer_config__json={"chat_template": [{"name": "default"}]})
+    copy_of(store, "slow", added_tokens__json={"<tool>": 258})
+    copy_of(store, "untold", tokenizer__json=reversed_tokenizer().to_str())
     return make_engine(llama, store)
 
 
 def test_who_has_a_way_of_its_own(engine: Engine) -> None:
     infos = {info.name: info for info in engine.adapters.registry.list()}
-    assert {name for name, info in infos.items() if info.own_prompts} == {"template", "both"}
-    assert (
-        f"ids up to {VOCABULARY + 255}, and there are embeddings for {VOCABULARY} tokens"
-        in infos["grown"].problems[0]
-    )
+    own = {name for name, info in infos.items() if info.own_prompts}
+    assert own == {"template", "both", "grown", "listed", "slow", "untold"}
     assert "tokenizer.json can't be read" in infos["broken"].problems[0]
-    assert "several chat templates" in infos["listed"].problems[0]
+    assert "none of the chat templates ('tool_use') is named 'default'" in infos["undecided"].problems[0]
+    assert "chat_template must be a text, or a list" in infos["shapeless"].problems[0]
+    assert {name for name, info in infos.items() if info.warnings} == {"grown"}
+
+
+def test_tokens_of_a_slow_tokenizers_file_are_known(engine: Engine) -> None:
+    assert ids_of(engine, "slow", "<tool>") == [258]
+    assert len(ids_of(engine, None, "<tool>")) == len("<tool>")
+
+
+def test_of_several_templates_the_default_is_used(engine: Engine) -> None:
+    assert ids_of(engine, "listed", CHAT) == ids_of(engine, "template", CHAT)
+
+
+def test_without_a_template_of_its_own_a_tokenizer_gets_the_bases(engine: Engine) -> None:
+    assert engine.prompts.of(stack(engine, "untold")).has_chat_template
+    rendered = "[user]hi\n[assistant]"
+    assert ids_of(engine, "untold", CHAT) == reversed_tokenizer().encode(rendered).ids
 
 
 def ids_of(engine: Engine, name: str | None, prompt: str | Chat) -> list[int]:
@@ -165,3 +186,53 @@ def test_unloading_forgets_them(llama: Path, llama_store: Path, tmp_path: Path) 
     engine.finish_background()
     assert done.done()
     assert not engine.prompts._own
+
+
+def refused(engine: Engine, name: str | None, **fields: object) -> InvalidRequest:
+    refs = () if name is None else (AdapterRef(name),)
+    with pytest.raises(InvalidRequest) as caught:
+        engine.prepare(Request("refused", **{"prompt": "x", "adapters": refs, **fields}))  # type: ignore[arg-type]
+    return caught.value
+
+
+def test_ids_without_an_embedding_are_refused_and_nothing_else_is(engine: Engine) -> None:
+    """Of the ids of "grown", 288 and up have no rows."""
+    within, beyond = "<more-31>", "<more-32>"  # ids 287 and 288
+    warning = engine.adapters.registry.get("grown").warnings[0]
+    assert f"has ids up to {VOCABULARY + 255}, and there are embeddings for {VOCABULARY} tokens" in warning
+    assert ids_of(engine, "grown", "a" + within)[-1] == VOCABULARY - 1
+    chat = Chat((ChatMessage("user", beyond),))
+    for field, fields in (
+        ("prompt", {"prompt": "a" + beyond}),
+        ("chat", {"prompt": chat}),
+        ("token_ids.ids[1]", {"prompt": (1, VOCABULARY)}),
+        ("stopping.stop_token_ids[0]", {"stopping": StoppingParams(stop_token_ids=(VOCABULARY,))}),
+        (f"sampling.logit_bias[{VOCABULARY}]", {"sampling": SamplingParams(logit_bias=((VOCABULARY, 1.0),))}),
+    ):
+        error = refused(engine, "grown", **fields)
+        assert error.field == field
+        assert f"[0, {VOCABULARY})" in str(error)
+    assert repr(beyond) in str(refused(engine, "grown", prompt=beyond))
+    refs = (AdapterRef("grown"),)
+    with pytest.raises(InvalidRequest, match=r"continuations\[1\]: holds the token '<more-40>' of id 296"):
+        engine.intake.prepare_score(ScoreRequest("s", "a", ("b", "<more-40>"), refs))
+    assert engine.adapters.registry.get("grown").running_requests == 0
+    [outputs] = engine.generate([Request("g", within, refs, stopping=StoppingParams(max_new_tokens=2))])
+    assert outputs[-1].finished is not None
+
+
+def test_a_base_whose_tokenizer_has_more_ids_than_rows_is_served(llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<more-{at}>" for at in range(31)])
+    tokenizer.add_special_tokens({"eos_token": "<end>"})  # 289: has no row either, so nothing ends in it
+    tokenizer.save_pretrained(base)
+    engine = make_engine(base)
+    assert any("has ids up to 289" in note for note in engine.base.notes)
+    assert engine.prompts.base.eos_token_ids == (EOS,)
+    assert ids_of(engine, None, "<more-29>") == [VOCABULARY - 1]
+    assert refused(engine, None, prompt="ab<more-30>").field == "prompt"
+    assert refused(engine, None, prompt=Chat((ChatMessage("user", "<end>"),))).field == "chat"
+    stopping = StoppingParams(max_new_tokens=3, min_new_tokens=2)
+    [outputs] = engine.generate([Request("g", "x", stopping=stopping)])
+    assert outputs[-1].finished is not None

@@ -29,7 +29,18 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", ADAPTERHUB_PICKLE, "adapter_model.pt")
 MAX_CONFIG_BYTES = 2**20
 TOKENIZER = "tokenizer.json"
-TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 """What an adapter may bring along to be talked to in its own way."""
 MAX_TOKENIZER_BYTES = 2**26
 

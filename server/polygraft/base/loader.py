@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base import bitsandbytes
@@ -19,7 +19,7 @@ from polygraft.base.default_model import ensure_default_model
 from polygraft.base.fusing import fuse
 from polygraft.base.packing import count_quantized, gather_weights, own_parameters, pack_linears, weight_bytes
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
-from polygraft.base.tokenizer import TextTokenizer, text_tokenizer
+from polygraft.base.tokenizer import END_ROLES, TextTokenizer, load_tokenizer
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
 from polygraft.layers.four_bit_panels import BLOCK
@@ -118,9 +118,7 @@ def load_base(
     # Our own operator takes int8 and, if compiled, 4 bits on a CPU; anything else is bitsandbytes' matter.
     ours = device == "cpu" and compute in DTYPES and (quantization == "int8" or load_kernels() is not None)
     loaded = load(by_bitsandbytes=quantization != "none" and not ours)
-    tokenizer = _read(
-        lambda: text_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)), model
-    )
+    tokenizer = _read(lambda: load_tokenizer(folder), model)
     name = DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model)
     spec = inspect_base(loaded, name)
     body = {n: shape for n, shape in spec.linears.items() if not shape.is_head}
@@ -145,6 +143,11 @@ def load_base(
         notes += (f"{quantization}: {count} of {len(spec.linears)} linear modules, the head {head}",)
     elif head_quantization != "none":
         notes += ("int8: the head",)
+    if tokenizer.size > spec.vocabulary_size:
+        notes += (
+            f"the tokenizer has ids up to {tokenizer.size - 1}, and there are embeddings for "
+            f"{spec.vocabulary_size} tokens: requests that hold others are refused",
+        )
     if max_context_length is not None:
         if max_context_length > limit:
             notes += (f"--max-context-length {max_context_length} is more than the model's {limit}",)
@@ -157,7 +160,7 @@ def load_base(
         dtype=compute,
         quantization=quantization,
         context_length=limit,
-        eos_token_ids=_eos_token_ids(loaded),
+        eos_token_ids=_eos_token_ids(loaded, folder, tokenizer),
         weight_bytes=weight_bytes(loaded),
         notes=notes,
     )
@@ -231,13 +234,18 @@ def _compute_dtype(dtype: str, config: Any, device: str) -> torch.dtype:
     return torch.float32 if stored == torch.float16 and device == "cpu" else stored
 
 
-def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    if eos is None:
-        eos = model.config.get_text_config().eos_token_id
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+def _eos_token_ids(model: PreTrainedModel, folder: str, tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """All that the folder names as the end of an answer: in its generation_config.json, its tokenizer's files
+    and its config.json, where an architecture's default doesn't count."""
+    raw, _ = PreTrainedConfig.get_config_dict(folder)
+    named: list[Any] = [model.generation_config.eos_token_id if model.generation_config else None]
+    parts = [raw, *(raw.get(part) for part in ("text_config", "decoder", "generator"))]
+    named += [part.get("eos_token_id") for part in parts if isinstance(part, dict)]
+    named += [tokenizer.special_id(role) for role in END_ROLES]
+    ids: list[int] = []
+    for one in named:
+        ids += one if isinstance(one, list) else [] if one is None else [one]
+    return tuple(dict.fromkeys(map(int, ids)))
 
 
 def _read(read: Callable[[], T], model: str) -> T:

@@ -195,7 +195,7 @@ class AdapterManager:
                 disk_bytes=folder.disk_bytes,
                 content_hash=folder.content_hash,
                 load_seconds=time.monotonic() - started,
-                warnings=(*compiled.warnings, *warnings),
+                warnings=(*compiled.warnings, *(() if prompts is None else prompts.warnings), *warnings),
                 own_prompts=prompts is not None and prompts.is_own,
                 merged=self._copies.info(adapter),
             )

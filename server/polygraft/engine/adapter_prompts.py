@@ -6,20 +6,15 @@ differs, or a chat template, is used for the requests of that adapter and of no 
 
 from __future__ import annotations
 
-import json
-
-from polygraft.adapters.folder import TOKENIZER, AdapterFolder
+from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
 from polygraft.base.loader import Base
 from polygraft.base.tokenizer import TextTokenizer
-from polygraft.engine.adapter_tokenizer import read_tokenizer
 from polygraft.engine.chat_template import LocalTemplate
+from polygraft.engine.prompt_files import EndTokens, chat_template, end_tokens
 from polygraft.engine.prompts import Prompts
-from polygraft.errors import AdapterInvalid
-
-_TEMPLATE = "chat_template.jinja"
-_CONFIG = "tokenizer_config.json"
+from polygraft.engine.shared_tokenizers import SharedTokenizers
 
 
 class AdapterPrompts:
@@ -28,6 +23,7 @@ class AdapterPrompts:
     def __init__(self, base: Base) -> None:
         self.base = Prompts.of_base(base)
         self._base = base
+        self._tokenizers = SharedTokenizers(base.tokenizer)
         self._own: dict[int, Prompts] = {}
 
     def of(self, stack: Stack) -> Prompts:
@@ -36,30 +32,44 @@ class AdapterPrompts:
         return next((self._own[g] for g in stack.generations if g in self._own), self.base)
 
     def read(self, folder: AdapterFolder, vocabulary: int | None = None) -> Prompts | None:
-        """What a folder brings along; None if that is the base's own.
+        """What a folder brings along; None if that is the base's own. A chat template that it lacks is the
+        base's, and so are the special tokens if it names none.
 
         Args:
             vocabulary: tokens that the adapter has rows for, if not as many as the base.
 
         Raises:
-            AdapterInvalid: a file is broken, or there are more tokens than rows for them.
+            AdapterInvalid: a file is broken.
         """
-        known = vocabulary or self._base.spec.vocabulary_size
         base = self._base.tokenizer
-        tokenizer = self._tokenizer(folder)
-        self._check_size(folder.name, tokenizer or base, known)
-        source = self._template(folder) or base.chat_template
-        if tokenizer is None and source == base.chat_template and vocabulary is None:
+        name, files = folder.name, folder.texts
+        source = chat_template(name, files) or base.chat_template
+        named = end_tokens(name, files)
+        tokenizer = self._tokenizers.of(name, files)
+        ends, warnings = _ends(named, tokenizer)
+        known = vocabulary or self._base.spec.vocabulary_size
+        if tokenizer.size > known and (tokenizer.size > base.size or vocabulary is not None):
+            warnings.append(
+                f"its tokenizer has ids up to {tokenizer.size - 1}, and there are embeddings for {known} "
+                "tokens: requests that hold others are refused. If it was trained with them, their rows are "
+                "missing (modules_to_save, or save_embedding_layers)"
+            )
+        is_own = (
+            tokenizer.backend is not base.backend
+            or source != base.chat_template
+            or any(end not in self.base.eos_token_ids for end in ends)
+        )
+        same = not is_own and vocabulary is None and tokenizer.special_tokens == base.special_tokens
+        if same and not warnings:
             return None
-        used = tokenizer or base
-        own = used.special_id("eos_token")
         return Prompts(
-            used,
-            None if source is None else LocalTemplate(source, used.special_tokens),
+            tokenizer,
+            None if source is None else LocalTemplate(source, tokenizer.special_tokens),
             vocabulary=known,
             context_length=self._base.context_length,
-            eos_token_ids=(*self._base.eos_token_ids, *(() if own is None else (own,))),
-            is_own=tokenizer is not None or source != base.chat_template,
+            eos_token_ids=(*self._base.eos_token_ids, *ends),
+            is_own=is_own,
+            warnings=warnings,
         )
 
     def add(self, adapter: Adapter, prompts: Prompts) -> None:
@@ -70,36 +80,14 @@ class AdapterPrompts:
         """An adapter is gone."""
         self._own.pop(adapter.generation, None)
 
-    def _tokenizer(self, folder: AdapterFolder) -> TextTokenizer | None:
-        if TOKENIZER not in folder.texts:
-            return None
-        tokenizer = read_tokenizer(folder.name, folder.texts)
-        if tokenizer.backend.to_str() == self._base.tokenizer.backend.to_str():
-            return None
-        return tokenizer
 
-    @staticmethod
-    def _check_size(name: str, tokenizer: TextTokenizer, vocabulary: int) -> None:
-        if tokenizer.size > vocabulary:
-            raise AdapterInvalid(
-                name,
-                [
-                    f"its tokenizer has ids up to {tokenizer.size - 1}, and there are embeddings for "
-                    f"{vocabulary} tokens: the rows of added ones are to be saved with the adapter "
-                    "(modules_to_save, or save_embedding_layers)"
-                ],
-            )
-
-    @staticmethod
-    def _template(folder: AdapterFolder) -> str | None:
-        """The chat template, from its own file or from the tokenizer's configuration."""
-        try:
-            if _TEMPLATE in folder.texts:
-                return folder.texts[_TEMPLATE].decode()
-            config = json.loads(folder.texts.get(_CONFIG, b"{}"))
-        except (ValueError, RecursionError) as error:
-            raise AdapterInvalid(folder.name, [f"{_CONFIG} or {_TEMPLATE} can't be read: {error}"]) from None
-        template = config.get("chat_template") if isinstance(config, dict) else None
-        if template is not None and not isinstance(template, str):
-            raise AdapterInvalid(folder.name, [f"{_CONFIG}: several chat templates aren't served, keep one"])
-        return template
+def _ends(named: EndTokens, tokenizer: TextTokenizer) -> tuple[list[int], list[str]]:
+    """Ids of what a folder names as the end of an answer, and warnings of those that are none."""
+    ends, warnings = list(named.ids), []
+    for file, token in named.tokens:
+        id = tokenizer.backend.token_to_id(token)
+        if id is None:
+            warnings.append(f"{file} names {token[:50]!r} as an end, which its tokenizer doesn't know")
+        else:
+            ends.append(id)
+    return list(dict.fromkeys(ends)), warnings
