@@ -104,9 +104,16 @@ class AsyncClient:
         """Text of token ids, without special tokens."""
         return await self._transport.run(_calls.detokenize(token_ids, adapter, adapters), timeout)
 
-    async def model(self, *, timeout: float | None = None) -> Model:
-        """What is being served: the base model, its limits and its defaults."""
-        return await self._transport.run(_calls.model(), timeout)
+    async def model(
+        self,
+        *,
+        adapter: str | None = None,
+        adapters: AdapterRefs = (),
+        timeout: float | None = None,
+    ) -> Model:
+        """What is being served: the base model, its limits and its defaults. The vocabulary's size, the end
+        tokens and whether there is a chat template are those of requests with these adapters."""
+        return await self._transport.run(_calls.model(adapter, adapters), timeout)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """The health of the server, or of one service; errors as `Client.health`."""

@@ -77,9 +77,9 @@ def detokenize(token_ids: Iterable[int], adapter: str | None, adapters: Adapters
     return Call(f"{_INFERENCE}Detokenize", request, inference_pb2.DetokenizeResponse, _responses.text_from)
 
 
-def model() -> Call[Model]:
-    """The base model as it is served."""
-    request = inference_pb2.GetModelRequest()
+def model(adapter: str | None, adapters: Adapters) -> Call[Model]:
+    """The model as it is served."""
+    request = _requests.model_request(adapter=adapter, adapters=adapters)
     return Call(f"{_INFERENCE}GetModel", request, inference_pb2.GetModelResponse, _responses.model_from)
 
 

@@ -135,9 +135,16 @@ class Client:
         """Text of token ids, without special tokens."""
         return self._transport.run(_calls.detokenize(token_ids, adapter, adapters), timeout)
 
-    def model(self, *, timeout: float | None = None) -> Model:
-        """What is being served: the base model, its limits and its defaults."""
-        return self._transport.run(_calls.model(), timeout)
+    def model(
+        self,
+        *,
+        adapter: str | None = None,
+        adapters: AdapterRefs = (),
+        timeout: float | None = None,
+    ) -> Model:
+        """What is being served: the base model, its limits and its defaults. The vocabulary's size, the end
+        tokens and whether there is a chat template are those of requests with these adapters."""
+        return self._transport.run(_calls.model(adapter, adapters), timeout)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """The health of the server, or of one service such as "polygraft.v1.InferenceService".

@@ -218,6 +218,11 @@ def detokenize_request(
     )
 
 
+def model_request(*, adapter: str | None = None, adapters: Adapters = ()) -> inference_pb2.GetModelRequest:
+    """Build the request of GetModel; raises InvalidRequest."""
+    return _fill(inference_pb2.GetModelRequest, adapter=adapter, adapters=_adapters(adapters))
+
+
 def _adapters(adapters: Adapters) -> list[inference_pb2.AdapterRef]:
     """The contract's references, as long as they can be told apart; the server checks what they say."""
     if isinstance(adapters, str):

@@ -23,7 +23,7 @@ def test_several_adapters_and_weights(call: Invoke, script: Script) -> None:
     call("generate", "Hello", "--adapter", "mood")
     call("score", "Hello", "a", "--adapter", "mood:1", "--adapter", "headline")
     ref = inference_pb2.AdapterRef
-    requests = [request for request in script.requests if hasattr(request, "adapters")]
+    requests = [request for request in script.requests if hasattr(request, "combination_type")]
     assert [(request.adapter, list(request.adapters)) for request in requests] == [
         ("", [ref(name="mood"), ref(name="headline", weight=0.5)]),
         ("", [ref(name="mood", weight=-2)]),
@@ -72,6 +72,25 @@ def test_chat_or_raw(call: Invoke, script: Script, flags: list[str], template: b
         expected.prompt = "Hello"
     assert request.WhichOneof("input") == expected.WhichOneof("input")
     assert (request.prompt, request.chat) == (expected.prompt, expected.chat)
+
+
+@pytest.mark.parametrize(
+    ("flags", "chat"),
+    [
+        (["--adapter", "mood"], True),
+        (["--adapter", "mood:0.5"], True),
+        (["--adapter", "headline", "--adapter", "mood"], True),
+        (["--adapter", "headline"], False),
+        ([], False),
+        (["--adapter", "mood", "--raw"], False),
+    ],
+)
+def test_a_template_that_only_the_adapter_has(
+    call: Invoke, script: Script, flags: list[str], chat: bool
+) -> None:
+    script.has_chat_template, script.with_template = False, {"mood"}
+    assert call("generate", "Hello", *flags).exit_code == 0
+    assert script.requests[-1].WhichOneof("input") == ("chat" if chat else "prompt")
 
 
 def test_flags_reach_the_server(call: Invoke, script: Script) -> None:

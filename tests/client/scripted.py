@@ -93,6 +93,7 @@ class Script:
         self.requests: list[Any] = []
         self.metadata: dict[str, str] = {}
         self.has_chat_template = True
+        self.with_template: set[str] = set()  # adapters that bring a chat template along
 
     def receive(self, request: Any, context: grpc.ServicerContext) -> None:
         """Note a call, and fail it if the script says so."""
@@ -194,7 +195,8 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
             default_sampling=inference_pb2.SamplingOptions(
                 temperature=0.0, top_p=1.0, repetition_penalty=1.1
             ),
-            has_chat_template=self._script.has_chat_template,
+            has_chat_template=self._script.has_chat_template
+            or bool(self._script.with_template & {request.adapter, *(one.name for one in request.adapters)}),
             server_version="0.1.0",
             notes=["a note"],
         )

@@ -254,6 +254,16 @@ def test_model(client: Client) -> None:
     assert model.notes == ("a note",)
 
 
+def test_model_with_an_adapter(client: Client, script: Script) -> None:
+    script.has_chat_template, script.with_template = False, {"mood"}
+    assert not client.model().has_chat_template
+    assert client.model(adapter="mood").has_chat_template
+    assert client.model(adapters=["headline", AdapterRef("mood", 0.5)]).has_chat_template
+    assert not client.model(adapter="headline").has_chat_template
+    with pytest.raises(InvalidRequest):
+        client.model(adapters="mood")
+
+
 def test_health(client: Client, script: Script) -> None:
     assert client.health() is Health.SERVING
     assert client.health(INFERENCE) is Health.NOT_SERVING

@@ -56,6 +56,10 @@ async def test_an_adapter_speaks_its_own_tokens(live: Live, llama: Path) -> None
     assert loaded.adapter.own_prompts
     assert "replace" in loaded.adapter.primitives
 
+    model = await live.inference.GetModel(pb.GetModelRequest(adapter="tools"))
+    assert (model.vocabulary_size, model.has_chat_template) == (tokens, True)
+    assert (await live.inference.GetModel(pb.GetModelRequest())).vocabulary_size == VOCABULARY
+
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hi <tool-0>")])
     asked = await live.inference.Tokenize(pb.TokenizeRequest(chat=chat, adapter="tools"))
     ids = list(asked.token_ids)

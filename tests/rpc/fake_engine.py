@@ -184,6 +184,11 @@ class FakeEngine:
         text = prompt if isinstance(prompt, str) else "".join(turn.content for turn in prompt.messages)
         return tuple(text.encode())
 
+    def model_for(self, adapters: Sequence[AdapterRef]) -> ModelInfo:
+        self.asked_for = adapters
+        own = {ref.name for ref in adapters} & {"json"}
+        return replace(self.model, eos_token_ids=(0, 7), has_chat_template=False) if own else self.model
+
     async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
         self.asked_for = adapters
         if any(token >= self.model.vocabulary_size for token in token_ids):

@@ -118,6 +118,18 @@ async def test_get_model(served: Served) -> None:
     assert list(model.notes) == list(MODEL.notes)
 
 
+async def test_get_model_with_an_adapter(served: Served) -> None:
+    model = await served.inference.GetModel(pb.GetModelRequest(adapter="json"))
+    assert served.engine.asked_for == (AdapterRef("json"),)
+    assert (list(model.eos_token_ids), model.has_chat_template) == ([0, 7], False)
+    both = [pb.AdapterRef(name="shout"), pb.AdapterRef(name="json", weight=0.5)]
+    model = await served.inference.GetModel(pb.GetModelRequest(adapters=both))
+    assert served.engine.asked_for == (AdapterRef("shout"), AdapterRef("json", weight=0.5))
+    with pytest.raises(grpc.aio.AioRpcError, match="must be empty where adapter is set") as caught:
+        await served.inference.GetModel(pb.GetModelRequest(adapter="json", adapters=both))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 LOGPROB = pb.TokenLogprob(
     token_id=5,
     text="five",

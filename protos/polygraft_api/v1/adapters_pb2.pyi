@@ -167,7 +167,9 @@ class Adapter(_message.Message):
     mergeable: _builtins.bool
     """Whether its weights fold into the base's, so that requests may ask for LORA_PATH_MERGED."""
     own_prompts: _builtins.bool
-    """Whether its folder brings a tokenizer or a chat template that isn't the base's: its requests use them."""
+    """Whether its folder brings a tokenizer, a chat template or end tokens that aren't the base's: its requests use
+    them. GetModel tells what there is with an adapter.
+    """
     merged_only: _builtins.bool
     """Whether it is served on its merged copy alone, whatever path a request leaves to the server: what it does to
     the weights is exact but of no low rank. A request that demands LORA_PATH_UNMERGED is refused with

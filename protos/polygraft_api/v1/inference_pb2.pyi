@@ -1124,16 +1124,29 @@ Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
-    """Nothing to ask for."""
+    """Whose requests are meant."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """The adapter whose requests are meant: it may have a vocabulary, end tokens and a chat template of its own.
+    Empty is the base model.
+    """
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRef]:
+        """The adapters, as in TokenizeRequest."""
+
     def __init__(
         self,
+        *,
+        adapter: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___AdapterRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1177,7 +1190,7 @@ class GetModelResponse(_message.Message):
     context_length: _builtins.int
     """Most tokens (virtual, prompt and generated) of one request."""
     vocabulary_size: _builtins.int
-    """Number of token ids."""
+    """Number of token ids, with the adapters that the request names."""
     parameters: _builtins.int
     """Parameters of the base."""
     weight_bytes: _builtins.int
@@ -1189,7 +1202,7 @@ class GetModelResponse(_message.Message):
     max_num_batched_tokens: _builtins.int
     """Most rows in one step."""
     has_chat_template: _builtins.bool
-    """Whether the model has a chat template."""
+    """Whether chats can be rendered, with the adapters that the request names."""
     server_version: _builtins.str
     """Version of the server."""
     default_lora_path: Global___LoraPath.ValueType
@@ -1198,7 +1211,7 @@ class GetModelResponse(_message.Message):
     """Memory that merged copies may take together."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids that end an answer."""
+        """Token ids that end an answer, with the adapters that the request names."""
 
     @_builtins.property
     def default_sampling(self) -> Global___SamplingOptions:

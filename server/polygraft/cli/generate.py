@@ -38,7 +38,8 @@ def generate(
         bool | None,
         typer.Option(
             "--chat/--raw",
-            help="As a user's message, or as bare text. [default: --chat if the model has a template]",
+            help="As a user's message, or as bare text. [default: --chat if there is a template, the model's "
+            "or the adapter's]",
         ),
     ] = None,
     stream: Annotated[
@@ -119,7 +120,9 @@ def generate(
         options["lora_path"] = lora_path
     streaming = sys.stdout.isatty() and not as_json if stream is None else stream
     with Client(server, timeout=timeout) as client:
-        if client.model().has_chat_template if chat is None else chat:
+        if chat is None:
+            chat = client.model(adapter=single, adapters=several).has_chat_template
+        if chat:
             options["chat"], bare = [{"role": "user", "content": text}], None
         else:
             bare = text

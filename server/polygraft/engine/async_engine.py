@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from polygraft.adapters.info import AdapterInfo, AdapterState, NearToken
@@ -149,6 +150,16 @@ class AsyncEngine:
     async def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
         """See `EngineHandle.tokenize`."""
         return await self._preparation.tokenize(prompt, adapters)
+
+    def model_for(self, adapters: Sequence[AdapterRef]) -> ModelInfo:
+        """See `EngineHandle.model_for`."""
+        prompts = self._preparation.prompts_of(adapters)
+        return replace(
+            self.model,
+            vocabulary_size=prompts.vocabulary,
+            eos_token_ids=prompts.eos_token_ids,
+            has_chat_template=prompts.has_chat_template,
+        )
 
     async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
         """See `EngineHandle.detokenize`."""

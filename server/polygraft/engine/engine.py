@@ -139,7 +139,7 @@ class Engine:
             config,
             kv_cache_bytes=self.kv_cache.bytes,
             merged_capacity_bytes=self.copies.budget,
-            has_chat_template=self.prompts.base.has_chat_template,
+            prompts=self.prompts.base,
         )
         self._generations = Generations(self.scheduler, Answers(self.prompts))
         self._scoring = Scoring(

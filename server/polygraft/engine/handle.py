@@ -172,6 +172,11 @@ class EngineHandle(Protocol):
         Raises: InvalidRequest, AdapterNotFound, AdapterUnavailable, ResourceExhausted.
         """
 
+    def model_for(self, adapters: Sequence[AdapterRef]) -> ModelInfo:
+        """The model as requests with these adapters find it: the vocabulary, the end tokens and the chat
+        template may be an adapter's. Raises as `tokenize`.
+        """
+
     async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
         """Text without special tokens. Raises InvalidRequest for an id out of range; else as `tokenize`."""
 

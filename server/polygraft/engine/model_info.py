@@ -5,6 +5,7 @@ from __future__ import annotations
 from polygraft.base.loader import Base
 from polygraft.config import ServerConfig
 from polygraft.engine.handle import ModelInfo
+from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import LoraPath, SamplingParams
 
 
@@ -14,9 +15,13 @@ def model_info(
     *,
     kv_cache_bytes: int,
     merged_capacity_bytes: int,
-    has_chat_template: bool,
+    prompts: Prompts,
 ) -> ModelInfo:
-    """The base as it is served under these settings."""
+    """The base as it is served under these settings.
+
+    Args:
+        prompts: the base's own.
+    """
     return ModelInfo(
         model=base.name,
         architecture=base.spec.architecture,
@@ -30,9 +35,9 @@ def model_info(
         kv_cache_bytes=kv_cache_bytes,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        eos_token_ids=base.eos_token_ids,
+        eos_token_ids=prompts.eos_token_ids,
         default_sampling=default_sampling(base),
-        has_chat_template=has_chat_template,
+        has_chat_template=prompts.has_chat_template,
         default_lora_path=LoraPath[config.lora_path.upper()],
         merged_capacity_bytes=merged_capacity_bytes,
         notes=base.notes,

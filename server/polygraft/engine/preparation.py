@@ -78,15 +78,16 @@ class Preparation:
         """See `EngineHandle.tokenize`."""
         return await self._run(
             _size(prompt),
-            lambda: tuple(self._prompts_of(adapters).token_ids(prompt)),
+            lambda: tuple(self.prompts_of(adapters).token_ids(prompt)),
             foreign=self._is_foreign(prompt, adapters),
         )
 
     async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef]) -> str:
         """See `EngineHandle.detokenize`."""
-        return await self._run(len(token_ids), lambda: self._prompts_of(adapters).decode(token_ids))
+        return await self._run(len(token_ids), lambda: self.prompts_of(adapters).decode(token_ids))
 
-    def _prompts_of(self, adapters: Sequence[AdapterRef]) -> Prompts:
+    def prompts_of(self, adapters: Sequence[AdapterRef]) -> Prompts:
+        """Tokenizer and template of requests with these adapters. Raises as `Intake.resolve`."""
         stack = self._engine.intake.resolve(adapters)
         try:
             return self._engine.prompts.of(stack)

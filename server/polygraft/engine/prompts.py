@@ -41,7 +41,8 @@ class Prompts:
         self.warnings = tuple(warnings)
         self._tokenizer = tokenizer
         self._template = template
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
+        """Tokens that there are embeddings for."""
         self._context_length = context_length
         self._most_characters = tokenizer.longest * context_length
         self._eos = tuple(dict.fromkeys(token for token in eos_token_ids if token < vocabulary))
@@ -150,12 +151,12 @@ class Prompts:
     def _encode(self, text: str, field: str, *, special: bool) -> list[int]:
         """See `TextTokenizer.encode`. Raises InvalidRequest for a token that has no embedding."""
         ids = self._tokenizer.encode(text, special=special)
-        if self._tokenizer.size > self._vocabulary and ids and max(ids) >= self._vocabulary:
-            token = next(token for token in ids if token >= self._vocabulary)
+        if self._tokenizer.size > self.vocabulary and ids and max(ids) >= self.vocabulary:
+            token = next(token for token in ids if token >= self.vocabulary)
             raise InvalidRequest(
                 field,
                 f"holds the token {self.texts(token)!r} of id {token}, and there are embeddings for "
-                f"[0, {self._vocabulary}) alone",
+                f"[0, {self.vocabulary}) alone",
             )
         return ids
 
@@ -163,7 +164,7 @@ class Prompts:
         """What stands for an empty prompt; raises InvalidRequest if the model has no such token."""
         for role in ("bos_token", "eos_token"):
             token = self._tokenizer.special_id(role)
-            if token is not None and token < self._vocabulary:
+            if token is not None and token < self.vocabulary:
                 return (token,)
         raise InvalidRequest("prompt", "must not be empty: the model has no token for a beginning")
 
@@ -185,15 +186,15 @@ class Prompts:
     def check_ids(self, ids: Sequence[int], field: str) -> None:
         """Raise InvalidRequest for an id outside the vocabulary."""
         for at, token in enumerate(ids):
-            if not 0 <= token < self._vocabulary:
-                raise InvalidRequest(f"{field}[{at}]", f"must be in [0, {self._vocabulary}), got {token}")
+            if not 0 <= token < self.vocabulary:
+                raise InvalidRequest(f"{field}[{at}]", f"must be in [0, {self.vocabulary}), got {token}")
 
     def check_biased(self, ids: Sequence[int]) -> None:
         """Raise InvalidRequest for an id of a logit bias that is outside the vocabulary."""
         for token in ids:
-            if not 0 <= token < self._vocabulary:
+            if not 0 <= token < self.vocabulary:
                 field = f"sampling.logit_bias[{token}]"
-                raise InvalidRequest(field, f"the token id must be in [0, {self._vocabulary})")
+                raise InvalidRequest(field, f"the token id must be in [0, {self.vocabulary})")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens. Raises InvalidRequest for an id outside the vocabulary."""

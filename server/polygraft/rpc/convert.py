@@ -36,7 +36,9 @@ _MAX_CONTINUATIONS = 256
 _MAX_ADAPTERS = 8
 _MAX_WEIGHT = 100.0
 
-_NamesAdapters = pb.GenerateRequest | pb.ScoreRequest | pb.TokenizeRequest | pb.DetokenizeRequest
+_NamesAdapters = (
+    pb.GenerateRequest | pb.ScoreRequest | pb.TokenizeRequest | pb.DetokenizeRequest | pb.GetModelRequest
+)
 
 
 def generate_request(message: pb.GenerateRequest, request_id: str, model: ModelInfo) -> Request:

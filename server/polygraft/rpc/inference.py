@@ -96,4 +96,4 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         """What is being served."""
-        return messages.model(self._handle.model)
+        return messages.model(self._handle.model_for(convert.adapter_refs(request)))
