@@ -24,9 +24,9 @@ COPY --from=build /opt/polygraft /opt/polygraft
 COPY docker/healthcheck.py /usr/local/bin/healthcheck.py
 USER polygraft
 ENV PATH=/opt/polygraft/bin:$PATH PYTHONUNBUFFERED=1
-EXPOSE 50051 9090
+EXPOSE 50051 9464
 # Beyond loopback a token is needed: give it as POLYGRAFT_ADMIN_TOKEN at run time, never in the image.
-ENV POLYGRAFT_LISTEN=0.0.0.0:50051 POLYGRAFT_METRICS=0.0.0.0:9090 POLYGRAFT_ADAPTERS=/adapters
+ENV POLYGRAFT_LISTEN=0.0.0.0:50051 POLYGRAFT_METRICS=0.0.0.0:9464 POLYGRAFT_ADAPTERS=/adapters
 VOLUME ["/adapters", "/home/polygraft/.cache/polygraft"]
 # The first start fetches and converts the default model, if no other is asked for.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["python", "/usr/local/bin/healthcheck.py"]

@@ -36,7 +36,7 @@ demo: model  ## Serve the sample adapters, send one mixed burst, show the answer
 serve: model  ## Serve the sample adapters until interrupted
 	@echo 'call it:  $(BIN)/polygraft generate "I loved every minute of it." --adapter sentiment'
 	@echo '          $(BIN)/grpcurl -plaintext -d '\''{"prompt": "Hello"}'\'' 127.0.0.1:50051 polygraft.v1.InferenceService/Generate'
-	@echo 'metrics:  http://127.0.0.1:9090/metrics'
+	@echo 'metrics:  http://127.0.0.1:9464/metrics'
 	$(BIN)/polygraft serve --adapters adapters
 
 test: model  ## Run the tests, the demo included

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.workload import RANK, TARGETS
 from polygraft.base.default_model import HUB_ID
-from polygraft.base.loader import resolve_model
+from polygraft.base.model_folder import resolve_model
 from polygraft.base.spec import BaseSpec
 
 TOKENS = 16

@@ -5,9 +5,12 @@ import sys
 
 from polygraft_client import Client, Health, PolygraftError
 
-port = os.environ.get("POLYGRAFT_LISTEN", "127.0.0.1:50051").rpartition(":")[2]
+# Every address of the container includes its loopback.
+EVERY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "::": "[::1]"}  # noqa: S104 - asked, not listened on
+
+host, _, port = (os.environ.get("POLYGRAFT_LISTEN") or "127.0.0.1:50051").strip().rpartition(":")
 try:
-    with Client(f"127.0.0.1:{port}") as client:
+    with Client(f"{EVERY.get(host, host)}:{port}") as client:
         sys.exit(client.health(timeout=4.0) is not Health.SERVING)
 except PolygraftError as error:
     sys.exit(str(error))

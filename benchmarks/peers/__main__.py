@@ -17,7 +17,7 @@ from benchmarks.peers.cases import CASES
 from benchmarks.peers.catalog import Peer, catalog
 from benchmarks.peers.report import markdown, summary
 from benchmarks.peers.rounds import measure
-from polygraft.base.loader import resolve_model
+from polygraft.base.model_folder import resolve_model
 
 ROOT = Path("build/peers").resolve()
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from benchmarks.peers.cases import CASES, IN_FLIGHT, Ask, answer, by_adapter
 from benchmarks.sides.protocol import answer_rounds
 from benchmarks.workload import NEW_TOKENS, adapter_names
-from polygraft.base.loader import resolve_model
+from polygraft.base.model_folder import resolve_model
 
 THREADS = 2
 BASE = "__base__"

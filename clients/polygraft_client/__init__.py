@@ -28,6 +28,7 @@ from polygraft_client._exceptions import (
     Unauthenticated,
     Unavailable,
     Unimplemented,
+    UsageError,
 )
 from polygraft_client._models import (
     Adapter,
@@ -104,6 +105,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "Usage",
+    "UsageError",
 ]
 
 # The modules are private: errors and tracebacks name things as they are imported.

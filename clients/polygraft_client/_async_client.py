@@ -10,15 +10,19 @@ import grpc
 
 from polygraft_client import _calls
 from polygraft_client._adapters import AsyncAdapters
+from polygraft_client._endpoint import Endpoint
 from polygraft_client._models import CombinationType, Generation, Health, LoraPath, Model, Score
 from polygraft_client._requests import Adapters as AdapterRefs
 from polygraft_client._requests import Chat, Continuations, GenerateOptions, split_timeout
 from polygraft_client._streams import AsyncStream
-from polygraft_client._transport import AsyncTransport, Endpoint
+from polygraft_client._transport import AsyncTransport
 
 
 class AsyncClient:
-    """Talks to one server from one event loop; see `Client` for arguments and errors.
+    """Talks to one server from one event loop, that of its first call; see `Client` for arguments and errors.
+
+    On any other loop, and outside of one, its methods raise UsageError: `asyncio.run` makes a new loop
+    each time.
 
     Cancelling a task that waits for a call cancels the call, and the server frees what it holds.
     """

@@ -10,22 +10,25 @@ import grpc
 
 from polygraft_client import _calls
 from polygraft_client._adapters import Adapters
+from polygraft_client._endpoint import Endpoint
 from polygraft_client._models import CombinationType, Generation, Health, LoraPath, Model, Score
 from polygraft_client._requests import Adapters as AdapterRefs
 from polygraft_client._requests import Chat, Continuations, GenerateOptions, split_timeout
 from polygraft_client._streams import Stream
-from polygraft_client._transport import Endpoint, Transport
+from polygraft_client._transport import Transport
 
 
 class Client:
     """Talks to one server; may be shared between threads.
 
     Every method raises ConnectError if the server can't be reached, DeadlineExceeded after `timeout`
-    seconds, InvalidRequest for arguments that can't be sent, and StatusError for any other answer.
+    seconds, InvalidRequest for arguments that can't be sent, UsageError once it is closed, and StatusError
+    for any other answer.
 
     Args:
         address: HOST:PORT of the gRPC server.
-        token: for servers that ask for one; without `credentials` it travels in plain text.
+        token: for servers that ask for one; without `credentials` it travels in plain text. White space
+            around it, as a file has at its end, is taken off.
         timeout: seconds for each call that doesn't give its own; None waits as long as it takes.
         credentials: for TLS, such as `grpc.ssl_channel_credentials()`; None is plain text.
         retries: further tries that gRPC makes, after short waits, while the server is unavailable;

@@ -2,6 +2,7 @@
 
 PolygraftError
 ├── InvalidRequest          the arguments can't be expressed in the contract; nothing was sent
+├── UsageError              the client is closed, or on another event loop than its own; nothing was sent
 ├── ConnectError            the server can't be reached, or the connection broke; names the address
 ├── DeadlineExceeded        `timeout` seconds have passed
 ├── Cancelled               the call was cancelled: a stream closed here, or a request aborted there
@@ -39,6 +40,10 @@ class InvalidRequest(PolygraftError, ValueError):
     def __init__(self, argument: str, problem: str) -> None:
         super().__init__(f"{argument}: {problem}")
         self.argument = argument
+
+
+class UsageError(PolygraftError, RuntimeError):
+    """The client can't be used now: it is closed, or on another event loop than its own; nothing was sent."""
 
 
 class ConnectError(PolygraftError):

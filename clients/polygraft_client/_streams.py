@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +13,7 @@ from google.protobuf.message import Message
 from polygraft_client._exceptions import Cancelled
 from polygraft_client._models import Chunk, Generation
 from polygraft_client._status import error_from_cancellation, error_from_rpc
-from polygraft_client._transport import ResponseIterator
+from polygraft_client._transport import ResponseIterator, check_loop, running_loop
 
 
 class _Progress:
@@ -96,6 +97,7 @@ class AsyncStream(_Progress):
         super().__init__(address)
         self._call = call
         self._chunks = call.__aiter__()
+        self._loop = running_loop()
 
     async def until_done(self) -> Generation:
         """Take in the rest and return the whole answer; raises what iterating raises."""
@@ -114,6 +116,7 @@ class AsyncStream(_Progress):
     async def __anext__(self) -> Chunk:
         if self._closed:
             raise StopAsyncIteration
+        check_loop(self._loop, running_loop())
         try:
             return self._received(await self._chunks.__anext__())
         except grpc.RpcError as error:
@@ -130,4 +133,5 @@ class AsyncStream(_Progress):
         await self.close()
 
     def __del__(self) -> None:
-        self._call.cancel()
+        with contextlib.suppress(RuntimeError):  # its loop is closed, and the call is gone with it
+            self._call.cancel()

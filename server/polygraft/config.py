@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
+import re
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +13,9 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    TomlConfigSettingsSource,
 )
 
+from polygraft.addresses import OFF, Address
 from polygraft.errors import ConfigError
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
@@ -27,30 +28,12 @@ def parse_bytes(value: Any) -> Any:
             if value.endswith(unit):
                 try:
                     return int(float(value[: -len(unit)]) * factor)
-                except ValueError:
+                except (ValueError, OverflowError):
                     return value
     return value
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-
-
-def split_host_port(flag: str, value: str) -> tuple[str, int]:
-    """Split HOST:PORT; raises ConfigError."""
-    host, colon, port = value.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(flag, f"expected HOST:PORT, got {value!r}")
-    return host.strip("[]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class _ConfigFile(PydanticBaseSettingsSource):
@@ -63,18 +46,26 @@ class _ConfigFile(PydanticBaseSettingsSource):
     def __call__(self) -> dict[str, Any]:
         """All settings of the file; raises ConfigError if there is none."""
         path = self.current_state.get("config")
-        if path is None:
+        if not path:
             return {}
-        if not Path(path).is_file():
-            raise ConfigError("--config", f"no such file: {path}")
-        return TomlConfigSettingsSource(self.settings_cls, Path(path))()
+        try:
+            settings = tomllib.loads(Path(path).read_bytes().decode())
+        except OSError as error:
+            raise ConfigError("--config", f"can't read {path}: {error.strerror}") from error
+        except ValueError as error:  # neither TOML nor UTF-8
+            raise ConfigError("--config", f"{path} isn't TOML: {error}") from error
+        return {name: value for name, value in settings.items() if value != ""}
 
 
 class ServerConfig(BaseSettings):
-    """All settings of `polygraft serve`. Flags beat environment variables, these beat the TOML file."""
+    """All settings of `polygraft serve`. Flags beat environment variables, these beat the TOML file.
+
+    A variable or a key of the file that is empty is as if it weren't there.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="POLYGRAFT_",
+        env_ignore_empty=True,
         frozen=True,
         extra="forbid",
         cli_kebab_case=True,
@@ -91,7 +82,9 @@ class ServerConfig(BaseSettings):
     )
     adapters: Path | None = Field(None, description="folder whose sub-folders are adapters")
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 picks one")
-    metrics: str = Field("127.0.0.1:9090", description="HOST:PORT of the Prometheus endpoint; empty is off")
+    metrics: str = Field(
+        "127.0.0.1:9464", description="HOST:PORT of the Prometheus endpoint; off turns it off"
+    )
     device: str = Field("cpu", description="torch device of the base model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type the base computes in; auto takes the checkpoint's"
@@ -143,9 +136,14 @@ class ServerConfig(BaseSettings):
     )
     max_message_bytes: Bytes = Field(4 * 2**20, gt=0, description="largest gRPC message")
     step_timeout: float = Field(
-        300.0, ge=0, description="seconds after which a step counts as hung and the server ends; 0 is never"
+        300.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds after which a step counts as hung and the server ends; 0 is never",
     )
-    drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM")
+    drain_timeout: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get after SIGTERM"
+    )
     threads: int | None = Field(None, ge=1, description="compute threads [default: one per core]")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
 
@@ -161,22 +159,36 @@ class ServerConfig(BaseSettings):
         """Put the TOML file named by `config` last; a flag or a variable may name it."""
         return init_settings, env_settings, _ConfigFile(settings_cls)
 
+    @field_validator("metrics")
+    @classmethod
+    def _off_is_empty(cls, metrics: str) -> str:
+        return "" if metrics.strip().lower() == OFF else metrics
+
     @field_validator("admin_token")
     @classmethod
-    def _token_not_empty(cls, token: SecretStr | None) -> SecretStr | None:
-        if token is not None and len(token.get_secret_value()) < 16:
+    def _fit_for_a_header(cls, token: SecretStr | None) -> SecretStr | None:
+        """Take the white space off that a file or `echo` leaves; what is left must travel as a header."""
+        if token is None:
+            return None
+        bare = token.get_secret_value().strip()
+        if not re.fullmatch(r"[\x20-\x7e]*", bare):
+            raise ValueError(
+                "holds a character that no header can carry: use printable ASCII, for example "
+                "`openssl rand -hex 32`"
+            )
+        if len(bare) < 16:
             raise ValueError("must have at least 16 characters")
-        return token
+        return SecretStr(bare)
 
     def check(self) -> None:
         """Check what involves more than one setting; raises ConfigError."""
-        host, _ = split_host_port("--listen", self.listen)
+        address = Address.parse("--listen", self.listen)
         if self.metrics:
-            split_host_port("--metrics", self.metrics)
-        if not is_loopback(host) and self.admin_token is None:
+            Address.parse("--metrics", self.metrics)
+        if not address.is_loopback and self.admin_token is None:
             raise ConfigError(
                 "--admin-token",
-                f"needed to listen on {host}: anyone who reaches it could load and unload adapters",
+                f"needed to listen on {address.host}: anyone who reaches it could load and unload adapters",
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(

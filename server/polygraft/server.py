@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
-import socket
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from polygraft.config import ServerConfig, split_host_port
-from polygraft.engine.async_engine import AsyncEngine
-from polygraft.engine.engine import Engine
-from polygraft.engine.engine_thread import EngineThread
-from polygraft.errors import ConfigError
-from polygraft.rpc.serve import Ports, serve
+from polygraft.addresses import Address, Reservation
+from polygraft.config import ServerConfig
+from polygraft.early_signals import force_from_now
 from polygraft.telemetry.logging import configure_logging
-from polygraft.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from polygraft.engine.engine import Engine
+    from polygraft.engine.engine_thread import EngineThread
+    from polygraft.rpc.serve import Ports
 
 SWITCH_SECONDS = 0.0005
 
@@ -32,29 +33,42 @@ def run(config: ServerConfig) -> int:
         ConfigError, BaseModelError, UnsupportedArchitecture.
     """
     configure_logging(config.log_level)
-    # A port that is taken is to be known now, and not after the model has been loaded.
-    check_free("--listen", config.listen)
+    addresses = {"--listen": config.listen}
     if config.metrics:
-        check_free("--metrics", config.metrics)
-    # The event loop's thread and the engine's take turns at the interpreter. With Python's own 5 ms the
-    # engine, which gives it up at every operator, would wait that long again and again.
-    sys.setswitchinterval(SWITCH_SECONDS)
-    thread = EngineThread()
-    engine = thread.submit(lambda: Engine.from_config(config)).result()
-    return asyncio.run(_serve(config, engine, thread))
+        addresses["--metrics"] = config.metrics
+    # A port that can't be had is to be known now, and not after the model has been loaded.
+    with Reservation(addresses) as ports:
+        from polygraft.engine.engine import Engine  # imports torch, which takes seconds
+        from polygraft.engine.engine_thread import EngineThread
+
+        # The event loop's thread and the engine's take turns at the interpreter. With Python's own 5 ms the
+        # engine, which gives it up at every operator, would wait that long again and again.
+        sys.setswitchinterval(SWITCH_SECONDS)
+        thread = EngineThread()
+        engine = thread.submit(lambda: Engine.from_config(config)).result()
+        try:
+            return asyncio.run(_serve(config, engine, thread, ports))
+        finally:
+            force_from_now()
 
 
-async def _serve(config: ServerConfig, engine: Engine, thread: EngineThread) -> int:
+async def _serve(config: ServerConfig, engine: Engine, thread: EngineThread, reserved: Reservation) -> int:
+    from polygraft.engine.async_engine import AsyncEngine
+    from polygraft.rpc.serve import serve
+    from polygraft.telemetry.metrics import Metrics
+
     metrics = Metrics()
     handle = AsyncEngine(engine, metrics, max_waiting=config.max_waiting, thread=thread)
     handle.start()
 
     def announce(ports: Ports) -> None:
-        line = f"polygraft ready: grpc={_with_port(config.listen, ports.grpc)}"
+        line = f"polygraft ready: grpc={Address.parse('--listen', config.listen).with_port(ports.grpc)}"
         if ports.metrics is not None:
-            line += f" metrics={_with_port(config.metrics, ports.metrics)}"
-        print(line, flush=True)  # noqa: T201 - this line is for programs
+            line += f" metrics={Address.parse('--metrics', config.metrics).with_port(ports.metrics)}"
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(line, flush=True)  # noqa: T201 - this line is for programs
 
+    reserved.release()
     status = await serve(config, handle, metrics, on_ready=announce)
     if handle.failure is not None:
         _leave(status)
@@ -65,22 +79,7 @@ def _leave(status: int) -> NoReturn:
     """End the process at once: a thread that hangs in an operator must not keep it, so that a supervisor can
     start another."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads it
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
-
-
-def check_free(flag: str, address: str) -> None:
-    """Raise ConfigError unless the address can be listened on now."""
-    host, port = split_host_port(flag, address)
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-    except OSError as error:
-        raise ConfigError(flag, f"can't listen on {address}: {error.strerror or error}") from error
-
-
-def _with_port(address: str, port: int) -> str:
-    return f"{address.rpartition(':')[0]}:{port}"

@@ -145,13 +145,6 @@ def test_unwritable_cache_says_what_to_do(tmp_path: Path) -> None:
         made(tmp_path / "file")
 
 
-def test_cache_dir_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("POLYGRAFT_CACHE", str(tmp_path))
-    assert default_model.default_cache_dir() == tmp_path
-    monkeypatch.delenv("POLYGRAFT_CACHE")
-    assert default_model.default_cache_dir().name == "polygraft"
-
-
 def test_progress_goes_to_stderr(steps: Steps, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ensure_default_model(tmp_path, progress=True)
     out, err = capfd.readouterr()

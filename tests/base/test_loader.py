@@ -49,7 +49,7 @@ def test_the_type_it_computes_in(
 
 def test_what_is_known_of_it(llama: Path) -> None:
     base = load_base(str(llama))
-    assert (base.name, base.quantization, base.context_length, base.notes) == (str(llama), "none", 256, ())
+    assert (base.name, base.quantization, base.context_length, base.notes) == (llama.name, "none", 256, ())
     assert base.eos_token_ids == (EOS,)
     assert base.device == torch.device("cpu")
     assert not base.model.training

@@ -73,8 +73,8 @@ def test_what_is_mounted_exists(service: str) -> None:
 def test_they_find_each_other() -> None:
     scrape = read_yaml(CONFIG)["scrape_configs"][0]
     assert scrape["job_name"] == "polygraft"
-    assert scrape["static_configs"] == [{"targets": ["server:9090"]}]
-    assert "POLYGRAFT_METRICS=0.0.0.0:9090" in (DEPLOY.parent / "Dockerfile").read_text()
+    assert scrape["static_configs"] == [{"targets": ["server:9464"]}]
+    assert "POLYGRAFT_METRICS=0.0.0.0:9464" in (DEPLOY.parent / "Dockerfile").read_text()
     (source,) = read_yaml(GRAFANA / "provisioning/datasources/prometheus.yml")["datasources"]
     assert source["url"] == "http://prometheus:9090"
     assert SERVICES["prometheus"]["ports"][0].endswith(":9090")

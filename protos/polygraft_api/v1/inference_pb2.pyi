@@ -1178,7 +1178,7 @@ class GetModelResponse(_message.Message):
     DEFAULT_LORA_PATH_FIELD_NUMBER: _builtins.int
     MERGED_CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """As given to --model."""
+    """As given to --model; of a folder its own name, without the path."""
     architecture: _builtins.str
     """The architecture, such as "llama"."""
     dtype: _builtins.str

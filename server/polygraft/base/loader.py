@@ -15,8 +15,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base import bitsandbytes
 from polygraft.base.default_config import default_config
-from polygraft.base.default_model import ensure_default_model
+from polygraft.base.device import check_device
 from polygraft.base.fusing import fuse
+from polygraft.base.model_folder import DEFAULT, locate, resolve_model, shown_name
 from polygraft.base.packing import count_quantized, gather_weights, own_parameters, pack_linears, weight_bytes
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
 from polygraft.base.tokenizer import END_ROLES, TextTokenizer, load_tokenizer
@@ -29,7 +30,6 @@ from polygraft.layers.native.kernels import DTYPES, load_kernels
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DEFAULT = "default"
 DEFAULT_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -38,7 +38,7 @@ class Base:
     """A loaded base model. The engine wraps its modules in place; nothing else may run it.
 
     Args:
-        name: as given to `--model`.
+        name: as given to `--model`; of a folder its own name alone, since clients see it.
         context_length: most positions that are exact.
         parameters: of the whole model, counted before quantization packs them.
         weight_bytes: of all weights as they are held, shared ones once.
@@ -63,11 +63,6 @@ class Base:
         return first.device
 
 
-def resolve_model(model: str) -> str:
-    """A folder or hub id for `--model`; fetches and converts the default model on first use."""
-    return str(ensure_default_model()) if model == DEFAULT else model
-
-
 def load_base(
     model: str,
     *,
@@ -88,11 +83,14 @@ def load_base(
         head_quantization: of the head, on a CPU.
 
     Raises:
+        ConfigError: no such device.
         BaseModelError: no such model, no safetensors, or no fast tokenizer.
         UnsupportedArchitecture: its attention can't be served.
     """
+    device = check_device(device)
     attention.register()
     disable_progress_bar()
+    logging.getLogger("huggingface_hub").handlers.clear()  # its lines would come a second time
     folder = resolve_model(model)
     config = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), model)
     compute = _compute_dtype(dtype, config, device)
@@ -119,7 +117,7 @@ def load_base(
     ours = device == "cpu" and compute in DTYPES and (quantization == "int8" or load_kernels() is not None)
     loaded = load(by_bitsandbytes=quantization != "none" and not ours)
     tokenizer = _read(lambda: load_tokenizer(folder), model)
-    name = DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model)
+    name = DEFAULT_NAME if model == DEFAULT else shown_name(model)
     spec = inspect_base(loaded, name)
     body = {n: shape for n, shape in spec.linears.items() if not shape.is_head}
     if ours and quantization in ("nf4", "fp4") and any(s.in_features % BLOCK for s in body.values()):
@@ -153,7 +151,7 @@ def load_base(
             notes += (f"--max-context-length {max_context_length} is more than the model's {limit}",)
         limit = min(limit, max_context_length)
     return Base(
-        name=model,
+        name=shown_name(model),
         model=loaded,
         tokenizer=tokenizer,
         spec=spec,
@@ -174,7 +172,8 @@ def base_config(model: str) -> Any:
     """
     if model == DEFAULT:
         return default_config()
-    return _read(lambda: AutoConfig.from_pretrained(model, trust_remote_code=False), model)
+    folder = locate(model)
+    return _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), model)
 
 
 def compute_dtype(model: str, dtype: str = "auto", device: str = "cpu") -> torch.dtype:
@@ -197,7 +196,7 @@ def inspect_without_weights(model: str) -> BaseSpec:
             ),
             model,
         ).eval()
-    return inspect_base(empty, DEFAULT_NAME if model == DEFAULT else str(config._name_or_path or model))
+    return inspect_base(empty, DEFAULT_NAME if model == DEFAULT else shown_name(model))
 
 
 def context_limit(config: Any) -> tuple[int, tuple[str, ...]]:

@@ -5,6 +5,14 @@ import sys
 
 def main() -> None:
     """Run the command that the process's arguments name, and exit."""
+    if sys.argv[1:2] == ["serve"]:
+        # Before everything else: as process 1 of a container, a signal without a handler is lost.
+        from polygraft.early_signals import end_early
+
+        end_early()
+    from polygraft.cli.environment import prepare
+
+    prepare()
     try:
         from polygraft.cli.app import app
     except ModuleNotFoundError as error:

@@ -11,12 +11,12 @@ from typer.core import TyperGroup
 import polygraft_client
 from polygraft import __version__
 from polygraft.cli import adapters, bench, demo, generate, score, serve
+from polygraft.cli.environment import discard_output
 from polygraft.errors import ConfigError, PolygraftError
 
 FAILED = 1
 MISUSED = 2
-INTERRUPTED = 130
-"""Exit statuses; the last is the shells' own for SIGINT."""
+"""Exit statuses."""
 
 
 class Commands(TyperGroup):
@@ -27,6 +27,11 @@ class Commands(TyperGroup):
         extra["standalone_mode"] = False
         try:
             status = super().main(*args, **extra)
+            sys.stdout.flush()  # here, where a failure can still be told
+        except BrokenPipeError:
+            # Whoever read the output has seen enough, as `head` does. Typer does the same before this.
+            discard_output()
+            status = FAILED
         except Exception as error:
             status = exit_status(error)
             if status is None:

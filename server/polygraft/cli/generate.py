@@ -89,7 +89,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Generate an answer and print it."""
-    text = sys.stdin.read() if prompt == STANDARD_INPUT else prompt
+    text = _standard_input() if prompt == STANDARD_INPUT else prompt
     single, several = adapter_refs(adapter)
     options: GenerateOptions = {
         "adapter": single,
@@ -135,6 +135,14 @@ def generate(
             if not as_json:
                 print_logprobs(answer.logprobs)
             _print_summary(answer)
+
+
+def _standard_input() -> str:
+    """All of it, which is UTF-8 whatever the console's encoding is."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise typer.BadParameter("standard input isn't UTF-8", param_hint="prompt") from None
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any
@@ -15,12 +16,26 @@ from polygraft_client import AdapterRef, CombinationType, TokenLogprob
 
 PIPED_WIDTH = 160  # columns of a table that isn't shown on a terminal
 
+DEFAULT_SERVER = "127.0.0.1:50051"
+
 Server = Annotated[
-    str, typer.Option("--server", metavar="HOST:PORT", envvar="POLYGRAFT_SERVER", help="The server to call.")
+    str,
+    typer.Option(
+        "--server",
+        metavar="HOST:PORT",
+        envvar="POLYGRAFT_SERVER",
+        help="The server to call.",
+        callback=lambda given: given or DEFAULT_SERVER,
+    ),
 ]
 Token = Annotated[
     str | None,
-    typer.Option("--token", envvar="POLYGRAFT_ADMIN_TOKEN", help="The server's admin token, if it has one."),
+    typer.Option(
+        "--token",
+        envvar="POLYGRAFT_ADMIN_TOKEN",
+        help="The server's admin token, if it has one.",
+        callback=lambda given: given or None,
+    ),
 ]
 AdapterNames = Annotated[
     list[str] | None,
@@ -40,8 +55,6 @@ Combination = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-DEFAULT_SERVER = "127.0.0.1:50051"
 
 
 def adapter_refs(given: Sequence[str] | None) -> tuple[str | None, tuple[AdapterRef, ...]]:
@@ -74,7 +87,9 @@ def to_json(value: Any, *, indent: int | None = 2) -> str:
             return value.isoformat()
         return dataclasses.asdict(value)
 
-    return json.dumps(value, default=plain, ensure_ascii=False, indent=indent)
+    # Escapes of JSON's own where the console lacks characters: Python's would break it.
+    shows_all = (sys.stdout.encoding or "").lower().startswith("utf")
+    return json.dumps(value, default=plain, ensure_ascii=not shows_all, indent=indent)
 
 
 def print_logprobs(tokens: Sequence[TokenLogprob]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from tomllib import TOMLDecodeError
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -37,7 +36,7 @@ def read_config(arguments: Sequence[str]) -> ServerConfig:
     from polygraft.config import ServerConfig
 
     with _named_by_flag():
-        config = CliApp.run(ServerConfig, cli_args=list(arguments), cli_exit_on_error=False)
+        config = CliApp.run(ServerConfig, cli_args=_without_empty(arguments), cli_exit_on_error=False)
     config.check()
     return config
 
@@ -66,8 +65,17 @@ def _named_by_flag() -> Iterator[None]:
         raise _by_flag(error) from None
     except SettingsError as error:
         raise _by_argument(str(error)) from None
-    except TOMLDecodeError as error:
-        raise ConfigError("--config", str(error)) from None
+
+
+def _without_empty(arguments: Sequence[str]) -> list[str]:
+    """The arguments without flags that have an empty value: `--adapters "$UNSET"`, `--adapters=$UNSET`."""
+    kept: list[str] = []
+    for argument in arguments:
+        if argument == "" and kept and kept[-1].startswith("--") and "=" not in kept[-1]:
+            kept.pop()
+        elif not re.fullmatch(r"--[^=]+=", argument):
+            kept.append(argument)
+    return kept
 
 
 def _by_flag(error: ValidationError) -> ConfigError:

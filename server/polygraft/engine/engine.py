@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -48,6 +49,8 @@ from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.merging import WeightSwitch
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import StepContext
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -155,6 +158,7 @@ class Engine:
         """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        log.info("loading the base %s", config.model)
         base = load_base(
             config.model,
             dtype=config.dtype,

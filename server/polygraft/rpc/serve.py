@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 import polygraft
 from polygraft.config import ServerConfig
+from polygraft.early_signals import CAUGHT, as_before
 from polygraft.engine.handle import EngineHandle
 from polygraft.errors import Draining, EngineDead
 from polygraft.rpc.server import RpcServer
@@ -68,6 +68,7 @@ async def serve(
     """
     shutdown = shutdown or Shutdown()
     with ExitStack() as stack:
+        stack.enter_context(_signals(shutdown))
         endpoint = None
         if metrics is not None:
             metrics.describe_model(handle.model, polygraft.__version__)
@@ -75,7 +76,6 @@ async def serve(
                 endpoint = stack.enter_context(MetricsEndpoint(metrics.registry, config.metrics))
         server = RpcServer(config, handle, metrics)
         ports = Ports(await server.start(), endpoint.port if endpoint else None)
-        stack.enter_context(_signals(shutdown))
         _log.info("serving %s on port %d", handle.model.model, ports.grpc)
         if on_ready is not None:
             on_ready(ports)
@@ -147,11 +147,11 @@ async def _first(*waits: asyncio.Task[Any] | Coroutine[Any, Any, Any]) -> None:
 @contextmanager
 def _signals(shutdown: Shutdown) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    caught = (signal.SIGTERM, signal.SIGINT)
-    for number in caught:
-        loop.add_signal_handler(number, shutdown.request)
-    try:
-        yield
-    finally:
-        for number in caught:
-            loop.remove_signal_handler(number)
+    with as_before():
+        for number in CAUGHT:
+            loop.add_signal_handler(number, shutdown.request)
+        try:
+            yield
+        finally:
+            for number in CAUGHT:
+                loop.remove_signal_handler(number)

@@ -6,6 +6,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from polygraft.addresses import Address, Reservation
 from polygraft.config import ServerConfig
 from polygraft.engine.handle import EngineHandle
 from polygraft.errors import ConfigError, PolygraftError
@@ -53,12 +54,17 @@ class RpcServer:
         Raises:
             ConfigError: the address is taken or not this machine's.
         """
-        address = self._config.listen
+        wanted = Address.parse("--listen", self._config.listen)
+        port = wanted.port
         try:
-            port = self._server.add_insecure_port(address)
+            # One by one: of a name's addresses, gRPC would be content with a part.
+            for address in wanted.resolve():
+                port = self._server.add_insecure_port(str(address.with_port(port)))
         except RuntimeError as error:
             await self._server.stop(None)
-            raise ConfigError("--listen", f"can't listen on {address}: is the port taken?") from error
+            # gRPC doesn't say why. Nothing holds the port against a second try of ours.
+            Reservation({"--listen": str(wanted)}).release()
+            raise ConfigError("--listen", f"can't listen on {wanted}: {error}") from error
         await self._server.start()
         for name in (INFERENCE, ADAPTERS):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

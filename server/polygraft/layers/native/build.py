@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polygraft.base.cache_dir import cache_dir
+from polygraft.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def load() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_build_best(levels)))
     except subprocess.CalledProcessError as error:
         log.warning("the C++ operators don't compile, the slower torch ones serve: %s", error.stderr.strip())
-    except OSError as error:
+    except (OSError, ConfigError) as error:
         log.warning("no C++ operators, the slower torch ones serve: %s", error)
     return None
 

@@ -1,0 +1,58 @@
+"""What `--model` names: the default model, a folder on this machine, or a model on the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from polygraft.base.default_model import ensure_default_model
+from polygraft.errors import BaseModelError
+
+DEFAULT = "default"
+CONFIGURATION = "config.json"
+
+
+def resolve_model(model: str) -> str:
+    """A folder or hub id for `--model`; fetches and converts the default model on first use.
+
+    Raises:
+        BaseModelError: as `locate`, or the default model can't be had.
+    """
+    return str(ensure_default_model()) if model == DEFAULT else locate(model)
+
+
+def locate(model: str) -> str:
+    """The folder, or the hub id where no folder has that name and it could be one.
+
+    Raises:
+        BaseModelError: it can only be a path, and there is no model at its end.
+    """
+    folder = Path(model).expanduser() if model.startswith("~") else Path(model)
+    try:
+        if folder.is_dir():
+            os.listdir(folder)  # for its PermissionError
+            if not (folder / CONFIGURATION).is_file():
+                raise BaseModelError(f"{model}: the folder has no {CONFIGURATION}, so it holds no model")
+            with (folder / CONFIGURATION).open("rb"):
+                return str(folder)
+        if folder.exists():
+            raise BaseModelError(f"{model}: is a file; name the folder that holds {CONFIGURATION}")
+    except PermissionError as error:
+        raise BaseModelError(f"{model}: can't be read by this user: {error.filename}") from error
+    except OSError as error:
+        raise BaseModelError(f"{model}: {error.strerror}") from error
+    if could_be_hub_id(model):
+        return model
+    raise BaseModelError(f"{model}: no such folder")
+
+
+def could_be_hub_id(model: str) -> bool:
+    """Whether it is NAME or OWNER/NAME and not written as a path."""
+    parts = model.split("/")
+    return len(parts) <= 2 and all(parts) and parts[0] not in ("~", ".", "..")
+
+
+def shown_name(model: str) -> str:
+    """What clients and metrics may see: the hub id, or a folder's own name without its path."""
+    folder = Path(model).expanduser() if model.startswith("~") else Path(model)
+    return folder.resolve().name if model != DEFAULT and folder.is_dir() else model

@@ -1,0 +1,52 @@
+"""Makes the process's surroundings sound before a command runs: streams, encodings, empty variables.
+
+Only what the interpreter has loaded anyway is imported here.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+_EMPTY_IS_UNSET = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME", "TMPDIR", "CXX")
+
+
+def prepare() -> None:
+    """Call once, before anything else is imported."""
+    _open_standard_streams()
+    _print_whatever_it_is()
+    _drop_empty_variables()
+
+
+def discard_output() -> None:
+    """Let what is still buffered for standard output go nowhere, since nobody reads it any more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
+def _open_standard_streams() -> None:
+    """Give closed ones the null device: the first socket would take their number, and get the log."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def _print_whatever_it_is() -> None:
+    """Escape what a console's encoding lacks, such as an emoji, instead of losing the answer."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_empty_variables() -> None:
+    """An empty variable means an unset one, to libraries too: an empty HOME would make / the home."""
+    for name in [*os.environ]:
+        if os.environ[name] == "" and (name in _EMPTY_IS_UNSET or name.startswith("POLYGRAFT_")):
+            del os.environ[name]
