@@ -17,8 +17,14 @@ from polygraft.engine.request import (
     ResponseParams,
     ScoreRequest,
 )
-from polygraft.errors import InvalidRequest
-from polygraft.rpc.convert import adapter_refs, generate_request, score_request, tokenize_request
+from polygraft.errors import ContextLengthExceeded, InvalidRequest
+from polygraft.rpc.convert import (
+    adapter_refs,
+    detokenize_request,
+    generate_request,
+    score_request,
+    tokenize_request,
+)
 from polygraft_api.v1 import inference_pb2 as pb
 from tests.rpc.fake_engine import MODEL, replace
 
@@ -170,7 +176,7 @@ def test_several_adapters() -> None:
     expected = (AdapterRef("a"), AdapterRef("b", 2, -0.5), AdapterRef("c", weight=0.0))
     assert convert(adapters=refs).adapters == expected
     assert convert_score(adapters=refs).adapters == expected
-    assert tokenize_request(pb.TokenizeRequest(prompt="x", adapters=refs))[1] == expected
+    assert tokenize_request(pb.TokenizeRequest(prompt="x", adapters=refs), MODEL)[1] == expected
     assert adapter_refs(pb.DetokenizeRequest(adapters=refs)) == expected
 
 
@@ -238,11 +244,14 @@ def test_a_score_needs_an_input_and_takes_what_generate_takes() -> None:
 
 
 def test_tokenize_request() -> None:
-    assert tokenize_request(pb.TokenizeRequest(prompt="", adapter="json")) == ("", (AdapterRef("json"),))
+    assert tokenize_request(pb.TokenizeRequest(prompt="", adapter="json"), MODEL) == (
+        "",
+        (AdapterRef("json"),),
+    )
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="x")])
-    assert tokenize_request(pb.TokenizeRequest(chat=chat)) == (Chat((ChatMessage("user", "x"),)), ())
+    assert tokenize_request(pb.TokenizeRequest(chat=chat), MODEL) == (Chat((ChatMessage("user", "x"),)), ())
     with pytest.raises(InvalidRequest, match="input"):
-        tokenize_request(pb.TokenizeRequest())
+        tokenize_request(pb.TokenizeRequest(), MODEL)
 
 
 def test_a_long_bad_name_is_not_echoed_whole() -> None:
@@ -250,3 +259,31 @@ def test_a_long_bad_name_is_not_echoed_whole() -> None:
         check_name("x" * 10**6, "adapter")
     assert len(str(caught.value)) < 200
     assert check_name("A0._-" + "x" * 123, "adapter")
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 129)), "token_ids.ids"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage()] * 129)), "chat.messages"),
+        (pb.TokenizeRequest(chat=pb.Chat(messages=[pb.ChatMessage()] * 129)), "chat.messages"),
+        (pb.DetokenizeRequest(token_ids=[1] * 129), "token_ids"),
+        (pb.ScoreRequest(chat=pb.Chat(messages=[pb.ChatMessage()] * 129), continuations=["x"]), "chat.messages"),
+        (pb.ScoreRequest(prompt="x", continuation_token_ids=[pb.TokenIds(ids=[1] * 129)]),
+         "continuation_token_ids[0].ids"),
+    ],
+)  # fmt: skip
+def test_what_the_context_cant_hold_is_refused_before_its_elements_are_looked_at(
+    message: Any, field: str
+) -> None:
+    with pytest.raises(ContextLengthExceeded, match=r"129 .*the context holds 128 tokens") as caught:
+        match message:
+            case pb.GenerateRequest():
+                generate_request(message, "r", MODEL)
+            case pb.ScoreRequest():
+                score_request(message, "r", MODEL)
+            case pb.TokenizeRequest():
+                tokenize_request(message, MODEL)
+            case _:
+                detokenize_request(message, MODEL)
+    assert caught.value.field == field

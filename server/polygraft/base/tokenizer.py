@@ -60,12 +60,14 @@ class TextTokenizer:
         Args:
             special: whether to add the special tokens that the tokenizer puts around a text.
         """
-        ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        # One text as well: only a batch is encoded with the interpreter's lock released.
+        ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        # As a batch, which releases the interpreter's lock.
+        return self.backend.decode_batch([list(ids)], skip_special_tokens=True)[0]
 
 
 def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> TextTokenizer:

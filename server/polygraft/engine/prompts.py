@@ -185,6 +185,8 @@ class Prompts:
 
     def check_ids(self, ids: Sequence[int], field: str) -> None:
         """Raise InvalidRequest for an id outside the vocabulary."""
+        if not ids or (min(ids) >= 0 and max(ids) < self.vocabulary):
+            return
         for at, token in enumerate(ids):
             if not 0 <= token < self.vocabulary:
                 raise InvalidRequest(f"{field}[{at}]", f"must be in [0, {self.vocabulary}), got {token}")

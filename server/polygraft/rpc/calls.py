@@ -12,10 +12,15 @@ _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
 
 
 class Calls:
-    """Knows every call in flight. `refusal` is what new ones get instead of being let in."""
+    """Knows every call in flight. `refusal` is what new ones get instead of being let in.
 
-    def __init__(self) -> None:
+    Args:
+        most: calls of one connection or of many that may be in flight; None is any number.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
         self.refusal: PolygraftError | None = None
+        self.most = most
         self._ids: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import Literal
 
+from google.protobuf.message import Message
+
 from polygraft.adapters.names import check_name
 from polygraft.engine.handle import ModelInfo
 from polygraft.engine.request import (
@@ -20,7 +22,7 @@ from polygraft.engine.request import (
     ScoreRequest,
     StoppingParams,
 )
-from polygraft.errors import InvalidRequest
+from polygraft.errors import ContextLengthExceeded, InvalidRequest
 from polygraft_api.v1 import inference_pb2 as pb
 
 _Penalty = Literal["repetition_penalty", "presence_penalty", "frequency_penalty"]
@@ -49,7 +51,7 @@ def generate_request(message: pb.GenerateRequest, request_id: str, model: ModelI
     """
     return Request(
         id=request_id,
-        prompt=_input(message),
+        prompt=_input(message, model),
         adapters=adapter_refs(message),
         lora_path=_lora_path(message.lora_path, model.default_lora_path),
         path_required=message.lora_path != pb.LORA_PATH_UNSPECIFIED,
@@ -62,11 +64,12 @@ def generate_request(message: pb.GenerateRequest, request_id: str, model: ModelI
 
 def score_request(message: pb.ScoreRequest, request_id: str, model: ModelInfo) -> ScoreRequest:
     """Continuations to score. Raises: as `generate_request`."""
-    prompt = "" if message.WhichOneof("input") == "prompt" and not message.prompt else _input(message)
+    empty = message.WhichOneof("input") == "prompt" and not message.prompt
+    prompt = "" if empty else _input(message, model)
     return ScoreRequest(
         id=request_id,
         prompt=prompt,
-        continuations=_continuations(message),
+        continuations=_continuations(message, model),
         adapters=adapter_refs(message),
         lora_path=_lora_path(message.lora_path, model.default_lora_path),
         path_required=message.lora_path != pb.LORA_PATH_UNSPECIFIED,
@@ -75,7 +78,7 @@ def score_request(message: pb.ScoreRequest, request_id: str, model: ModelInfo) -
     )
 
 
-def _continuations(message: pb.ScoreRequest) -> tuple[str | tuple[int, ...], ...]:
+def _continuations(message: pb.ScoreRequest, model: ModelInfo) -> tuple[str | tuple[int, ...], ...]:
     texts, ids = message.continuations, message.continuation_token_ids
     if texts and ids:
         raise InvalidRequest("continuation_token_ids", "must be empty where continuations is set")
@@ -88,39 +91,72 @@ def _continuations(message: pb.ScoreRequest) -> tuple[str | tuple[int, ...], ...
     for index, tokens in enumerate(ids):
         if not tokens.ids:
             raise InvalidRequest(f"continuation_token_ids[{index}].ids", "must not be empty")
+        _check_room(f"continuation_token_ids[{index}].ids", len(tokens.ids), "token ids", model)
     return tuple(texts) or tuple(tuple(tokens.ids) for tokens in ids)
 
 
-def tokenize_request(message: pb.TokenizeRequest) -> tuple[str | Chat, tuple[AdapterRef, ...]]:
+def tokenize_request(
+    message: pb.TokenizeRequest, model: ModelInfo
+) -> tuple[str | Chat, tuple[AdapterRef, ...]]:
     """The input to tokenize, and the adapters whose way it is. Raises InvalidRequest."""
     adapters = adapter_refs(message)
     match message.WhichOneof("input"):
         case "prompt":
             return message.prompt, adapters
         case "chat":
-            return _chat(message.chat), adapters
+            return _chat(message.chat, model), adapters
     raise InvalidRequest("input", "one of prompt and chat must be set")
 
 
-def _input(message: pb.GenerateRequest | pb.ScoreRequest) -> str | tuple[int, ...] | Chat:
+def detokenize_request(
+    message: pb.DetokenizeRequest, model: ModelInfo
+) -> tuple[tuple[int, ...], tuple[AdapterRef, ...]]:
+    """The ids to turn into text, and the adapters whose way it is. Raises InvalidRequest."""
+    _check_room("token_ids", len(message.token_ids), "token ids", model)
+    return tuple(message.token_ids), adapter_refs(message)
+
+
+def elements(message: Message) -> int:
+    """How many elements of a message are converted one by one; costs next to nothing."""
+    match message:
+        case pb.ScoreRequest():
+            own = len(message.continuations) + len(message.continuation_token_ids)
+            return own + len(message.chat.messages)
+        case pb.GenerateRequest():
+            return len(message.chat.messages) + len(message.sampling.logit_bias)
+        case pb.TokenizeRequest():
+            return len(message.chat.messages)
+    return 0
+
+
+def _check_room(field: str, count: int, what: str, model: ModelInfo) -> None:
+    """Refuse what the context can't hold, before anything is done with it: raises ContextLengthExceeded."""
+    if count > model.context_length:
+        raise ContextLengthExceeded(field, f"{count} {what}, the context holds {model.context_length} tokens")
+
+
+def _input(message: pb.GenerateRequest | pb.ScoreRequest, model: ModelInfo) -> str | tuple[int, ...] | Chat:
     match message.WhichOneof("input"):
         case "prompt":
             if not message.prompt:
                 raise InvalidRequest("prompt", "must not be empty")
             return message.prompt
         case "token_ids":
+            _check_room("token_ids.ids", len(message.token_ids.ids), "token ids", model)
             ids = tuple(message.token_ids.ids)
             if not ids:
                 raise InvalidRequest("token_ids.ids", "must not be empty")
             return ids
         case "chat":
-            return _chat(message.chat)
+            return _chat(message.chat, model)
     raise InvalidRequest("input", "one of prompt, token_ids and chat must be set")
 
 
-def _chat(chat: pb.Chat) -> Chat:
+def _chat(chat: pb.Chat, model: ModelInfo) -> Chat:
     if not chat.messages:
         raise InvalidRequest("chat.messages", "must not be empty")
+    # Templates give every message a token at least.
+    _check_room("chat.messages", len(chat.messages), "messages", model)
     for index, turn in enumerate(chat.messages):
         if not turn.role:
             raise InvalidRequest(f"chat.messages[{index}].role", "must not be empty")
@@ -193,8 +229,9 @@ def _sampling(options: pb.SamplingOptions, model: ModelInfo) -> SamplingParams:
 
 
 def _logit_bias(options: pb.SamplingOptions) -> tuple[tuple[int, float], ...]:
+    count = len(options.logit_bias)
+    _check("sampling.logit_bias", count <= _MAX_BIASES, f"at most {_MAX_BIASES} elements", count)
     biases = tuple(sorted(options.logit_bias.items()))
-    _check("sampling.logit_bias", len(biases) <= _MAX_BIASES, f"at most {_MAX_BIASES} elements", len(biases))
     for token, bias in biases:
         _check(f"sampling.logit_bias[{token}]", -_MAX_BIAS <= bias <= _MAX_BIAS, "in [-100, 100]", bias)
     return biases
@@ -221,13 +258,15 @@ def _stopping(options: pb.StoppingOptions, model: ModelInfo) -> StoppingParams:
     least = options.min_new_tokens
     cap = DEFAULT_MAX_NEW_TOKENS if most is None else most
     _check("stopping.min_new_tokens", least <= cap, f"in [0, max_new_tokens = {cap}]", least)
+    count = len(options.stop_sequences)
+    _check("stopping.stop_sequences", count <= _MAX_STOP_SEQUENCES, "at most 16", count)
     stop = tuple(options.stop_sequences)
-    _check("stopping.stop_sequences", len(stop) <= _MAX_STOP_SEQUENCES, "at most 16", len(stop))
     for index, text in enumerate(stop):
         fits = 1 <= len(text) <= _MAX_STOP_CHARACTERS
         _check(f"stopping.stop_sequences[{index}]", fits, "of 1 to 512 characters", len(text))
+    count = len(options.stop_token_ids)
+    _check("stopping.stop_token_ids", count <= _MAX_STOP_TOKEN_IDS, "at most 64", count)
     ids = tuple(options.stop_token_ids)
-    _check("stopping.stop_token_ids", len(ids) <= _MAX_STOP_TOKEN_IDS, "at most 64", len(ids))
     time_limit = options.time_limit if options.HasField("time_limit") else None
     if time_limit is not None:
         fits = 0 < time_limit <= _MAX_TIME_LIMIT

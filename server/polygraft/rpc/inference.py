@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from polygraft.engine.handle import EngineHandle
+from polygraft.engine.worker import Worker
 from polygraft.errors import Draining
 from polygraft.rpc import convert, messages
+from polygraft.rpc.answer import Answer, encode, entries
 from polygraft.telemetry.logging import request_id
 from polygraft_api.v1 import inference_pb2 as pb
 from polygraft_api.v1 import inference_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
+
+_QUICK_ELEMENTS = 500
+"""Messages of a chat, or continuations, that the event loop converts itself: some 2 ms."""
+_QUICK_TOKENS = 8_192
+_QUICK_ENTRIES = 500
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -24,50 +33,58 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     Args:
         handle: the engine.
+        worker: converts what would hold the event loop up.
     """
 
-    def __init__(self, handle: EngineHandle) -> None:
+    def __init__(self, handle: EngineHandle, worker: Worker) -> None:
         self._handle = handle
+        self._worker = worker
         self._numbers = itertools.count()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         """Generate the whole answer: a stream's last message."""
-        async with aclosing(self.GenerateStream(request, context)) as chunks:
-            async for chunk in chunks:
-                if chunk.HasField("final"):
-                    return chunk.final
-        raise AssertionError("a stream ends with its final message or with an error")
+        answer = self._answer(request)
+        async with aclosing(self._chunks(request, answer)) as chunks:
+            async for _ in chunks:
+                pass
+        return await answer.whole()
 
     async def GenerateStream(  # noqa: N802
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """Generate chunk by chunk; closing this generator aborts the request."""
+        answer = self._answer(request)
+        async with aclosing(self._chunks(request, answer)) as chunks:
+            async for chunk in chunks:
+                if chunk.text or chunk.token_ids or chunk.logprobs:
+                    yield chunk
+        yield await answer.final_chunk()
+
+    def _answer(self, request: pb.GenerateRequest) -> Answer:
+        return Answer(self._worker, want_ids=request.response.token_ids)
+
+    async def _chunks(
+        self, request: pb.GenerateRequest, answer: Answer
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """All chunks but the last, which `answer` has then, with the whole."""
         call, unique = self._ids()
-        domain = convert.generate_request(request, unique, self._handle.model)
-        want_ids = request.response.token_ids
-        whole = pb.GenerateResponse()
-        texts: list[str] = []
+        model = self._handle.model
+        domain = await self._convert(request, lambda: convert.generate_request(request, unique, model))
         async with aclosing(self._handle.generate(domain)) as outputs:
             async for output in outputs:
                 if output.error is not None:
                     raise output.error
-                texts.append(output.text)
-                chunk = pb.GenerateStreamResponse(
-                    text=output.text, logprobs=messages.logprobs(output.logprobs)
-                )
-                if want_ids:
-                    chunk.token_ids.extend((*output.prompt_ids, *output.token_ids))
-                whole.token_ids.extend(chunk.token_ids)
-                whole.logprobs.extend(chunk.logprobs)
+                chunk = await answer.chunk(output)
                 if output.finished is not None:
-                    whole.text = "".join(texts)
-                    whole.summary.CopyFrom(messages.summary(output.finished, call))
-                    chunk.final.CopyFrom(whole)
-                    yield chunk
+                    answer.finish(output.finished, call)
                     return
-                if chunk.text or chunk.token_ids or chunk.logprobs:
-                    yield chunk
+                yield chunk
         raise RuntimeError("the engine ended a request without saying how")
+
+    async def _convert(self, message: Message, call: Callable[[], T]) -> T:
+        if convert.elements(message) <= _QUICK_ELEMENTS:
+            return call()
+        return await self._worker.run(call)
 
     def _ids(self) -> tuple[str, str]:
         """The call's id, and the engine's for it: the caller may choose a call's id and choose it again while
@@ -78,21 +95,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:  # noqa: N802
         """Log-likelihoods of continuations; cancelling this aborts the request."""
         call, unique = self._ids()
-        domain = convert.score_request(request, unique, self._handle.model)
+        model = self._handle.model
+        domain = await self._convert(request, lambda: convert.score_request(request, unique, model))
         output = await self._handle.score(domain)
-        if output.finished is None or not output.scores:
+        finished = output.finished
+        if finished is None or not output.scores:
             raise Draining("the server is shutting down")
-        return messages.scores(output, output.finished, call)
+        count = sum(1 + entries(score.tokens) for score in output.scores)
+        if count <= _QUICK_ENTRIES:
+            return messages.scores(output, finished, call)
+        made = await self._worker.run(lambda: messages.scores(output, finished, call))
+        return await encode(self._worker, made, count * messages.ENTRY_BYTES)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to token ids."""
-        prompt, adapters = convert.tokenize_request(request)
-        return pb.TokenizeResponse(token_ids=await self._handle.tokenize(prompt, adapters))
+        model = self._handle.model
+        prompt, adapters = await self._convert(request, lambda: convert.tokenize_request(request, model))
+        ids = await self._handle.tokenize(prompt, adapters)
+        if len(ids) <= _QUICK_TOKENS:
+            return pb.TokenizeResponse(token_ids=ids)
+        made = await self._worker.run(lambda: pb.TokenizeResponse(token_ids=ids))
+        return await encode(self._worker, made, len(ids) * messages.ID_BYTES)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
         """Token ids to text."""
-        adapters = convert.adapter_refs(request)
-        return pb.DetokenizeResponse(text=await self._handle.detokenize(request.token_ids, adapters))
+        ids, adapters = convert.detokenize_request(request, self._handle.model)
+        return pb.DetokenizeResponse(text=await self._handle.detokenize(ids, adapters))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         """What is being served."""

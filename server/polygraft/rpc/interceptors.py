@@ -13,8 +13,11 @@ from typing import Any, NoReturn, Protocol
 import grpc
 from google.protobuf.message import DecodeError
 
-from polygraft.errors import InvalidRequest, Unauthenticated
+from polygraft.engine.worker import Worker
+from polygraft.errors import InvalidRequest, ResourceExhausted, Unauthenticated
 from polygraft.rpc.calls import Calls
+from polygraft.rpc.limits import MessageLimits
+from polygraft.rpc.plain_services import bounded
 from polygraft.rpc.status import code_of, to_status
 from polygraft.telemetry.logging import request_id
 
@@ -29,6 +32,8 @@ _log = logging.getLogger("polygraft.rpc")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+_QUICK_BYTES = 65_536
+"""Messages up to this size are parsed by the event loop itself, in 1 ms."""
 _TRAVEL = 0.02
 """Seconds that a message takes at most, between machines that are near each other."""
 
@@ -41,18 +46,27 @@ class CallObserver(Protocol):
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the contract's methods; health and reflection pass untouched.
+    """Wraps the contract's methods; of health and reflection it looks at the messages' size alone.
 
     Args:
         calls: where calls in flight are kept.
+        limits: on the size of messages.
+        worker: parses the large ones.
         observer: is told about each call's end.
         admin_token: what AdapterService asks for; None asks for nothing.
     """
 
     def __init__(
-        self, calls: Calls, observer: CallObserver | None = None, admin_token: str | None = None
+        self,
+        calls: Calls,
+        limits: MessageLimits,
+        worker: Worker,
+        observer: CallObserver | None = None,
+        admin_token: str | None = None,
     ) -> None:
         self._calls = calls
+        self._limits = limits
+        self._worker = worker
         self._observer = observer
         self._expected = None if admin_token is None else f"Bearer {admin_token}".encode()
 
@@ -63,30 +77,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Wrap the handler of one of the contract's methods."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(_OWN_PREFIX):
-            return handler
         details = handler_call_details
+        if handler is None:
+            return None
+        if not details.method.startswith(_OWN_PREFIX):
+            return bounded(handler, details.method, self._limits)
 
         # Requests are parsed in here: left to gRPC, a malformed one would end as UNKNOWN with a traceback.
         async def unary_unary(data: bytes, context: Context) -> Any:
             async with self._call(details, context):
-                return await handler.unary_unary(_parse(handler, data), context)
+                return await handler.unary_unary(await self._parse(details.method, handler, data), context)
 
         # A coroutine that writes, so that a dropped call closes the servicer's generator before it
         # returns; of a generator handed to gRPC that would be the garbage collector's task.
         async def unary_stream(data: bytes, context: Context) -> None:
-            async with (
-                self._call(details, context),
-                aclosing(handler.unary_stream(_parse(handler, data), context)) as responses,
-            ):
-                async for response in responses:
-                    await context.write(response)
+            async with self._call(details, context):
+                request = await self._parse(details.method, handler, data)
+                async with aclosing(handler.unary_stream(request, context)) as responses:
+                    async for response in responses:
+                        await context.write(response)
 
         async def stream_unary(requests: AsyncIterator[Any], context: Context) -> Any:
             async with self._call(details, context):
                 return await handler.stream_unary(requests, context)
 
-        serializer = handler.response_serializer
+        serializer = _serializer(handler)
         if handler.request_streaming:
             assert not handler.response_streaming, "the contract has no method that streams both ways"
             return grpc.stream_unary_rpc_method_handler(
@@ -95,6 +110,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(unary_stream, None, serializer)
         return grpc.unary_unary_rpc_method_handler(unary_unary, None, serializer)
+
+    async def _parse(self, method: str, handler: grpc.RpcMethodHandler[Any, Any], data: bytes) -> Any:
+        self._limits.check(method, len(data))
+        parse = handler.request_deserializer
+        assert parse is not None, "generated handlers have one"
+        try:
+            return parse(data) if len(data) <= _QUICK_BYTES else await self._worker.run(lambda: parse(data))
+        except DecodeError as error:
+            raise InvalidRequest("request", "not a valid message, or a string in it is not UTF-8") from error
 
     @asynccontextmanager
     async def _call(self, details: grpc.HandlerCallDetails, context: Context) -> AsyncIterator[None]:
@@ -146,20 +170,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _admit(self, method: str, metadata: dict[str, str | bytes]) -> None:
         if self._calls.refusal is not None:
             raise self._calls.refusal.with_traceback(None)  # one object for all: frames would pile up
-        if self._expected is None or not method.startswith(_ADMIN_PREFIX):
+        if not method.startswith(_ADMIN_PREFIX):
+            # Each holds its message in memory. AdapterService is let in, since it may be what mends things.
+            most = self._calls.most
+            if most is not None and len(self._calls) > most:
+                raise ResourceExhausted(f"{most} other calls are in flight, which is the limit")
+            return
+        if self._expected is None:
             return
         given = metadata.get("authorization", b"")
         if not hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
             raise Unauthenticated("this call needs the metadata 'authorization: Bearer TOKEN'")
 
 
-def _parse(handler: grpc.RpcMethodHandler[Any, Any], data: bytes) -> Any:
-    parse = handler.request_deserializer
-    assert parse is not None, "generated handlers have one"
-    try:
-        return parse(data)
-    except DecodeError as error:
-        raise InvalidRequest("request", "not a valid message, or a string in it is not UTF-8") from error
+def _serializer(handler: grpc.RpcMethodHandler[Any, Any]) -> Callable[[Any], bytes]:
+    serialize = handler.response_serializer
+    assert serialize is not None, "generated handlers have one"
+
+    def pass_bytes(response: Any) -> bytes:
+        # A servicer has large answers serialized beside the loop.
+        return response if isinstance(response, bytes) else serialize(response)
+
+    return pass_bytes
 
 
 def _text(value: str | bytes | None) -> str | None:

@@ -11,6 +11,11 @@ from polygraft.engine.request import Finished, RequestOutput, TokenLogprob
 from polygraft_api.v1 import adapters_pb2 as apb
 from polygraft_api.v1 import inference_pb2 as pb
 
+ID_BYTES = 3
+"""What a token id takes in a message, roughly."""
+ENTRY_BYTES = 24
+"""The same for a token with its log-probability, or one of the likeliest."""
+
 
 def _usage(finished: Finished) -> pb.Usage:
     usage = finished.usage

@@ -9,15 +9,19 @@ from grpc_reflection.v1alpha import reflection
 from polygraft.addresses import Address, Reservation
 from polygraft.config import ServerConfig
 from polygraft.engine.handle import EngineHandle
+from polygraft.engine.worker import Worker
 from polygraft.errors import ConfigError, PolygraftError
 from polygraft.rpc.adapters import AdapterServicer
 from polygraft.rpc.calls import Calls
 from polygraft.rpc.inference import InferenceServicer
 from polygraft.rpc.interceptors import CallInterceptor, CallObserver
+from polygraft.rpc.limits import MessageLimits
 from polygraft_api.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 ADAPTERS = adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name
+_MAX_LARGE_MESSAGES = 64
+"""Most of them that wait to be parsed, or to be made."""
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
@@ -35,13 +39,19 @@ class RpcServer:
     ) -> None:
         self._config = config
         token = config.admin_token
-        self.calls = Calls()
+        self.calls = Calls(_most_calls(config))
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.calls, observer, token.get_secret_value() if token else None)],
-            options=_options(config),
+        worker = Worker("large messages", _MAX_LARGE_MESSAGES)
+        interceptor = CallInterceptor(
+            self.calls,
+            MessageLimits(handle.model),
+            worker,
+            observer,
+            token.get_secret_value() if token else None,
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(handle), self._server)
+        self._server = grpc.aio.server(interceptors=[interceptor], options=_options(config))
+        inference = InferenceServicer(handle, worker)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters = AdapterServicer(handle, config.max_message_bytes)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -80,12 +90,17 @@ class RpcServer:
         await self._server.stop(grace)
 
 
+def _most_calls(config: ServerConfig) -> int:
+    """So many at once that a full queue is an answer, and none is needed beyond."""
+    return config.max_num_seqs + config.max_waiting + 64
+
+
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
         # One connection may fill the queue: a full one must answer, not make callers wait unseen.
-        ("grpc.max_concurrent_streams", config.max_num_seqs + config.max_waiting + 64),
+        ("grpc.max_concurrent_streams", _most_calls(config)),
         # A taken port is an error, not a port shared with another server.
         ("grpc.so_reuseport", 0),
         # Dead peers are noticed within 80 seconds, so that their streams are freed.

@@ -1,0 +1,94 @@
+"""A generation's messages, and what they cost to make."""
+
+from __future__ import annotations
+
+from typing import TypeVar, cast
+
+from google.protobuf.message import Message
+
+from polygraft.engine.request import Finished, RequestOutput, TokenLogprob
+from polygraft.engine.worker import Worker
+from polygraft.rpc import messages
+from polygraft_api.v1 import inference_pb2 as pb
+
+M = TypeVar("M", bound=Message)
+
+_QUICK_ENTRIES = 500
+"""Log-probabilities whose messages the event loop makes itself: some 2 ms."""
+_QUICK_BYTES = 65_536
+"""Bytes, roughly, that it serializes itself."""
+
+
+def entries(tokens: tuple[TokenLogprob, ...]) -> int:
+    """How many messages log-probabilities become."""
+    return sum(1 + len(token.top) for token in tokens)
+
+
+class Answer:
+    """Collects a generation's outputs: each becomes a chunk, and all of them the final message.
+
+    Args:
+        worker: makes and serializes what would hold the event loop up.
+        want_ids: whether token ids are sent.
+    """
+
+    def __init__(self, worker: Worker, *, want_ids: bool) -> None:
+        self._worker = worker
+        self._want_ids = want_ids
+        self._texts: list[str] = []
+        # What is collected lies where it is sent from: a copy at the end would cost as much again.
+        self._last = pb.GenerateStreamResponse()
+        self._bytes = 0
+
+    async def chunk(self, output: RequestOutput) -> pb.GenerateStreamResponse:
+        """The message of one output; the last of a generation is `final`'s."""
+        chunk = self._last if output.finished is not None else pb.GenerateStreamResponse()
+        whole = self._last.final
+        chunk.text = output.text
+        self._texts.append(output.text)
+        if self._want_ids:
+            ids = (*output.prompt_ids, *output.token_ids)
+            chunk.token_ids.extend(ids)
+            whole.token_ids.extend(ids)
+            self._bytes += len(ids) * messages.ID_BYTES
+        if output.logprobs:
+            count = entries(output.logprobs)
+            self._bytes += count * messages.ENTRY_BYTES
+
+            def add() -> None:
+                chunk.logprobs.extend(messages.logprobs(output.logprobs))
+                whole.logprobs.extend(chunk.logprobs)
+
+            if count <= _QUICK_ENTRIES:
+                add()
+            else:
+                await self._worker.run(add)
+        return chunk
+
+    def finish(self, finished: Finished, request_id: str) -> None:
+        """Complete the final message."""
+        whole = self._last.final
+        whole.text = "".join(self._texts)
+        self._bytes += len(whole.text)
+        whole.summary.CopyFrom(messages.summary(finished, request_id))
+
+    async def final_chunk(self) -> pb.GenerateStreamResponse:
+        """A stream's last message."""
+        return await encode(self._worker, self._last, 2 * self._bytes)
+
+    async def whole(self) -> pb.GenerateResponse:
+        """A unary call's only message."""
+        return await encode(self._worker, self._last.final, self._bytes)
+
+
+async def encode(worker: Worker, message: M, size: int) -> M:
+    """The message, or what it is serialized to where that would hold the event loop up.
+
+    Servicers return the result as if it were the message; the interceptor sends bytes as they are.
+
+    Args:
+        size: how large it is, roughly, in bytes.
+    """
+    if size <= _QUICK_BYTES:
+        return message
+    return cast("M", await worker.run(message.SerializeToString))
