@@ -135,6 +135,12 @@ class ServerConfig(BaseSettings):
         None, description="token that AdapterService asks for; needed to listen beyond loopback"
     )
     max_message_bytes: Bytes = Field(4 * 2**20, gt=0, description="largest gRPC message")
+    max_unread_bytes: Bytes = Field(
+        2**20, gt=0, description="memory of output that a stream's reader hasn't taken; beyond it ends"
+    )
+    unread_timeout: float = Field(
+        60.0, gt=0, description="seconds after which a stream ends whose reader takes nothing"
+    )
     step_timeout: float = Field(
         300.0,
         ge=0,

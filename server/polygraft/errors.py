@@ -13,6 +13,7 @@ PolygraftError
 │   ├── AdapterInvalid           the folder can't be served exactly; lists everything that is wrong
 │   └── AdapterUnavailable       known, but its state forbids the call
 ├── ResourceExhausted            the queue, the cache or the memory is full; try again later
+├── OutputUnread                 nobody takes an answer's output; it is given up
 ├── Draining                     the server is shutting down
 ├── Unauthenticated              no valid token where one is needed
 └── EngineDead                   the engine failed; the log holds the cause
@@ -168,6 +169,12 @@ class ResourceExhausted(PolygraftError):
     def __init__(self, problem: str, retry_after: float = 1.0) -> None:
         super().__init__(problem)
         self.retry_after = retry_after
+
+
+class OutputUnread(PolygraftError):
+    """Nobody took a stream's output, which was given up to free its memory."""
+
+    reason = "OUTPUT_UNREAD"
 
 
 class Draining(PolygraftError):

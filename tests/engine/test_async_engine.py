@@ -59,6 +59,8 @@ class Recorder:
         self.adapters: list[tuple[str, str]] = []
         self.merges: list[MergeEvent] = []
         self.paths: list[LoraPath] = []
+        self.unread: Counter[str] = Counter()
+        self.unread_bytes: list[int] = []
 
     def request_submitted(self, adapter: str, kind: str) -> None:
         self.submitted[adapter, kind] += 1
@@ -94,6 +96,12 @@ class Recorder:
 
     def merge_ended(self, event: MergeEvent) -> None:
         self.merges.append(event)
+
+    def stream_unread(self, limit: str) -> None:
+        self.unread[limit] += 1
+
+    def unread_changed(self, unread: int) -> None:
+        self.unread_bytes.append(unread)
 
     def path_decided(self, path: LoraPath) -> None:
         self.paths.append(path)

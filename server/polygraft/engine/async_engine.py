@@ -57,7 +57,7 @@ class AsyncEngine:
         self._draining = False
         self._failure: BaseException | None = None
         self._failed = asyncio.Event()
-        self._streams = Streams(observer)
+        self._streams = Streams(observer, engine.config.max_unread_bytes, self._abort)
         self._preparation = Preparation(engine, max_waiting)
         self._event_loop = asyncio.get_running_loop()
         self._thread = thread or EngineThread()

@@ -133,6 +133,12 @@ class Observer(Protocol):
     def merge_ended(self, event: MergeEvent) -> None:
         """A merged copy was made, wasn't, or was given up."""
 
+    def stream_unread(self, limit: str) -> None:
+        """A stream was ended since nobody read it: too many "bytes" lay there."""
+
+    def unread_changed(self, unread: int) -> None:
+        """After a step, so many bytes of output lie unread in all streams together."""
+
     def path_decided(self, path: LoraPath) -> None:
         """AUTO sends the hot adapter's new requests this way from here on."""
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from polygraft.adapters.stack import Stack
 from polygraft.engine.adapter_manager import AdapterChange
 from polygraft.engine.handle import Observer
 from polygraft.engine.request import RequestOutput
 from polygraft.engine.step_result import StepResult
-from polygraft.errors import PolygraftError
+from polygraft.engine.unread import Unread
+from polygraft.errors import OutputUnread, PolygraftError
 
 log = logging.getLogger(__name__)
+
+
+TOGETHER = 64
+"""So many streams may have as much unread output as one may; more, and the one with the most ends."""
 
 
 class Stream:
@@ -24,41 +29,91 @@ class Stream:
         adapter, kind: as the observer is told.
     """
 
-    def __init__(self, request_id: str, adapter: str, kind: str) -> None:
+    def __init__(self, request_id: str, adapter: str, kind: str, streams: Streams) -> None:
         self.id = request_id
         self.adapter = adapter
         self.kind = kind
         self.last_tokens: float | None = None
-        self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        self._read = True
+        self.unread = Unread()
+        self._streams = streams
+        self._reads = True
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, output: RequestOutput) -> None:
         """Hand an output to whoever reads, if anybody still does."""
-        if self._read:
-            self._outputs.put_nowait(output)
+        if not self._reads:
+            return
+        before = self.unread.bytes
+        self.unread.add(output)
+        self._streams.weigh(self, self.unread.bytes - before)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def take(self) -> RequestOutput:
-        """The next output, when it is there."""
-        return await self._outputs.get()
+        """What has come since the last call, as one output, when it is there."""
+        while not self.unread:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        before = self.unread.bytes
+        output = self.unread.take()
+        self._streams.weigh(self, self.unread.bytes - before)
+        return output
+
+    def give_up(self, error: PolygraftError) -> None:
+        """Drop what lies unread; whoever comes to read finds the error alone."""
+        self.close()
+        self._reads = True
+        self.put(RequestOutput(self.id, error=error))
+        self._reads = False
 
     def close(self) -> None:
         """Nobody reads any more."""
-        self._read = False
-        self._outputs = asyncio.Queue()
+        self._reads = False
+        self._streams.weigh(self, -self.unread.bytes)
+        self.unread.clear()
 
 
 class Streams:
     """The requests that the engine has and hasn't ended. Belongs to the event loop's thread.
 
-    Every one of them gets exactly one output that is terminal: the engine's own, or the error of `fail`.
+    Every one of them gets exactly one output that is terminal: the engine's own, the error of `fail`, or one
+    for more unread output than a stream may have.
+
+    Args:
+        max_unread: bytes of output that may lie unread in one stream; `TOGETHER` times that in all.
+        abort: ends a request in the engine, whose output nobody wants any more.
     """
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, max_unread: int, abort: Callable[[str], None]) -> None:
         self._observer = observer
+        self._max_unread = max_unread
+        self._abort = abort
         self._open: dict[str, Stream] = {}
+        self._lying: dict[Stream, None] = {}
+        self._unread = 0
         self.idle = asyncio.Event()
         """Set while there is none."""
         self.idle.set()
+
+    def weigh(self, stream: Stream, more: int) -> None:
+        """Take note that so many more bytes lie unread in a stream, and end it if they are too many."""
+        self._unread += more
+        if stream.unread:
+            self._lying[stream] = None
+        else:
+            self._lying.pop(stream, None)
+        if more <= 0:
+            return
+        if stream.unread.bytes > self._max_unread:
+            self._give_up(stream)
+        elif self._unread > self._max_unread * TOGETHER:
+            self._give_up(max(self._lying, key=lambda lying: lying.unread.bytes))
+
+    def _give_up(self, stream: Stream) -> None:
+        stream.give_up(OutputUnread(f"{stream.unread.bytes} bytes of output lay unread, too many to keep"))
+        if stream.id in self._open:
+            self._abort(stream.id)
+        self._observer.stream_unread("bytes")
 
     def __len__(self) -> int:
         return len(self._open)
@@ -73,9 +128,10 @@ class Streams:
 
     def open(self, request_id: str, stack: Stack) -> Stream:
         """Begin one, before the engine has heard of it."""
-        stream = self._open[request_id] = Stream(request_id, stack.label, stack.kind)
-        self.idle.clear()
+        stream = Stream(request_id, stack.label, stack.kind, self)
         self._observer.request_submitted(stream.adapter, stream.kind)
+        self._open[request_id] = stream
+        self.idle.clear()
         return stream
 
     def deliver(self, result: StepResult) -> None:
@@ -109,6 +165,7 @@ class Streams:
             self._observer.step_finished(result.stats)
         if result.occupancy is not None:
             self._observer.occupancy_changed(result.occupancy)
+        self._observer.unread_changed(self._unread)
         for change, info in result.adapter_events:
             match change:
                 case AdapterChange.CHANGED:

@@ -19,6 +19,7 @@ from polygraft.rpc.calls import Calls
 from polygraft.rpc.limits import MessageLimits
 from polygraft.rpc.plain_services import bounded
 from polygraft.rpc.status import code_of, to_status
+from polygraft.rpc.writes import Writes
 from polygraft.telemetry.logging import request_id
 
 REQUEST_ID_KEY = "x-request-id"
@@ -34,6 +35,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _QUICK_BYTES = 65_536
 """Messages up to this size are parsed by the event loop itself, in 1 ms."""
+_STATUS_SECONDS = 5.0
+"""How long an error may take to leave."""
 _TRAVEL = 0.02
 """Seconds that a message takes at most, between machines that are near each other."""
 
@@ -44,6 +47,9 @@ class CallObserver(Protocol):
     def call_finished(self, method: str, code: str) -> None:
         """A call ended; `method` is one of the contract's, as /package.Service/Method."""
 
+    def stream_unread(self, limit: str) -> None:
+        """A stream was ended since nobody read it: its output lay there for too long a "time"."""
+
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the contract's methods; of health and reflection it looks at the messages' size alone.
@@ -52,6 +58,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         calls: where calls in flight are kept.
         limits: on the size of messages.
         worker: parses the large ones.
+        writes: sends the messages of streams.
         observer: is told about each call's end.
         admin_token: what AdapterService asks for; None asks for nothing.
     """
@@ -61,12 +68,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         calls: Calls,
         limits: MessageLimits,
         worker: Worker,
+        writes: Writes,
         observer: CallObserver | None = None,
         admin_token: str | None = None,
     ) -> None:
         self._calls = calls
         self._limits = limits
         self._worker = worker
+        self._writes = writes
         self._observer = observer
         self._expected = None if admin_token is None else f"Bearer {admin_token}".encode()
 
@@ -95,7 +104,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 request = await self._parse(details.method, handler, data)
                 async with aclosing(handler.unary_stream(request, context)) as responses:
                     async for response in responses:
-                        await context.write(response)
+                        await self._writes.send(context, response)
 
         async def stream_unary(requests: AsyncIterator[Any], context: Context) -> Any:
             async with self._call(details, context):
@@ -164,7 +173,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             _log.error("%s failed", method, exc_info=error)
         status = to_status(error, name)
         trailers = ((_DETAILS_KEY, status.SerializeToString()), (REQUEST_ID_KEY, name))
-        await context.abort(code, status.message, trailers)
+        try:
+            async with asyncio.timeout(_STATUS_SECONDS):
+                await context.abort(code, status.message, trailers)
+        except TimeoutError:
+            # It waits behind output that nobody reads. gRPC keeps it for whoever may still come; we don't.
+            raise asyncio.CancelledError from None
         raise AssertionError("abort raises")
 
     def _admit(self, method: str, metadata: dict[str, str | bytes]) -> None:

@@ -16,6 +16,7 @@ from polygraft.rpc.calls import Calls
 from polygraft.rpc.inference import InferenceServicer
 from polygraft.rpc.interceptors import CallInterceptor, CallObserver
 from polygraft.rpc.limits import MessageLimits
+from polygraft.rpc.writes import Writes
 from polygraft_api.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -41,11 +42,17 @@ class RpcServer:
         token = config.admin_token
         self.calls = Calls(_most_calls(config))
         self._health = health.aio.HealthServicer()
+
+        def note_unread() -> None:
+            if observer is not None:
+                observer.stream_unread("time")
+
         worker = Worker("large messages", _MAX_LARGE_MESSAGES)
         interceptor = CallInterceptor(
             self.calls,
             MessageLimits(handle.model),
             worker,
+            Writes(config.unread_timeout, note_unread),
             observer,
             token.get_secret_value() if token else None,
         )

@@ -31,6 +31,7 @@ CODES: dict[type[errors.PolygraftError], grpc.StatusCode] = {
     errors.AdapterInvalid: grpc.StatusCode.INVALID_ARGUMENT,
     errors.AdapterUnavailable: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.OutputUnread: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.EngineDead: grpc.StatusCode.INTERNAL,

@@ -96,6 +96,12 @@ class Metrics:
         self._waiting = self._gauge("waiting_requests", "Requests in the queue")
         self._calls = self._counter("rpcs", "RPCs that ended, by method", ("method",))
         self._errors = self._counter("errors", "RPCs that ended with an error", ("method", "code"))
+        self._unread_streams = self._counter(
+            "unread_streams", "Streams ended since nobody read them, by the limit", ("limit",)
+        )
+        for limit in ("bytes", "time"):
+            self._unread_streams.labels(limit)
+        self._unread = self._gauge("unread_bytes", "Memory of output that nobody has read yet")
 
     def _define_steps(self) -> None:
         self._steps = self._counter("steps", "Engine steps, by the path of low-rank weights", ("path",))
@@ -232,6 +238,14 @@ class Metrics:
         self._combinations.set(occupancy.combinations)
         self._combined_bytes.set(occupancy.combined_bytes)
         self._combined_capacity.set(occupancy.combined_bytes_capacity)
+
+    def stream_unread(self, limit: str) -> None:
+        """Count a stream that was ended since nobody read it, by "bytes" or "time"."""
+        self._unread_streams.labels(limit).inc()
+
+    def unread_changed(self, unread: int) -> None:
+        """Show how many bytes lie unread."""
+        self._unread.set(unread)
 
     def step_finished(self, stats: StepStats) -> None:
         """Record what one step did."""

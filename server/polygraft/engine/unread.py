@@ -1,0 +1,78 @@
+"""Outputs that nobody has read yet: kept together, weighed, and given up where they are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+
+from polygraft.engine.request import RequestOutput
+
+PIECE = 16 * 1024
+"""Bytes that are read at once, where more lie: as much as a reader's connection takes without waiting."""
+_GATHER = 64
+"""Outputs that may lie one by one; more are joined, since each takes more memory than what is in it."""
+_OUTPUT = 200
+_ID = 36
+_LOGPROB = 160
+_TOP = 110
+
+
+def weight(output: RequestOutput) -> int:
+    """The memory that an output takes, roughly, in bytes; an error is free, since it must come through."""
+    if output.error is not None:
+        return 0
+    entries = len(output.logprobs) * _LOGPROB
+    if output.logprobs:
+        entries += sum(len(token.top) for token in output.logprobs) * _TOP
+    return _OUTPUT + len(output.text) + (len(output.token_ids) + len(output.prompt_ids)) * _ID + entries
+
+
+def join(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Outputs of one request, one right after another, as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return replace(
+        outputs[-1],
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(chain.from_iterable(output.token_ids for output in outputs)),
+        prompt_ids=outputs[0].prompt_ids,
+        logprobs=tuple(chain.from_iterable(output.logprobs for output in outputs)),
+    )
+
+
+class Unread:
+    """The outputs of one request that lie and wait for its reader. `bytes` is the memory they take."""
+
+    def __init__(self) -> None:
+        self._outputs: list[RequestOutput] = []
+        self.bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._outputs)
+
+    def add(self, output: RequestOutput) -> None:
+        """Put one behind the others."""
+        self._outputs.append(output)
+        self.bytes += weight(output)
+        if len(self._outputs) >= _GATHER and output.error is None:
+            self._outputs = [join(self._outputs)]
+            self.bytes = weight(self._outputs[0])
+
+    def take(self) -> RequestOutput:
+        """The first, with those behind it that still make one piece; there must be one."""
+        count, size = 0, 0
+        for output in self._outputs:
+            size += weight(output)
+            # An error carries nothing else: what comes before it is read first.
+            if count and (size > PIECE or output.error is not None):
+                break
+            count += 1
+        taken, self._outputs = self._outputs[:count], self._outputs[count:]
+        self.bytes = sum(map(weight, self._outputs))
+        return join(taken)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._outputs.clear()
+        self.bytes = 0
