@@ -27,7 +27,7 @@ def bottleneck(primitive: Bottleneck, r: torch.Tensor, h: torch.Tensor) -> torch
     if primitive.normalizes:
         x = F.layer_norm(x, x.shape[-1:])
     inner = ACTIVATIONS[primitive.activation](F.linear(x, primitive.down, primitive.down_bias))
-    out = F.linear(inner, primitive.up, primitive.up_bias)
+    out = F.linear(primitive.scaling * inner, primitive.up, primitive.up_bias)
     after = primitive.norm_after
     if after is None:
         return primitive.residual * r + h + out
@@ -56,13 +56,13 @@ def linear(low_rank: LowRank | None, scale: Scale | None, module: nn.Module, x: 
     out: torch.Tensor = type(module).forward(module, x)
     if low_rank is not None and low_rank.magnitude is not None:
         # DoRA on a module without a bias: the rows of W + B A are brought to norms that were learnt.
-        weight = module.weight + low_rank.b @ low_rank.a  # type: ignore[operator]
+        weight = module.weight + low_rank.product  # type: ignore[operator]
         return F.linear(x, weight * (low_rank.magnitude / weight.norm(dim=1))[:, None])
     if scale is not None and scale.output is not None:
         assert scale.after_bias
         out = out * scale.output
     if low_rank is not None:
-        out = out + F.linear(F.linear(x, low_rank.a), low_rank.b, low_rank.bias)
+        out = out + F.linear(low_rank.scaling * F.linear(x, low_rank.a), low_rank.b, low_rank.bias)
     return out
 
 

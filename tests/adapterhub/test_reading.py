@@ -424,7 +424,46 @@ def test_lora_of_versions_that_forgot_its_scaling(
     one.config["version"] = version
     name = "model.layers.0.self_attn.q_proj"
     b = one.tensors[f"{name}.loras.lora.lora_B"]
-    torch.testing.assert_close(compiled(one).low_rank[name].b, b * (1.5 if scaled else 1.0))
+    low_rank = compiled(one).low_rank[name]
+    assert torch.equal(low_rank.b, b)
+    assert low_rank.scaling == (1.5 if scaled else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("scaling", {"scaling": 0.3}),
+        ("scaling-learned", {}),
+        ("scaling-channel", {}),
+        ("act-prelu", {"scaling": 2.7}),
+        ("ln_before", {"scaling": 0.3}),
+        ("lora", {"alpha": 20}),
+        ("vera", {"alpha": 20}),
+        ("prelu_inv", {}),
+    ],
+)
+def test_what_a_file_of_sixteen_bits_holds_is_not_rounded_again(
+    specimen: Callable[..., Specimen],
+    compiled: Callable[..., CompiledAdapter],
+    kind: str,
+    options: dict[str, object],
+    dtype: torch.dtype,
+) -> None:
+    narrow, wide = specimen(kind), specimen(kind)
+    for one in (narrow, wide):
+        one.config["config"].update(options)
+        one.tensors = {name: tensor.to(dtype) for name, tensor in one.tensors.items()}
+    wide.tensors = {name: tensor.float() for name, tensor in wide.tensors.items()}
+    found = [compiled(one) for one in (narrow, wide)]
+    for mine, exact in zip(*(one.tensors() for one in found), strict=True):
+        assert torch.equal(mine.float(), exact)
+    of_lora, of_bottlenecks = (
+        [[part.scaling for part in getattr(one, name).values()] for one in found]
+        for name in ("low_rank", "bottlenecks")
+    )
+    assert of_lora[0] == of_lora[1]
+    assert of_bottlenecks[0] == of_bottlenecks[1]
 
 
 def test_activations_of_the_first_version(

@@ -87,7 +87,7 @@ def changed(
         primitive = primitive.of_base.completed(primitive, own, bias)
     assert not primitive.needs_base
     assert primitive.a.dtype == primitive.b.dtype
-    weight = weight + primitive.b @ primitive.a
+    weight = weight + primitive.product
     if primitive.bias is not None:
         assert bias is not None
         bias = bias + primitive.bias

@@ -375,7 +375,7 @@ def test_a_value_that_the_kept_type_cant_hold(
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_scaling_is_folded_into_b_and_bias(
+def test_the_scaling_stays_beside_b_and_is_folded_into_the_bias(
     specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path, rslora: bool
 ) -> None:
     adapter = specimen("lora-bias")
@@ -383,7 +383,8 @@ def test_the_scaling_is_folded_into_b_and_bias(
     low_rank = compile_folder(adapter.save(tmp_path / "a"), spec).low_rank["model.layers.0.self_attn.q_proj"]
     scaling = 3 / (2.0 if rslora else 4.0)
     assert torch.equal(low_rank.a, adapter.tensors[A])
-    assert torch.equal(low_rank.b, adapter.tensors[B] * scaling)
+    assert torch.equal(low_rank.b, adapter.tensors[B])
+    assert low_rank.scaling == scaling
     assert low_rank.bias is not None
     assert torch.equal(low_rank.bias, adapter.tensors[f"{Q0}.lora_B.bias"] * scaling)
 

@@ -24,7 +24,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 def deltas(compiled: CompiledAdapter) -> dict[str, torch.Tensor]:
     """What each module's weights gain."""
-    return {name: low_rank.b @ low_rank.a for name, low_rank in compiled.low_rank.items()}
+    return {name: low_rank.product for name, low_rank in compiled.low_rank.items()}
 
 
 def saved(folder: Path, base: Path, config: peft.PeftConfig) -> dict[str, torch.Tensor]:

@@ -130,4 +130,4 @@ def test_a_converted_folder_is_the_same_model_on_the_base_as_it_was(
     for module, low_rank in compiled.low_rank.items():
         name = f"{module}.weight"
         assert (merged[name] - before[name]).abs().max() > 0.01
-        torch.testing.assert_close(before[name] + low_rank.b @ low_rank.a, merged[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(before[name] + low_rank.product, merged[name], rtol=1e-4, atol=1e-5)

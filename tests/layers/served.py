@@ -122,6 +122,6 @@ class Served:
                     out = out + factor * (x.double() @ torch.kron(kron.w1, kron.w2).double().T)
                 if name in one.low_rank:
                     low_rank = one.low_rank[name]
-                    out = out + factor * (x.double() @ low_rank.a.double().T @ low_rank.b.double().T)
+                    out = out + factor * (x.double() @ low_rank.product.double().T)
             outs.append(out.float())
         return outs

@@ -66,7 +66,7 @@ def formula(b: Bottleneck, r: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     act = get_activation(THEIR_NAMES.get(b.activation, b.activation))
     inner = x @ b.down.double().t() + (0 if b.down_bias is None else b.down_bias)
-    out = act(inner) @ b.up.double().t() + (0 if b.up_bias is None else b.up_bias)
+    out = b.scaling * act(inner) @ b.up.double().t() + (0 if b.up_bias is None else b.up_bias)
     if b.norm_after is None:
         return b.residual * r + h + out
     skip = r + h if b.norm_after.skip == "sum" else h
@@ -91,6 +91,7 @@ VARIANTS: dict[str, Callable[[int, int], Bottleneck]] = {
     "output": lambda hidden, seed: make(hidden, 12, seed, reads="output"),
     "residual": lambda hidden, seed: make(hidden, 3, seed, reads="residual"),
     "no biases": lambda hidden, seed: make(hidden, 5, seed, down_bias=None, up_bias=None),
+    "scaled": lambda hidden, seed: make(hidden, 11, seed, scaling=0.3),
     "norm before": lambda hidden, seed: make(hidden, 6, seed, normalizes=True),
     "twice": lambda hidden, seed: make(hidden, 6, seed, residual=2.0),
     "never": lambda hidden, seed: make(hidden, 6, seed, residual=0.0),

@@ -84,7 +84,10 @@ class Experts(nn.Module):
                     for adapter, factor in stacks[at] if stacks else ():
                         if f"{NAME}.{name}" in adapter:
                             one = adapter[f"{NAME}.{name}"]
-                            matrix = matrix + factor * one.b[expert].double() @ one.a[expert].double()
+                            matrix = (
+                                matrix
+                                + factor * one.scaling * one.b[expert].double() @ one.a[expert].double()
+                            )
                     y = matrix @ y
                     if self.has_bias:
                         y = y + getattr(self, f"{name}_bias")[expert].double()
@@ -196,7 +199,7 @@ def adapter(
             random(EXPERTS, rank, inputs, seed=seed + at),
             random(EXPERTS, outputs, rank, seed=seed + 5 + at),
         )
-        found[f"{NAME}.{parameter}"] = ExpertLowRank((a / 4).to(dtype), (b / 4).to(dtype))
+        found[f"{NAME}.{parameter}"] = ExpertLowRank((a / 4).to(dtype), (b / 4).to(dtype), scaling=0.7)
     return found
 
 
@@ -372,7 +375,7 @@ def test_a_copy_is_rounded_once() -> None:
             part = end.value
             break
     low_rank = one[f"{NAME}.down_proj"]
-    exact = served.bare.down_proj.float() + low_rank.b.float() @ low_rank.a.float()
+    exact = served.bare.down_proj.float() + low_rank.scaling * low_rank.b.float() @ low_rank.a.float()
     assert torch.equal(part, exact.to(torch.bfloat16))
 
 

@@ -77,6 +77,7 @@ def weights(
         torch.randn(rank, width_in, generator=generator).to(dtype) / width_in**0.5,
         torch.randn(width_out, rank, generator=generator).to(dtype) / max(rank, 1) ** 0.5,
         torch.randn(width_out, generator=generator) if bias else None,
+        scaling=1.7 - seed,
     )
 
 
@@ -137,7 +138,7 @@ def test_against_the_formula() -> None:
     x = torch.randn(5, 24)
     assert w.bias is not None
     expected = layers.bare.first(x)
-    expected[1:4] += x[1:4] @ w.a.T @ w.b.T + w.bias
+    expected[1:4] += x[1:4] @ w.product.T + w.bias
     for out in layers.run(x, [(1, 4, slot)]):
         assert torch.allclose(out, expected, atol=1e-5)
 
@@ -178,7 +179,7 @@ def test_rows_of_several_adapters_get_the_weighted_sum(dtype: torch.dtype) -> No
     of = dict(zip((a, b, c), held, strict=True))
     for first, last, slot, *weight in (run for runs in depths for run in runs):
         w = of[slot]
-        delta = x[first:last].double() @ w.a.double().T @ w.b.double().T
+        delta = x[first:last].double() @ w.product.double().T
         delta = delta if w.bias is None else delta + w.bias.double()
         expected[first:last] += (weight[0] if weight else 1.0) * delta
     tolerance = 1e-5 if dtype == torch.float32 else 0.06
@@ -248,7 +249,7 @@ def test_a_slot_is_used_again_and_nothing_of_its_last_adapter_stays() -> None:
     assert all(bank.resident == 2 for bank in layers.banks)
     x = torch.randn(4, 16)
     for out in layers.run(x, [(0, 2, old), (2, 4, other)]):
-        assert torch.allclose(out[:2], layers.bare.first(x[:2]) + x[:2] @ fresh.a.T @ fresh.b.T, atol=1e-5)
+        assert torch.allclose(out[:2], layers.bare.first(x[:2]) + x[:2] @ fresh.product.T, atol=1e-5)
     for out in layers.run(x, [(0, 4, old)], module="head"):
         assert torch.equal(out, layers.bare.head(x))
 
@@ -262,7 +263,7 @@ def test_the_bank_grows_and_those_it_holds_go_on() -> None:
     x = torch.randn(70, 20)
     expected = layers.bare.first(x).detach()
     for row, w in enumerate(held):
-        expected[row] += x[row] @ w.a.T @ w.b.T
+        expected[row] += x[row] @ w.product.T
         if w.bias is not None:
             expected[row] += w.bias
     for out in layers.run(x, [(row, row + 1, slot) for row, slot in enumerate(slots)]):
@@ -337,19 +338,20 @@ def test_the_base_layers_attributes_show_through() -> None:
 
 
 def test_an_adapter_lies_in_one_piece_of_memory() -> None:
-    first = LowRank(torch.randn(3, 5), torch.randn(7, 3), torch.randn(7))
+    first = LowRank(torch.randn(3, 5), torch.randn(7, 3), torch.randn(7), scaling=2.5)
     second = LowRank(torch.randn(2, 5).bfloat16(), torch.randn(9, 2).bfloat16())
     slots = [LowRankSlots(n, 4, torch.device("cpu")) for n in range(2)]
     packed = [slots[0].pack(first), slots[1].pack(second)]
     copies = together(packed)
     for one, copy in zip(packed, copies, strict=True):
-        for before, after in zip(one, copy, strict=True):
+        assert (copy.scaling, copy.scales_sum) == (one.scaling, one.scales_sum)
+        for before, after in zip(one.tensors, copy.tensors, strict=True):
             assert (before is None) == (after is None)
             if before is not None and after is not None:
                 assert torch.equal(before, after)
                 assert after.is_contiguous()
                 assert after.data_ptr() % 16 == 0
-    tensors = [tensor for copy in copies for tensor in copy if tensor is not None]
+    tensors = [tensor for copy in copies for tensor in copy.tensors if tensor is not None]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     assert together([]) == []
 
@@ -368,5 +370,5 @@ def test_an_a_that_fills_panels_lies_in_them_and_comes_back_as_it_was(
     assert (packed.a_in_panels, packed.rank) == (in_panels, rank)
     assert torch.equal(packed.rows_of_a, primitive.a)
     x = torch.randn(3, inputs)
-    expected = x @ primitive.a.float().t() @ primitive.b.float().t()
-    assert torch.allclose(packed.added(x, 24), expected, atol=1e-5)
+    expected = x @ primitive.product.t()
+    assert torch.allclose(packed.applied(x, torch.zeros(3, 24), 1.0), expected, atol=1e-5)

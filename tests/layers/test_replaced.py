@@ -127,7 +127,7 @@ def test_rows_take_the_place_of_the_bases(
 def test_low_rank_weights_on_the_embedding_add_up_by_their_weights(tiny_model: Callable[[str], Path]) -> None:
     served = Served(tiny_model("gemma3_text"))
     embed = served.base.model.get_input_embeddings()
-    parts = [LowRank(torch.randn(r, VOCABULARY), torch.randn(HIDDEN, r)) for r in (2, 5)]
+    parts = [LowRank(torch.randn(r, VOCABULARY), torch.randn(HIDDEN, r), scaling=r / 3) for r in (2, 5)]
     first, second = (served.bank.install(adapter(embedding=part)) for part in parts)
     asked = torch.tensor([[3, 250, 9, 3]])
     segments = served.bank.segments([(0, 3, first)], [(1, 3, second, 0.5)])
@@ -136,7 +136,7 @@ def test_low_rank_weights_on_the_embedding_add_up_by_their_weights(tiny_model: C
         served.step.begin(PLAN, segments, segments, 4)
         out = embed(asked)
     served.step.end()
-    added = [(part.b @ part.a[:, asked[0]]).t() * 8 for part in parts]
+    added = [part.product[:, asked[0]].t() * 8 for part in parts]
     torch.testing.assert_close(out[0, 0], plain[0, 0] + added[0][0], atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(
         out[0, 1:3], plain[0, 1:3] + (added[0] + 0.5 * added[1])[1:3], atol=1e-4, rtol=1e-5

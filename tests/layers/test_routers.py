@@ -43,7 +43,9 @@ class Served:
         self.adapters: dict[int, LowRank] = {}
 
     def install(self, slot: int, rank: int) -> None:
-        self.adapters[slot] = LowRank(random(rank, HIDDEN, seed=slot), random(EXPERTS, rank, seed=slot + 50))
+        self.adapters[slot] = LowRank(
+            random(rank, HIDDEN, seed=slot), random(EXPERTS, rank, seed=slot + 50), scaling=0.3 + slot
+        )
         assert self.routers.install(slot, {"gate": self.adapters[slot]}) == 1 << 2
 
     def run(self, x: torch.Tensor, *depths: Sequence[Segment]) -> Outputs:
@@ -59,7 +61,7 @@ class Served:
         """Of rows with these adapters."""
         weight = self.bare.weight
         for slot, factor in stack:
-            weight = weight + factor * self.adapters[slot].b @ self.adapters[slot].a
+            weight = weight + factor * self.adapters[slot].product
         out: Outputs = torch.func.functional_call(self.bare, {"weight": weight}, (x,))
         return out
 

@@ -75,6 +75,10 @@ class Served:
     def expected(self, x: torch.Tensor, low_rank: LowRank | None, scale: Scale) -> torch.Tensor:
         x, bias = x.double(), self.bias.double()
         out = (x if scale.input is None else x * scale.input.double()) @ self.weight.double().T
+        if scale.of_sum:
+            assert scale.output is not None
+            product = 0.0 if low_rank is None else x @ low_rank.product.double().T
+            return ((out + product) * scale.output.double() + bias).float()
         if scale.output is not None:
             out = (
                 (out + bias) * scale.output.double()
@@ -84,13 +88,14 @@ class Served:
         else:
             out = out + bias
         if low_rank is not None:
-            out = out + x @ low_rank.a.double().T @ low_rank.b.double().T
+            out = out + x @ low_rank.product.double().T
         return out.float()
 
 
 SCALES = {
     "output before the bias": Scale(output=random(OUT, seed=3)),
     "output after the bias": Scale(output=random(OUT, seed=3), after_bias=True),
+    "output with the low rank in it": Scale(output=random(OUT, seed=3), of_sum=True),
     "input": Scale(input=random(IN, seed=4)),
     "both": Scale(input=random(IN, seed=4), output=random(OUT, seed=3), after_bias=True),
 }
@@ -101,7 +106,7 @@ SCALES = {
 @pytest.mark.parametrize("make", MAKES)
 def test_rows_of_a_segment_are_scaled_and_others_are_not(make: str, scale: Scale, low_rank: bool) -> None:
     served = Served(make)
-    weights = LowRank(random(5, IN, seed=5), random(OUT, 5, seed=6)) if low_rank else None
+    weights = LowRank(random(5, IN, seed=5), random(OUT, 5, seed=6), scaling=0.3) if low_rank else None
     slot = served.bank.install({"layer": weights} if weights else {}, {"layer": scale})
     other = served.bank.install({"layer": LowRank(random(3, IN, seed=7), random(OUT, 3, seed=8))})
     x = random(ROWS, IN, seed=9)
@@ -141,7 +146,7 @@ def test_several_adapters_of_a_row_act_in_their_order(make: str) -> None:
     )
     plain = x.double() @ served.weight.double().T
     scaled = (x * into).double() @ served.weight.double().T
-    delta = x.double() @ low_rank.a.double().T @ low_rank.b.double().T
+    delta = x.double() @ low_rank.product.double().T
     bias = served.bias.double()
     expected = torch.cat(
         [
@@ -170,7 +175,7 @@ def test_bfloat16(make: str) -> None:
 def test_a_magnitude_brings_each_row_to_its_norm(make: str) -> None:
     served = Served(make)
     magnitude = random(OUT, seed=11).abs() + 0.5
-    weights = LowRank(random(5, IN, seed=5), random(OUT, 5, seed=6), magnitude=magnitude)
+    weights = LowRank(random(5, IN, seed=5), random(OUT, 5, seed=6), magnitude=magnitude, scaling=1.9)
     compiled = CompiledAdapter("lora", 1, low_rank={"layer": weights})
     assert compiled.primitives == ("low_rank", "scale")
     resolving = resolve_against_base(compiled, served.bank)
@@ -180,7 +185,7 @@ def test_a_magnitude_brings_each_row_to_its_norm(make: str) -> None:
     resolved = end.value.value
     slot = served.bank.install(resolved.low_rank, resolved.scales)
     x = random(ROWS, IN, seed=9)
-    whole = served.weight.double() + weights.b.double() @ weights.a.double()
+    whole = served.weight.double() + weights.product.double()
     whole = whole * (magnitude / whole.norm(dim=1))[:, None]
     expected = (x.double() @ whole.T + served.bias.double()).float()
     tolerance = 2e-4 if make != "packed-int8" else 0.1

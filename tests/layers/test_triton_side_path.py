@@ -21,7 +21,7 @@ from torch import nn
 
 from polygraft.adapters.primitives import Kron, LowRank, Rotation, Scale
 from polygraft.layers import low_rank_bank
-from polygraft.layers.low_rank import ENTRY, WEIGHT_DTYPES, AdaptedLinear
+from polygraft.layers.low_rank import ENTRY, SCALING, WEIGHT_DTYPES, AdaptedLinear, scaling_bits
 from polygraft.layers.low_rank_bank import LowRankBank, Run, choose_operators
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import AttentionPlan, Segment, StepContext
@@ -111,6 +111,7 @@ def weights(
         torch.randn(rank, width_in, generator=generator).to(dtype) / width_in**0.5,
         torch.randn(width_out, rank, generator=generator).to(dtype) / max(rank, 1) ** 0.5,
         torch.randn(width_out, generator=generator) if bias else None,
+        scaling=1.7 - seed,
     )
 
 
@@ -174,7 +175,7 @@ def test_every_pair_of_types_against_the_formula(
     assert w.bias is not None
     x = torch.randn(9, 70).to(base)
     expected = layer.bare(x).double()
-    delta = x[1:8].double() @ w.a.T.double() @ w.b.T.double() + w.bias
+    delta = x[1:8].double() @ w.product.T.double() + w.bias
     expected[1:8] += delta
     out, _ = layer.run(x, [(1, 8, layer.install(w))])
     assert torch.allclose(out.double(), expected, atol=1e-5, rtol=UNIT[base])
@@ -204,8 +205,8 @@ def test_several_adapters_of_a_row_act_in_their_order(interpreted: ModuleType) -
         x, [(0, 40, a, 0.5), (41, 50, scale)], [(20, 30, scale), (30, 40, b, -2.0)], [(20, 25, b)]
     )
     assert one.bias is not None
-    of_a = 0.5 * (x @ one.a.T @ one.b.T + one.bias)
-    of_b = x @ two.a.float().T @ two.b.float().T
+    of_a = 0.5 * (x @ one.product.T + one.bias)
+    of_b = x @ two.product.T
     bare = layer.bare(x)
     expected = bare.clone()
     expected[:40] += of_a[:40]
@@ -235,7 +236,7 @@ def test_what_is_left_to_torch_stands_in_its_place(interpreted: ModuleType, base
     read = x.float().clone()
     read[3:7], read[25:] = rotated[3:7], rotated[25:]
     expected = layer.bare(read.to(base)).float()
-    added = x.float() @ (torch.kron(kron.w1, kron.w2) + low_rank.b @ low_rank.a).T
+    added = x.float() @ (torch.kron(kron.w1, kron.w2) + low_rank.product).T
     expected[:20] += 0.5 * added[:20]
     assert torch.allclose(
         out.float(), expected, atol=1e-4 if base == torch.float32 else 0.3, rtol=4 * UNIT[base]
@@ -280,6 +281,7 @@ def test_nothing_is_read_beyond_a_slots_own_rank(
     wide = weights(40, 33, 50, dtype, seed=1)
     wide_b = wide.b.T.contiguous()
     table = torch.zeros(3, ENTRY, dtype=torch.int64)
+    table[:, SCALING] = scaling_bits(0.5)
     table[1, :5] = torch.tensor([a.data_ptr(), b.data_ptr(), 0, 5, WEIGHT_DTYPES[dtype]])
     table[2, :5] = torch.tensor([wide.a.data_ptr(), wide_b.data_ptr(), 0, 40, WEIGHT_DTYPES[dtype]])
     operators = interpreted.TritonSidePath()
@@ -288,8 +290,8 @@ def test_nothing_is_read_beyond_a_slots_own_rank(
     tiles = torch.tensor([(0, 4, 1, one, 0), (5, 8, 2, one, 0)], dtype=torch.int32)
     operators.add(x, out, table, tiles, 40)
     expected = torch.zeros(8, 50)
-    expected[:4] = x[:4] @ w.a.float().T @ w.b.float().T
-    expected[5:] = x[5:] @ wide.a.float().T @ wide.b.float().T
+    expected[:4] = 0.5 * x[:4] @ w.a.float().T @ w.b.float().T
+    expected[5:] = 0.5 * x[5:] @ wide.a.float().T @ wide.b.float().T
     assert torch.allclose(out, expected, atol=1e-5)
 
 

@@ -50,9 +50,10 @@ def compile_adalora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
         if a is None or b is None or e is None or rank == 0:
             continue
         scaling = (alpha if alpha > 0 else rank) / (initial + _EPSILON)
-        kept_a, kept_b = reader.keep(a * e, module), reader.keep(b * scaling, module)
+        # E is a factor for each rank, so it is folded in; A times it is computed in float32.
+        kept_a, kept_b = reader.keep(a * e, module), reader.keep(b, module, scaling=scaling)
         if kept_a is not None and kept_b is not None:
-            primitives[module] = LowRank(kept_a, kept_b)
+            primitives[module] = LowRank(kept_a, kept_b, scaling=scaling)
     return CompiledAdapter(
         "adalora", reader.parameters, low_rank=primitives, biases=biases, norms=norms, token_rows=token_rows
     )

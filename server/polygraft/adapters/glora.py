@@ -39,7 +39,7 @@ class BiasGain(OfBase):
 
     def completed(self, primitive: LowRank, weight: torch.Tensor, bias: torch.Tensor | None) -> LowRank:
         """See `OfBase`."""
-        return LowRank(primitive.a, primitive.b, self.of(weight, bias))
+        return replace(primitive, bias=self.of(weight, bias), of_base=None)
 
     def of(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """float32 [out_features], for the module's weight float32 [out_features, in_features] and bias."""

@@ -73,9 +73,10 @@ def compile_gralora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
         a, b = _spread(block_a, block_b)
         if plain_a is not None and plain_b is not None:
             a, b = torch.cat([a, plain_a]), torch.cat([b, plain_b], 1)
-        kept_a, kept_b = reader.keep(a, module), reader.keep(b * (alpha / (rank + hybrid)), module)
+        scaling = alpha / (rank + hybrid)
+        kept_a, kept_b = reader.keep(a, module), reader.keep(b, module, scaling=scaling)
         if kept_a is not None and kept_b is not None:
-            primitives[module] = LowRank(kept_a, kept_b)
+            primitives[module] = LowRank(kept_a, kept_b, scaling=scaling)
     return CompiledAdapter("gralora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
 
 

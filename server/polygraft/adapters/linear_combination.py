@@ -37,7 +37,7 @@ class LoraSettings:
     Args:
         rank: the largest that the configuration names.
         rslora: whether it is scaled by the root of its rank.
-        scalings: by module, what is folded into its B.
+        scalings: by module, the factor on its B A.
         targets: what the configuration targets.
         embedding: name of the base's, if it is among the modules.
         tied: whether the embedding's matrices are the head's as well.
@@ -128,22 +128,24 @@ def _check_targets(first: Adapter, settings: Sequence[LoraSettings]) -> None:
         )
 
 
-def combined_bytes(members: Members) -> int:
-    """Memory that the combination's matrices take."""
+def combined_bytes(members: Members, dtype: torch.dtype) -> int:
+    """Memory that the combination's matrices take in a type."""
     sizes: dict[str, int] = {}
     for adapter, _ in members:
         for module, matrices in _matrices(adapter.compiled).items():
-            sizes[module] = max(sizes.get(module, 0), matrices.a.nbytes + matrices.b.nbytes)
+            numbers = matrices.a.numel() + matrices.b.numel()
+            sizes[module] = max(sizes.get(module, 0), numbers * dtype.itemsize)
     return sum(sizes.values())
 
 
 def combine(
-    members: Members, read: Callable[[Adapter, str], LowRank]
+    members: Members, read: Callable[[Adapter, str], LowRank], dtype: torch.dtype
 ) -> Generator[None, None, CompiledAdapter]:
     """The combination of adapters that `check_linear` lets pass; yields between modules.
 
     Args:
-        read: an adapter's matrices for a module, its scaling folded into B.
+        read: an adapter's matrices for a module; its scaling is taken from its settings.
+        dtype: what the sums, which are computed in float32, are kept in.
 
     Raises:
         InvalidRequest: the sums aren't finite.
@@ -156,15 +158,14 @@ def combine(
     for name in dict.fromkeys(name for _, lora, _ in loras for name in lora.scalings):
         yield
         terms = [
-            (read(adapter, name), *_factors(weight, lora.scalings[name]))
+            (read(adapter, name), *_factors(weight * lora.scalings[name]))
             for adapter, lora, weight in loras
             if name in lora.scalings
         ]
-        dtype = functools.reduce(torch.promote_types, (matrices.a.dtype for matrices, _, _ in terms))
         a = functools.reduce(torch.add, (factor * matrices.a.float() for matrices, factor, _ in terms))
         b = functools.reduce(torch.add, (factor * matrices.b.float() for matrices, _, factor in terms))
-        both = LowRank(a.to(dtype), (overall * b).to(dtype))
-        if not (both.a.isfinite().all() and both.b.isfinite().all()):
+        both = LowRank(a.to(dtype), b.to(dtype), scaling=overall)
+        if not (both.a.isfinite().all() and (overall * both.b).isfinite().all()):
             raise InvalidRequest("adapters", f"their LINEAR combination isn't finite on {name}")
         combined[name] = both
     table = next((lora.embedding for _, lora, _ in loras if lora.embedding is not None), "")
@@ -172,11 +173,10 @@ def combine(
     return CompiledAdapter("lora", 0, low_rank=combined, embedding=embedding)
 
 
-def _factors(weight: float, scaling: float) -> tuple[float, float]:
-    """Of A, and of a B that has the scaling in it already."""
-    product = weight * scaling
+def _factors(product: float) -> tuple[float, float]:
+    """Of A and of B, for a weight times a scaling."""
     factor = math.sqrt(abs(product))
-    return math.copysign(factor, product), factor / scaling if scaling else 0.0
+    return math.copysign(factor, product), factor
 
 
 def _matrices(compiled: CompiledAdapter) -> dict[str, LowRank]:

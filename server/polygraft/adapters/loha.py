@@ -47,8 +47,9 @@ def compile_loha(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if not reader.has_room(rank * rank, rank * rank * (shape.in_features + shape.out_features)):
             continue
         a = (w1_b[:, None] * w2_b[None]).view(rank * rank, shape.in_features)
-        b = (w1_a[:, :, None] * w2_a[:, None]).view(shape.out_features, rank * rank) * (alpha / rank)
-        kept_a, kept_b = reader.keep(a, module), reader.keep(b, module)
+        b = (w1_a[:, :, None] * w2_a[:, None]).view(shape.out_features, rank * rank)
+        scaling = alpha / rank
+        kept_a, kept_b = reader.keep(a, module), reader.keep(b, module, scaling=scaling)
         if kept_a is not None and kept_b is not None:
-            primitives[module] = LowRank(kept_a, kept_b)
+            primitives[module] = LowRank(kept_a, kept_b, scaling=scaling)
     return CompiledAdapter("loha", reader.parameters, low_rank=primitives)

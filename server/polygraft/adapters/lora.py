@@ -90,9 +90,9 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if a is None or b is None or (has_bias and bias is None) or (dora and magnitude is None):
             continue
         bias = None if bias is None else bias.float() * scaling
-        scaled = settings.scaled(module, a, b, scaling, bias)
-        if scaled is not None:
-            primitives[module] = LowRank(*scaled, bias, magnitude)
+        pair = settings.paired(module, a, b, scaling, bias)
+        if pair is not None:
+            primitives[module] = LowRank(*pair, bias, magnitude, scaling=scaling)
     experts, routers = yield from take_parameters(reader, base, parameters or [], settings, rslora=rslora)
     adapted = embedding if embedding in scalings else None
     return CompiledAdapter(

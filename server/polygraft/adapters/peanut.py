@@ -9,7 +9,7 @@ input, so what it makes of W is a LoRA's A, computed once when the base's weight
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers.activations import ACT2FN
@@ -48,7 +48,7 @@ class Network(OfBase):
                 hidden = activate(hidden @ encoder.t())
             for decoder in self.decoders:
                 hidden = activate(hidden @ decoder.t()) + inputs.pop()
-        return LowRank(hidden.t().to(primitive.b.dtype).contiguous(), primitive.b)
+        return replace(primitive, a=hidden.t().to(primitive.b.dtype).contiguous(), of_base=None)
 
 
 def compile_peanut(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
@@ -83,8 +83,10 @@ def compile_peanut(reader: FolderReader, base: BaseSpec) -> Generator[None, None
             continue
         if not reader.has_room(rank, rank * (shape.in_features + shape.out_features)):
             continue
-        b = reader.keep(out * scaling, module)
+        b = reader.keep(out, module, scaling=scaling)
         if b is not None:
             network = Network(into, found[:depth], found[depth:], activation)
-            low_rank[module] = LowRank(torch.zeros(rank, shape.in_features), b, of_base=network)
+            low_rank[module] = LowRank(
+                torch.zeros(rank, shape.in_features), b, of_base=network, scaling=scaling
+            )
     return CompiledAdapter("peanut", reader.parameters, low_rank=low_rank)

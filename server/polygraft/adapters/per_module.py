@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from polygraft.adapters.reader import FolderReader, shown
+from polygraft.adapters.reader import FolderReader, shown, stays_finite
 from polygraft.adapters.targets import matching_key
 
 PREFIX = "base_model.model."
@@ -49,7 +49,7 @@ class ModuleSettings:
         )
         return None
 
-    def scaled(
+    def paired(
         self,
         module: str,
         a: torch.Tensor,
@@ -57,18 +57,17 @@ class ModuleSettings:
         scaling: float,
         bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A, and B with the scaling in it, of one type; None after noting that they aren't finite.
+        """A and B of one type, as they are but for that; None after noting that what they add isn't finite.
 
-        A module's two matrices have one type, whatever the file's have. Scaled in float32, so that a scaling
-        that is no power of two costs one rounding and not two.
+        A module's two matrices have one type, whatever the file's have; the wider one holds both.
 
         Args:
+            scaling: what is multiplied by it afterwards, in float32.
             bias: scaled already.
         """
         dtype = torch.promote_types(a.dtype, b.dtype)
-        b = (b.float() * scaling).to(dtype)
-        if b.isfinite().all() and (bias is None or bias.isfinite().all()):
-            return a.to(dtype).contiguous(), b.contiguous()
+        if stays_finite(b, scaling) and (bias is None or bias.isfinite().all()):
+            return a.to(dtype).contiguous(), b.to(dtype).contiguous()
         self._reader.problems.append(f"scaling {scaling} makes weights of {module} infinite")
         return None
 

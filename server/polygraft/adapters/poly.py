@@ -64,8 +64,8 @@ def compile_poly(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         weights = logits[0].sigmoid().view(splits, skills)
         weights = weights / (weights.sum(1, keepdim=True) + _EPSILON)
         mixed_a = torch.einsum("qs,qsir->rqi", weights, a).flatten(1)
-        mixed_b = torch.einsum("qs,qsro->qor", weights, b).flatten(0, 1) / rank
+        mixed_b = torch.einsum("qs,qsro->qor", weights, b).flatten(0, 1)
         kept_a, kept_b = reader.keep(mixed_a, module), reader.keep(mixed_b, module)
         if kept_a is not None and kept_b is not None:
-            low_rank[module] = LowRank(kept_a, kept_b)
+            low_rank[module] = LowRank(kept_a, kept_b, scaling=1 / rank)
     return CompiledAdapter("poly", reader.parameters, low_rank=low_rank)

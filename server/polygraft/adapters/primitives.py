@@ -11,16 +11,21 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """Adds `(x @ A.T) @ B.T + bias` to a module's output; the scaling is folded into B and bias.
+    """Adds `scaling * (x @ A.T) @ B.T + bias` to a module's output.
+
+    The scaling stays apart, since A and B mostly have the 16 bits of the file they come from: B times a
+    scaling that is no power of two doesn't fit in them. Kinds that compute A or B anyway do so in float32.
+    `FolderReader.keep` rounds what they compute once on a base in bfloat16, and on others not at all.
 
     Args:
         a: [rank, in_features]
         b: [out_features, rank]
-        bias: [out_features] or None
+        bias: float32 [out_features] or None; the scaling is in it.
         magnitude: [out_features], the norm that each row of the base's weight plus B A is brought to, or None
             (DoRA); it becomes a scale when the base's weights are at hand.
         through_base: b is [in_features, rank] and stands for W b, W being the base's weight (HRA); likewise.
         of_base: what completes it when the base's weights are at hand, or None; likewise.
+        scaling: a number that float32 holds.
     """
 
     a: torch.Tensor
@@ -29,11 +34,17 @@ class LowRank:
     magnitude: torch.Tensor | None = None
     through_base: bool = False
     of_base: OfBase | None = None
+    scaling: float = 1.0
 
     @property
     def rank(self) -> int:
         """Columns of B."""
         return self.a.shape[0]
+
+    @property
+    def product(self) -> torch.Tensor:
+        """What the module's weight gains, float32 [out_features, in_features]."""
+        return self.scaling * (self.b.float() @ self.a.float())
 
     @property
     def needs_base(self) -> bool:
@@ -62,16 +73,17 @@ class OfBase(ABC):
 
 @dataclass(frozen=True, slots=True)
 class ExpertLowRank:
-    """Adds `(x @ a[e].T) @ b[e].T` to the product of expert e, before what follows it; the scaling is folded
-    into b.
+    """Adds `scaling * (x @ a[e].T) @ b[e].T` to the product of expert e, before what follows it.
 
     Args:
         a: [experts, rank, in_features]
         b: [experts, out_features, rank]
+        scaling: apart from them, as a `LowRank`'s is.
     """
 
     a: torch.Tensor
     b: torch.Tensor
+    scaling: float = 1.0
 
     @property
     def rank(self) -> int:
@@ -87,11 +99,13 @@ class Scale:
         input: [in_features] or None.
         output: [out_features] or None.
         after_bias: whether the output is scaled with the module's bias in it.
+        of_sum: whether the output is scaled with the product of a `LowRank` in it, but for that one's bias.
     """
 
     input: torch.Tensor | None = None
     output: torch.Tensor | None = None
     after_bias: bool = False
+    of_sum: bool = False
 
 
 class Dense(ABC):
@@ -138,7 +152,8 @@ class Dense(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Kron:
-    """Adds `x @ kron(w1, w2).T` to a module's output, never multiplied out; the scaling is folded into w1.
+    """Adds `x @ kron(w1, w2).T` to a module's output, never multiplied out; the scaling is folded into w1,
+    which is in float32 on every base.
 
     Args:
         w1: float32 [o1, i1]
@@ -198,20 +213,21 @@ class TokenRows:
 class Bottleneck:
     """Adapter tuning (arXiv 1902.00751) where a layer adds a part's output h to the residual stream r.
 
-    With `A(x) = up act(down x + down_bias) + up_bias`, the stream behind the site becomes
+    With `A(x) = scaling * up act(down x + down_bias) + up_bias`, the stream behind the site becomes
     `residual * r + h + A(x)`, or with `norm_after` `residual * r + norm(A(x) + inside) + outside`.
 
     Args:
         down: [width, hidden_size]
-        up: [hidden_size, width], scaling folded in.
+        up: [hidden_size, width]
         activation: one of `layers.activations.ACTIVATIONS`.
         reads: x: "sum" is r + h, "output" h, "residual" r.
         down_bias: [width] or None.
-        up_bias: [hidden_size] or None, scaling folded in.
+        up_bias: [hidden_size] or None; the scaling is in it.
         normalizes: x is brought to mean 0 and variance 1 first, with `LAYER_NORM_EPSILON`; the norm's own
             weight and bias are folded into `down` and `down_bias`.
         residual: how often r is in the stream afterwards: 1, or 0 or 2 in unusual configurations.
         norm_after: what the result goes through, or None.
+        scaling: apart from `up`, as a `LowRank`'s is from B.
     """
 
     down: torch.Tensor
@@ -223,6 +239,7 @@ class Bottleneck:
     normalizes: bool = False
     residual: float = 1.0
     norm_after: NormAfter | None = None
+    scaling: float = 1.0
 
     @property
     def width(self) -> int:

@@ -33,6 +33,12 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 """Looks at no more of a value than it shows: one may be a megabyte, or nested a thousand deep."""
 
 
+def stays_finite(tensor: torch.Tensor, scaling: float) -> bool:
+    """Whether float32 holds a scaling, and what it makes of a tensor that isn't empty."""
+    factor = torch.tensor(scaling, dtype=torch.float32).abs()
+    return bool((factor * max(1.0, float(tensor.abs().max()))).isfinite())
+
+
 def shown(value: object) -> str:
     """A configuration value for an error's text."""
     return printable(_SHORT.repr(value), 203)
@@ -173,16 +179,19 @@ class FolderReader:
             self.problems.append(f"tensor {name} has shape {list(tensor.shape)}, expected [{wanted}]")
         return fits
 
-    def keep(self, tensor: torch.Tensor, what: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    def keep(
+        self, tensor: torch.Tensor, what: str, dtype: torch.dtype | None = None, *, scaling: float = 1.0
+    ) -> torch.Tensor | None:
         """A tensor that was computed in float32 from others, in the type that adapters are kept in.
 
         That is never the file's own, which may be too narrow for it. None after noting that it isn't finite.
 
         Args:
             dtype: another type to keep it in.
+            scaling: what is multiplied by it afterwards, in float32, which must be finite as well.
         """
         kept = tensor.to(dtype or self._dtype or torch.float32).contiguous()
-        if not torch.isfinite(kept).all():
+        if not torch.isfinite(kept).all() or not stays_finite(kept, scaling):
             self.problems.append(f"the arithmetic makes weights of {what} infinite")
             return None
         return kept

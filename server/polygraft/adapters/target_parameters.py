@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-import torch
-
 from polygraft.adapters.per_module import PREFIX, ModuleSettings, scaling_of
 from polygraft.adapters.primitives import ExpertLowRank, LowRank
 from polygraft.adapters.reader import FolderReader, shown
@@ -83,7 +81,7 @@ def take_parameters(
                 widths = shape.weights[weight]
                 pair = _take_pair(reader, settings, name, prefix, shape.experts, widths, rslora=rslora)
                 if pair is not None:
-                    experts[name] = ExpertLowRank(*pair)
+                    experts[name] = pair
         for module, router in base.routers.items():
             name = f"{module}.{WEIGHT}"
             if name in targets:
@@ -91,7 +89,7 @@ def take_parameters(
                 widths = router.in_features, router.out_features
                 pair = _take_pair(reader, settings, name, PREFIX + module, 1, widths, rslora=rslora)
                 if pair is not None:
-                    routers[module] = LowRank(pair[0][0], pair[1][0])
+                    routers[module] = LowRank(pair.a[0], pair.b[0], scaling=pair.scaling)
     except BAD_PATTERN as error:
         settings.note_bad_pattern(error)
     return experts, routers
@@ -106,9 +104,8 @@ def _take_pair(
     widths: tuple[int, int],
     *,
     rslora: bool,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A [experts, rank, inputs] and B [experts, outputs, rank] of one parameter, scaled; None after noting
-    what is wrong. Raises: one of `BAD_PATTERN`.
+) -> ExpertLowRank | None:
+    """What one parameter has; None after noting what is wrong. Raises: one of `BAD_PATTERN`.
 
     Args:
         name: the parameter's.
@@ -126,4 +123,6 @@ def _take_pair(
         return None
     a = a.reshape(experts, rank, inputs)
     b = b.reshape(outputs, rank, experts).permute(2, 0, 1)
-    return settings.scaled(name, a, b, scaling_of(rank, alpha, rslora=rslora))
+    scaling = scaling_of(rank, alpha, rslora=rslora)
+    pair = settings.paired(name, a, b, scaling)
+    return None if pair is None else ExpertLowRank(*pair, scaling)

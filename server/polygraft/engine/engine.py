@@ -106,10 +106,15 @@ class Engine:
             requantize=requantized,
             dtype=base.quantization if requantized else str(base.dtype).removeprefix("torch."),
         )
-        self.combinations = LinearCombinations(
-            bank, self.background, budget=config.combined_bytes, most=config.max_adapters
-        )
         canaries = Canaries(self.scheduler, self.copies)
+        limits = adapter_limits(config, base.dtype)
+        self.combinations = LinearCombinations(
+            bank,
+            self.background,
+            budget=config.combined_bytes,
+            most=config.max_adapters,
+            dtype=limits.dtype or torch.float32,
+        )
         self.adapters = AdapterManager(
             base.spec,
             AdapterStore(config.adapters, config.max_adapter_bytes),
@@ -120,7 +125,7 @@ class Engine:
             canaries,
             self.copies,
             self.prompts,
-            adapter_limits(config, base.dtype),
+            limits,
             base.context_length,
             self._forget,
         )

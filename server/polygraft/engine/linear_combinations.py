@@ -12,6 +12,8 @@ import logging
 import time
 from collections.abc import Generator, Hashable, Mapping
 
+import torch
+
 from polygraft.adapters.linear_combination import combine, combined_bytes
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Runs, Stack
@@ -70,10 +72,20 @@ class LinearCombinations:
     Args:
         budget: bytes that all of them together may take.
         most: how many there may be, however small they are.
+        dtype: what their sums are kept in: those of numbers of 16 bits don't fit in 16 bits.
     """
 
-    def __init__(self, bank: AdapterBank, background: BackgroundWork, *, budget: int, most: int) -> None:
+    def __init__(
+        self,
+        bank: AdapterBank,
+        background: BackgroundWork,
+        *,
+        budget: int,
+        most: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.budget = budget
+        self._dtype = dtype
         self._most = most
         self._bank = bank
         self._background = background
@@ -86,7 +98,7 @@ class LinearCombinations:
 
     def check(self, stack: Stack) -> None:
         """Raise AdapterUnavailable unless there can be one, now or when others give way."""
-        size = combined_bytes(stack.members)
+        size = combined_bytes(stack.members, self._dtype)
         if size > self.budget:
             raise AdapterUnavailable(
                 stack.adapters[0].name,
@@ -97,7 +109,7 @@ class LinearCombinations:
         """A stack's combination with one more user; its making starts if it isn't there."""
         found = self._all.pop(stack.key, None)
         if found is None:
-            found = LinearCombination(stack, combined_bytes(stack.members))
+            found = LinearCombination(stack, combined_bytes(stack.members, self._dtype))
             self._background.add(self._make(found))
         self._all[stack.key] = found
         found.users += 1
@@ -130,6 +142,7 @@ class LinearCombinations:
             making = combine(
                 new.stack.members,
                 lambda adapter, module: self._bank.low_rank(adapter.slot, adapter.compiled, module),
+                self._dtype,
             )
             while True:
                 try:

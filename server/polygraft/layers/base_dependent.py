@@ -1,8 +1,8 @@
 """What depends on the base's weights in an adapter, resolved against them once, when it is loaded.
 
 DoRA (arXiv 2402.09353) brings each row of W + B A to a norm that it has learnt; PEFT computes
-`m / ||W + B A|| * (W x + B A x) + bias` (peft/tuners/lora/dora.py, DoraLinearLayer.forward). The factor
-doesn't depend on x, so it is a scale of the base's product, and is folded into B.
+`m / ||W + B A|| * (W x + B A x) + bias` (peft/tuners/lora/dora.py, DoraLinearLayer.forward), B A with its
+scaling. The factor doesn't depend on x, so it is a scale of the sum.
 
 HRA (arXiv 2405.17484) turns W into W - (W P) U^T (adapters/hra.py), so its B is a product with W. What other
 kinds make of W is in their own files, as `OfBase`.
@@ -45,13 +45,12 @@ def resolve_against_base(
             low_rank[name] = primitive.of_base.completed(primitive, weight.to(device), site.slots.base_bias)
         if primitive.through_base:
             b = (weight @ primitive.b.to(weight)).to(device, primitive.a.dtype)
-            low_rank[name] = LowRank(primitive.a, b, primitive.bias)
+            low_rank[name] = replace(primitive, b=b, through_base=False)
         if primitive.magnitude is not None:
-            weight = weight + (primitive.b.float() @ primitive.a.float()).to(weight.device)
+            weight = weight + primitive.product.to(weight.device)
             factor = primitive.magnitude.float().to(weight.device) / torch.linalg.norm(weight, dim=1)
-            b = (primitive.b.float() * factor[:, None].to(device)).to(primitive.b.dtype)
-            low_rank[name] = LowRank(primitive.a, b, primitive.bias)
-            scales[name] = Scale(output=factor)
+            low_rank[name] = replace(primitive, magnitude=None)
+            scales[name] = Scale(output=factor, of_sum=True)
     dense = dict(compiled.dense)
     for name, change in compiled.dense.items():
         if change.needs_base:

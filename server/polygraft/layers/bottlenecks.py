@@ -19,6 +19,7 @@ from torch import nn
 from polygraft.adapters.copies import shapes_of
 from polygraft.adapters.primitives import LAYER_NORM_EPSILON, Bottleneck
 from polygraft.layers.activations import ACTIVATIONS
+from polygraft.layers.low_rank import scaling_bits
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import SiteStruct
 from polygraft.layers.step import Segments, StepContext
@@ -93,6 +94,7 @@ class BottleneckSite:
                 *addresses[4:],
                 after is not None and after.skip == "sum",
                 after is not None and after.inside,
+                scaling_bits(primitive.scaling),
             ]
         )
         self._weights[slot] = _Weights(shapes_of(primitive), entry, down, up, down_bias, up_bias, norm)
@@ -135,7 +137,7 @@ def _one_adapter(weights: _Weights, r: torch.Tensor, h: torch.Tensor, minus: int
         x = nn.functional.layer_norm(x, (hidden,), eps=LAYER_NORM_EPSILON)
     x = nn.functional.linear(x, weights.down.float(), weights.down_bias)
     up = weights.up.float().transpose(0, 1).flatten(1)[:, :hidden]
-    out = ACTIVATIONS[primitive.activation](x) @ up
+    out = (primitive.scaling * ACTIVATIONS[primitive.activation](x)) @ up
     if weights.up_bias is not None:
         out = out + weights.up_bias[:hidden]
     stream = (primitive.residual - minus) * r

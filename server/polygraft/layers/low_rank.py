@@ -1,15 +1,16 @@
 """Side paths of modules: any number of adapters and ranks in one step.
 
 A step's rows lie grouped by adapter, so an adapter's rows are one segment `[first, last)` and the work is
-`out[segment] += weight * (x[segment] @ A.T) @ B.T` for each. Weights are never copied or padded: a module's
-table holds the address and rank of each slot's weights, so the cost grows with the rows and ranks in the step
-(Punica's segments, arXiv 2310.18547; S-LoRA's unpadded ranks, arXiv 2311.03285). Rows of several adapters are
-in several segments.
+`out[segment] += weight * scaling * (x[segment] @ A.T) @ B.T` for each. Weights are never copied or padded: a
+module's table holds the address and rank of each slot's weights, so the cost grows with the rows and ranks in
+the step (Punica's segments, arXiv 2310.18547; S-LoRA's unpadded ranks, arXiv 2311.03285). Rows of several
+adapters are in several segments.
 """
 
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,17 @@ from polygraft.layers.step import Segment, Segments, StepContext
 if TYPE_CHECKING:
     from polygraft.layers.triton_side_path import TritonSidePath
 
-ENTRY = 15  # int64 fields of side_path.h's `Entry`
+ENTRY = 16  # int64 fields of side_path.h's `Entry`
+SCALING = 15  # the last of them
+A_IN_PANELS, SCALES_SUM = 1, 2  # its flags
 # Codes in the table; the C++ operator knows the first two, Triton's all three.
 WEIGHT_DTYPES = {**DTYPES, torch.float16: 2}
+
+
+def scaling_bits(scaling: float) -> int:
+    """A scaling as the table holds it: the bits of a float64."""
+    bits: int = struct.unpack("q", struct.pack("d", scaling))[0]
+    return bits
 
 
 class LowRankSlots:
@@ -123,6 +132,8 @@ class LowRankSlots:
             None if kron is None else self._kept(kron.w1),
             None if kron is None else self._kept(kron.w2.t()),
             None if rotation is None else self._kept(rotation.blocks),
+            1.0 if primitive is None else primitive.scaling,
+            scale is not None and scale.of_sum,
         )
 
     def _packed_a(self, a: torch.Tensor) -> torch.Tensor:
@@ -155,15 +166,16 @@ class LowRankSlots:
     def install(self, slot: int, packed: PackedAdapter) -> None:
         """Put an adapter's weights into a slot; contiguous, and not to be moved."""
         self._weights[slot] = packed
-        addresses = [0 if part is None else part.data_ptr() for part in packed]
+        addresses = [0 if part is None else part.data_ptr() for part in packed.tensors]
         dtype = 0 if packed.a is None else WEIGHT_DTYPES.get(packed.a.dtype, -1)
         i2, o2 = (0, 0) if packed.w2 is None else packed.w2.shape
         blocks, size, _ = (0, 0, 0) if packed.rotation is None else packed.rotation.shape
         step = size * size if blocks > 1 else 0
+        flags = packed.a_in_panels * A_IN_PANELS | packed.scales_sum * SCALES_SUM
         self._table[slot] = torch.tensor(
             [
                 *addresses[:3], packed.rank, dtype, *addresses[3:7], o2, i2, addresses[7], size, step,
-                packed.a_in_panels,
+                flags, scaling_bits(packed.scaling),
             ]
         )  # fmt: skip
 
@@ -219,13 +231,6 @@ class LowRankSlots:
                 x[..., first:last, :] = packed.transformed(x[..., first:last, :].float()).to(x.dtype)
         return x
 
-    def scale_outputs(self, out: torch.Tensor, segments: Sequence[Segment]) -> None:
-        """Multiply rows of out [rows, out_features] by their adapters' scales."""
-        for first, last, slot, _, _ in segments:
-            packed = self._weights.get(slot)
-            if packed is not None and packed.out_scale is not None:
-                out[first:last] = packed.scaled(out[first:last].float()).to(out.dtype)
-
     def add_krons(self, x: torch.Tensor, out: torch.Tensor, segments: Sequence[Segment]) -> None:
         """Add Kronecker products to out [rows, out_features], for the operators that leave them to torch."""
         for first, last, slot, weight, _ in segments:
@@ -238,10 +243,8 @@ class LowRankSlots:
         """The operator in torch: scales out [rows, out_features], and adds the side paths of x [rows, in]."""
         for first, last, slot, weight, _ in segments.host:
             packed = self._weights.get(slot)
-            if packed is None:
-                continue
-            added = packed.added(x[first:last].float(), out.shape[-1])
-            out[first:last] = (packed.scaled(out[first:last].float()) + weight * added).to(out.dtype)
+            if packed is not None:
+                out[first:last] = packed.applied(x[first:last].float(), out[first:last], weight).to(out.dtype)
 
 
 class AdaptedLinear(nn.Module):
@@ -296,11 +299,10 @@ class AdaptedLinear(nn.Module):
         if self._triton is not None and x.dtype in WEIGHT_DTYPES and out.dtype == x.dtype:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             for tiles, host in segments.depths:
-                self.slots.scale_outputs(out.view(-1, out.shape[-1]), host)
-                self.slots.add_krons(rows, out.view(-1, out.shape[-1]), host)
                 self._triton.add(
                     rows, out.view(-1, out.shape[-1]), self.slots.table, tiles, segments.max_rank
                 )
+                self.slots.add_krons(rows, out.view(-1, out.shape[-1]), host)
             return out
         dtype = DTYPES.get(x.dtype)
         if self._kernels is None or dtype is None or x.device.type != "cpu" or out.dtype != x.dtype:

@@ -13,7 +13,7 @@ from polygraft.layers.panels import unpack
 
 
 class PackedAdapter(NamedTuple):
-    """What an adapter has for one module; absent parts are None.
+    """What an adapter has for one module; absent tensors are None.
 
     Args:
         a: [rank, in_features], or in panels as `panels.pack` makes them.
@@ -25,6 +25,8 @@ class PackedAdapter(NamedTuple):
         w2: float32 [i2, o2], transposed.
         rotation: float32 [blocks, size, size] or, the same for all, [1, size, size]; the base's product is of
             the input times these on a diagonal.
+        scaling: of B A, without the bias.
+        scales_sum: whether `out_scale` multiplies B A as well.
     """
 
     a: torch.Tensor | None = None
@@ -35,6 +37,15 @@ class PackedAdapter(NamedTuple):
     w1: torch.Tensor | None = None
     w2: torch.Tensor | None = None
     rotation: torch.Tensor | None = None
+    scaling: float = 1.0
+    scales_sum: bool = False
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Its tensors in their order."""
+        return (
+            self.a, self.b, self.bias, self.in_scale, self.out_scale, self.w1, self.w2, self.rotation,
+        )  # fmt: skip
 
     @property
     def rank(self) -> int:
@@ -76,16 +87,23 @@ class PackedAdapter(NamedTuple):
             x = _times_blocks(x, self.rotation)
         return x
 
-    def scaled(self, out: torch.Tensor) -> torch.Tensor:
-        """Outputs [rows, out_features] times their scale."""
-        return out if self.out_scale is None else out * self.out_scale[: out.shape[-1]]
+    def applied(self, x: torch.Tensor, out: torch.Tensor, weight: float) -> torch.Tensor:
+        """Outputs [rows, out_features] with all of it in, float32, for x float32 [rows, in_features].
 
-    def added(self, x: torch.Tensor, width: int) -> torch.Tensor:
-        """What it adds to outputs, float32 [rows, width], for x float32 [rows, in_features]."""
-        added = self.kron_product(x, width)
+        Args:
+            weight: of what it adds.
+        """
+        width, out = out.shape[-1], out.float()
+        scale = None if self.out_scale is None else self.out_scale[:width]
+        if scale is not None and not self.scales_sum:
+            out = out * scale
         if self.a is not None and self.b is not None:
-            added = added + (x @ self.rows_of_a.float().t()) @ self._columns_of_b(width)
-        return added if self.bias is None else added + self.bias[:width]
+            h = weight * self.scaling * (x @ self.rows_of_a.float().t())
+            out = out + h @ self._columns_of_b(width)
+        if scale is not None and self.scales_sum:
+            out = out * scale
+        out = out + weight * self.kron_product(x, width)
+        return out if self.bias is None else out + weight * self.bias[:width]
 
     def kron_product(self, x: torch.Tensor, width: int) -> torch.Tensor:
         """The Kronecker product times x, float32 [rows, width], for x float32 [rows, in_features]."""
@@ -100,10 +118,13 @@ class PackedAdapter(NamedTuple):
             merged = _times_blocks(merged, self.rotation.transpose(1, 2))
         if self.in_scale is not None:
             merged = merged * self.in_scale
-        if self.out_scale is not None:
-            merged = merged * self.out_scale[: len(weight), None]
+        scale = None if self.out_scale is None else self.out_scale[: len(weight), None]
+        if scale is not None and not self.scales_sum:
+            merged = merged * scale
         if self.a is not None and self.b is not None:
-            merged = merged + self._columns_of_b(len(weight)).t() @ self.rows_of_a.float()
+            merged = merged + self.low_rank(len(weight)).product
+        if scale is not None and self.scales_sum:
+            merged = merged * scale
         if self.w1 is not None and self.w2 is not None:
             product = self.w1[:, None, :, None] * self.w2.t()[None, :, None, :]
             merged = merged + product.reshape(merged.shape)
@@ -111,7 +132,7 @@ class PackedAdapter(NamedTuple):
 
     def low_rank(self, width: int) -> LowRank:
         """A as it is kept and B [width, rank], in float32."""
-        return LowRank(self.rows_of_a, self._columns_of_b(width).t())
+        return LowRank(self.rows_of_a, self._columns_of_b(width).t(), scaling=self.scaling)
 
     def _columns_of_b(self, width: int) -> torch.Tensor:
         """float32 [rank, width]"""
@@ -131,8 +152,22 @@ def together(adapter: Sequence[PackedAdapter]) -> list[PackedAdapter]:
     An adapter has hundreds of small tensors, which would come to lie between those of loads that are over:
     the heap would keep the holes.
     """
-    tensors = [tensor for packed in adapter for tensor in packed if tensor is not None]
+    tensors = [tensor for packed in adapter for tensor in packed.tensors if tensor is not None]
     arena = Arena(tensors, tensors[0].device if tensors else None)
+
+    def copy(part: torch.Tensor | None) -> torch.Tensor | None:
+        return None if part is None else arena.copy(part)
+
     return [
-        PackedAdapter(*(None if part is None else arena.copy(part) for part in packed)) for packed in adapter
+        packed._replace(
+            a=copy(packed.a),
+            b=copy(packed.b),
+            bias=copy(packed.bias),
+            in_scale=copy(packed.in_scale),
+            out_scale=copy(packed.out_scale),
+            w1=copy(packed.w1),
+            w2=copy(packed.w2),
+            rotation=copy(packed.rotation),
+        )
+        for packed in adapter
     ]

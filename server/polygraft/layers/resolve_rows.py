@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.primitives import LowRank, TokenRows
+from polygraft.adapters.primitives import TokenRows
 from polygraft.errors import AdapterInvalid
 from polygraft.layers.adapter_bank import AdapterBank
 
@@ -49,11 +49,11 @@ def resolve_token_rows(
             _check_head(name, head, compiled)
         if is_head and own_rows and head in low_rank:
             one = low_rank[head]
-            rows = (rows.float() + one.b[ids].float() @ one.a.float()).to(rows.dtype)
+            rows = (rows.float() + replace(one, b=one.b[ids]).product).to(rows.dtype)
             low_rank[head] = replace(one, b=_fitted(one.b, len(weight)))
         elif not is_head and embedding is not None:
-            rows = (rows.float() + (embedding.b.float() @ embedding.a[:, ids].float()).t()).to(rows.dtype)
-            embedding = LowRank(_fitted(embedding.a.t(), len(weight)).t(), embedding.b)
+            rows = (rows.float() + replace(embedding, a=embedding.a[:, ids]).product.t()).to(rows.dtype)
+            embedding = replace(embedding, a=_fitted(embedding.a.t(), len(weight)).t())
         found.append(TokenRows((module,), rows, ids))
     rows_of_all = tuple(_together(found, compiled.vocabulary or len(own)))
     return replace(compiled, low_rank=low_rank, embedding=embedding, token_rows=rows_of_all)

@@ -7,6 +7,7 @@ adapter in the weight: a matrix of experts times hidden_size, made anew in each 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ class AdaptedRouter(nn.Module):
         self.base_layer = base_layer
         self.index = index
         self._step = step
-        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._own: dict[int, LowRank] = {}
 
     def install(self, slot: int, primitive: LowRank) -> None:
         """Put an adapter's weights into a slot."""
         device = getattr(self.base_layer, _WEIGHT).device
-        self._own[slot] = primitive.a.to(device, copy=True), primitive.b.to(device, copy=True)
+        a, b = primitive.a.to(device, copy=True), primitive.b.to(device, copy=True)
+        self._own[slot] = replace(primitive, a=a, b=b)
 
     def remove(self, slot: int) -> None:
         """Empty a slot; no step that uses it may be running."""
@@ -56,8 +58,7 @@ class AdaptedRouter(nn.Module):
         weight: torch.Tensor = getattr(self.base_layer, _WEIGHT).detach()
         merged = weight.float()
         for slot, factor in stack.items():
-            a, b = self._own[slot]
-            merged = merged + factor * (b.float() @ a.float())
+            merged = merged + factor * self._own[slot].product
         return merged.to(weight.dtype)
 
     def forward(self, x: torch.Tensor) -> Any:

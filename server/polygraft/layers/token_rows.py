@@ -5,6 +5,7 @@ A step's other rows pay nothing, and steps without such an adapter one test of a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class AdaptedEmbedding(nn.Module):
         scale = getattr(base_layer, "embed_scale", None)
         self._scale = None if scale is None else torch.as_tensor(scale, device=base_layer.weight.device)
         self._own: dict[int, OwnRows] = {}
-        self._low_rank: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._low_rank: dict[int, LowRank] = {}
 
     def is_understood(self) -> bool:
         """Whether the embedding gives rows of its table, times its scale if it has one, and nothing else."""
@@ -103,13 +104,13 @@ class AdaptedEmbedding(nn.Module):
             self._own[slot] = own
         if low_rank is not None:
             device = self.base_layer.weight.device
-            a, b = low_rank.a.t().to(device).clone(), low_rank.b.t().to(device).clone()
-            self._low_rank[slot] = (a, b)
+            # Each token's in one run.
+            a, b = low_rank.a.t().to(device).clone().t(), low_rank.b.t().to(device).clone().t()
+            self._low_rank[slot] = replace(low_rank, a=a, b=b)
 
     def low_rank(self, slot: int) -> LowRank:
         """An adapter's weights, not copied."""
-        a, b = self._low_rank[slot]
-        return LowRank(a.t(), b.t())
+        return self._low_rank[slot]
 
     def remove(self, slot: int) -> None:
         """Empty a slot; no step that uses it may be running."""
@@ -128,9 +129,8 @@ class AdaptedEmbedding(nn.Module):
             mine = out[first:last]
             low_rank = self._low_rank.get(slot)
             if low_rank is not None:
-                a, b = low_rank
-                added = self._scaled(a[known[first:last]].float() @ b.float())
-                mine.copy_(mine.float() + weight * added)
+                h = low_rank.a.t()[known[first:last]].float() * (weight * low_rank.scaling)
+                mine.copy_(mine.float() + self._scaled(h @ low_rank.b.t().float()))
             own = self._own.get(slot)
             if own is not None:
                 there, at = own.find(flat[first:last])

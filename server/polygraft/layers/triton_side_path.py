@@ -4,13 +4,13 @@ IT HAS NOT RUN ON A GPU. tests/layers/test_triton_side_path.py runs the kernels 
 which checks what they compute, and compiles them for sm_80 and sm_90, which checks that they can be; nothing
 is known of their speed, and no tile has been tuned.
 
-Shrink computes `h = weight x A^T`, expand adds `h B^T + weight bias` to the outputs, for rows in segments
-that use one adapter each; segments that share rows are in separate calls, one after the other. A program has
-one tile of rows of one segment and finds its adapter's weights by the address and rank in the module's table,
-the same that the C++ operator reads (native/side_path.h's `Entry`): no weights are gathered, nothing is
-padded to the largest rank, and rows of no adapter are in no tile. Segments and the two products are Punica's
-SGMV (arXiv 2310.18547), ranks that differ within a step are S-LoRA's MBGMM (arXiv 2311.03285), weights by
-their addresses in a tensor are vLLM's (vllm/lora/ops/triton_ops).
+Shrink computes `h = weight scaling x A^T`, expand scales the outputs and adds `h B^T + weight bias` to them,
+for rows in segments that use one adapter each; segments that share rows are in separate calls, one after the
+other. A program has one tile of rows of one segment and finds its adapter's weights by the address and rank
+in the module's table, the same that the C++ operator reads (native/side_path.h's `Entry`): no weights are
+gathered, nothing is padded to the largest rank, and rows of no adapter are in no tile. Segments and the two
+products are Punica's SGMV (arXiv 2310.18547), ranks that differ within a step are S-LoRA's MBGMM (arXiv
+2311.03285), weights by their addresses in a tensor are vLLM's (vllm/lora/ops/triton_ops).
 
 Import this module only where the kernels are to run; `low_rank_bank.choose_operators` does.
 """
@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from polygraft.layers import step
+from polygraft.layers import low_rank, step
 from polygraft.layers.low_rank import ENTRY
 
 # One height for prefill and decode, so that a row's sums run in one order whatever its neighbours are.
@@ -37,6 +37,7 @@ TILE_RANK = 16  # the least that `tl.dot` sums over, as expand does
 TILE_IN = 64  # with 128, float32's registers spill on sm_80 and sm_90 (ptxas -v, Triton 3.7.1)
 TILE_OUT = 128
 SEGMENT = tl.constexpr(step.SEGMENT)
+SCALES_SUM = tl.constexpr(low_rank.SCALES_SUM)
 
 
 @triton.jit
@@ -81,8 +82,10 @@ def shrink(
     h, x, tiles, table, in_features, max_rank,
     ENTRY: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
-    """h float32 [rows, max_rank] = weight x [rows, in_features] A^T; a program for each (tile of rows, of
-    ranks)."""
+    """h float32 [rows, max_rank] = weight scaling x [rows, in_features] A^T.
+
+    A program for each (tile of rows, of ranks).
+    """
     tile = tiles + tl.program_id(0) * SEGMENT
     entry = table + tl.load(tile + 2) * ENTRY
     rank = tl.load(entry + 3)
@@ -103,7 +106,8 @@ def shrink(
         sums = _shrink_tile(x, h_mask, a, tl.bfloat16, ranks, a_mask, in_features, ROWS, RANK, IN)
     else:
         sums = _shrink_tile(x, h_mask, a, tl.float16, ranks, a_mask, in_features, ROWS, RANK, IN)
-    sums *= tl.load(tile + 3).to(tl.float32, bitcast=True)
+    scaling = tl.load(entry + 15).to(tl.float64, bitcast=True).to(tl.float32)
+    sums *= tl.load(tile + 3).to(tl.float32, bitcast=True) * scaling
     tl.store(h + rows * max_rank + tl.load(tile + 4) + ranks, sums, mask=h_mask & a_mask)
 
 
@@ -112,13 +116,16 @@ def expand(
     out, h, tiles, table, width, max_rank,
     ENTRY: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, width] += h [rows, max_rank] B^T + weight bias; a program for each (tile of rows, of
-    columns)."""
+    """out [rows, width], scaled, += h [rows, max_rank] B^T + weight bias.
+
+    A program for each (tile of rows, of columns).
+    """
     tile = tiles + tl.program_id(0) * SEGMENT
     entry = table + tl.load(tile + 2) * ENTRY
     bias = tl.load(entry + 2)
     rank = tl.load(entry + 3).to(tl.int32)
-    if (rank == 0) & (bias == 0):
+    scale = tl.load(entry + 6)
+    if (rank == 0) & (bias == 0) & (scale == 0):
         return
     b = tl.load(entry + 1)
     dtype = tl.load(entry + 4)
@@ -134,12 +141,18 @@ def expand(
         sums = _expand_tile(h, h_mask, b, tl.bfloat16, columns, b_mask, rank, width, ROWS, RANK, OUT)
     else:
         sums = _expand_tile(h, h_mask, b, tl.float16, columns, b_mask, rank, width, ROWS, RANK, OUT)
+    to = out + rows * width + columns
+    mask = h_mask & b_mask
+    before = tl.load(to, mask=mask, other=0.0).to(tl.float32)
+    if scale != 0:
+        factors = tl.load(scale.to(tl.pointer_type(tl.float32)) + columns, mask=b_mask, other=0.0)
+        before *= factors
+        if tl.load(entry + 14) & SCALES_SUM != 0:
+            sums *= factors
+    sums += before
     if bias != 0:
         weight = tl.load(tile + 3).to(tl.float32, bitcast=True)
         sums += weight * tl.load(bias.to(tl.pointer_type(tl.float32)) + columns, mask=b_mask, other=0.0)
-    to = out + rows * width + columns
-    mask = h_mask & b_mask
-    sums += tl.load(to, mask=mask, other=0.0).to(tl.float32)
     tl.store(to, sums.to(out.dtype.element_ty), mask=mask)
 
 
@@ -161,7 +174,7 @@ class TritonSidePath:
 
         Args:
             x, out: float32, bfloat16 or float16, contiguous.
-            table: the module's, int64 [slots, 5]; B is [rank, out_features] there.
+            table: the module's, int64 [slots, ENTRY]; B is [rank, out_features] there.
             tiles: int32 [n, 5], as `tiles` cuts them; none shares rows with another.
             max_rank: the largest offset and rank together among them.
         """

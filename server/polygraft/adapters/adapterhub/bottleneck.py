@@ -169,10 +169,12 @@ class _Adapter:
     def compile(self) -> Bottleneck | None:
         """Its primitive; None after noting a problem."""
         settings, hidden = self.settings, self.source.base.hidden_size
-        at = int(settings.norm_before)
+        at, by_channel = int(settings.norm_before), settings.scaling == "channel"
         norm = self._norm("adapter_norm_before", "adapter_down.0") if settings.norm_before else None
-        down = self._linear(f"adapter_down.{at}", "down", hidden, self.width)
-        up = self._linear("adapter_up", "up", self.width, hidden)
+        # What a vector or a PReLU's slope multiplies is computed in float32 and rounded at most once.
+        computes_up = by_channel or settings.activation == PRELU
+        down = self._linear(f"adapter_down.{at}", "down", hidden, self.width, wide=settings.norm_before)
+        up = self._linear("adapter_up", "up", self.width, hidden, wide=computes_up)
         slope = None
         if settings.activation == PRELU:
             slope = take_slope(
@@ -188,32 +190,47 @@ class _Adapter:
         if down is None or up is None or scaling is None or not is_whole:
             return None
         if norm is not None:
-            down = self._fold_norm(*down, *norm)
-        up = self._scaled(*up, scaling)
-        if down is None or up is None:
+            down = _fold_norm(*down, *norm)
+        if not self._is_finite(*up, scaling):
             return None
         assert settings.activation is not None
         primitive = Bottleneck(
             down[0],
-            up[0],
+            up[0] * scaling[:, None] if by_channel else up[0],
             settings.activation,
             settings.reads,
             down[1],
-            up[1],
+            None if up[1] is None else up[1] * scaling,
             normalizes=norm is not None,
             residual=settings.residual,
             norm_after=after and NormAfter(*after, settings.skip, settings.skips_inside),
+            scaling=1.0 if by_channel else float(scaling),
         )
-        return _in_one_type(primitive if slope is None else _without_prelu(primitive, slope))
+        if slope is not None:
+            primitive = _without_prelu(primitive, slope)
+        reader = self.source.reader
+        kept_down = reader.keep(primitive.down, self.module) if settings.norm_before else primitive.down
+        kept_up = reader.keep(primitive.up, self.module) if computes_up else primitive.up
+        if kept_down is None or kept_up is None:
+            return None
+        # A bottleneck's two matrices have one type, whatever the file's have.
+        dtype = torch.promote_types(kept_down.dtype, kept_up.dtype)
+        return dataclasses.replace(
+            primitive, down=kept_down.to(dtype).contiguous(), up=kept_up.to(dtype).contiguous()
+        )
 
     def _linear(
-        self, module: str, position: str, inputs: int, outputs: int
+        self, module: str, position: str, inputs: int, outputs: int, *, wide: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Weight [outputs, inputs] and bias [outputs] of a projection."""
+        """Weight [outputs, inputs] and bias [outputs] of a projection.
+
+        Args:
+            wide: the weight in float32, to compute another from it.
+        """
         if self.settings.phm is not None:
-            return self.settings.phm.linear(f"{self.module}.{module}", position, inputs, outputs)
+            return self.settings.phm.linear(f"{self.module}.{module}", position, inputs, outputs, wide=wide)
         reader = self.source.reader
-        weight = reader.take(f"{self.module}.{module}.weight", (outputs, inputs))
+        weight = reader.take(f"{self.module}.{module}.weight", (outputs, inputs), wide=wide)
         bias = reader.take(f"{self.module}.{module}.bias", (outputs,), wide=True)
         return None if weight is None or bias is None else (weight, bias)
 
@@ -241,39 +258,23 @@ class _Adapter:
             return self.source.reader.take(name, (self.source.base.hidden_size,), wide=True)
         return None if scaling is None else torch.tensor(scaling, dtype=torch.float32)
 
-    def _fold_norm(
-        self,
-        down: torch.Tensor,
-        down_bias: torch.Tensor | None,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """`D (g x + b) + d` is `(D g) x + (D b + d)`."""
-        folded = self.source.reader.keep(down.float() * norm_weight, self.module)
-        bias = down.float() @ norm_bias
-        if down_bias is not None:
-            bias += down_bias
-        return None if folded is None else (folded, bias)
-
-    def _scaled(
-        self, up: torch.Tensor, up_bias: torch.Tensor | None, scaling: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        scaled = (up.float() * (scaling[:, None] if scaling.dim() else scaling)).to(up.dtype)
-        bias = None if up_bias is None else up_bias * scaling
-        if scaled.isfinite().all() and (bias is None or bias.isfinite().all()):
-            return scaled, bias
+    def _is_finite(self, up: torch.Tensor, up_bias: torch.Tensor | None, scaling: torch.Tensor) -> bool:
+        """Whether the scaling leaves a projection's weight and bias finite; notes where not."""
+        largest = scaling.abs().max() * max(1.0, float(up.abs().max()))
+        if largest.isfinite() and (up_bias is None or (up_bias * scaling).isfinite().all()):
+            return True
         self.source.reader.problems.append(f"the scaling makes weights of {self.module} infinite")
-        return None
+        return False
+
+
+def _fold_norm(
+    down: torch.Tensor, down_bias: torch.Tensor | None, norm_weight: torch.Tensor, norm_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`D (g x + b) + d` is `(D g) x + (D b + d)`; all float32."""
+    bias = down @ norm_bias
+    return down * norm_weight, bias if down_bias is None else bias + down_bias
 
 
 def _without_prelu(primitive: Bottleneck, slope: float) -> Bottleneck:
     down, down_bias, up = without_prelu(primitive.down, primitive.down_bias, primitive.up, slope)
     return dataclasses.replace(primitive, down=down, down_bias=down_bias, up=up, activation="relu")
-
-
-def _in_one_type(primitive: Bottleneck) -> Bottleneck:
-    """A bottleneck's two matrices have one type, whatever the file's have."""
-    dtype = torch.promote_types(primitive.down.dtype, primitive.up.dtype)
-    return dataclasses.replace(
-        primitive, down=primitive.down.to(dtype).contiguous(), up=primitive.up.to(dtype).contiguous()
-    )

@@ -65,8 +65,9 @@ def take_coupling(source: Source, options: Options, activation: str | None) -> C
 def _function(source: Source, letter: str, width: int, activation: str) -> CouplingLayers | None:
     half = source.base.hidden_size // 2
     module = source.layers.shared(f"invertible_adapters.{source.name}.{letter}")
-    take = source.reader.take
-    down, up = take(f"{module}.0.weight", (width, half)), take(f"{module}.2.weight", (half, width))
+    take, computes_up = source.reader.take, activation == PRELU
+    down = take(f"{module}.0.weight", (width, half))
+    up = take(f"{module}.2.weight", (half, width), wide=computes_up)
     down_bias = take(f"{module}.0.bias", (width,), wide=True)
     up_bias = take(f"{module}.2.bias", (half,), wide=True)
     slope = take_slope(source, f"{module}.1") if activation == PRELU else 0.0
@@ -76,5 +77,8 @@ def _function(source: Source, letter: str, width: int, activation: str) -> Coupl
         down, both, up = without_prelu(down, down_bias, up, slope)
         assert both is not None
         down_bias = both
+        up = source.reader.keep(up, module)
+        if up is None:
+            return None
     dtype = torch.promote_types(down.dtype, up.dtype)
     return CouplingLayers(down.to(dtype).contiguous(), down_bias, up.to(dtype).contiguous(), up_bias)

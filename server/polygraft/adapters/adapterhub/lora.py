@@ -230,10 +230,15 @@ class _Modules:
         if a is None or b is None or (self._settings.dora and magnitude is None):
             return None
         kept_a = reader.keep(a, module)
-        kept_b = reader.keep(b * self._settings.scaling, module)
+        kept_b = reader.keep(b, module, scaling=self._settings.scaling)
         if kept_a is None or kept_b is None:
             return None
-        return LowRank(kept_a, kept_b, magnitude=None if magnitude is None else magnitude.flatten())
+        return LowRank(
+            kept_a,
+            kept_b,
+            magnitude=None if magnitude is None else magnitude.flatten(),
+            scaling=self._settings.scaling,
+        )
 
     def _fused_size(self, module: str) -> int | None:
         """Outputs of each of the three that a module is fused from; None after noting a problem."""

@@ -65,10 +65,13 @@ def take_slope(source: Source, *modules: str) -> float | None:
 def without_prelu(
     down: torch.Tensor, down_bias: torch.Tensor | None, up: torch.Tensor, slope: float
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The same function with relu for a PReLU: down [2 width, in], its bias, up [out, 2 width]."""
-    negative_up = (-slope * up.float()).to(up.dtype)
+    """The same function with relu for a PReLU: down [2 width, in], its bias, up [out, 2 width].
+
+    Args:
+        up: float32 [out, width].
+    """
     return (
         torch.cat([down, -down]),
         None if down_bias is None else torch.cat([down_bias, -down_bias]),
-        torch.cat([up, negative_up], dim=1),
+        torch.cat([up, -slope * up], dim=1),
     )

@@ -50,13 +50,14 @@ class PHM:
             self._is_usable = False
 
     def linear(
-        self, module: str, position: str, inputs: int, outputs: int
+        self, module: str, position: str, inputs: int, outputs: int, *, wide: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Weight [outputs, inputs] and bias [outputs] of one layer; None after noting a problem.
 
         Args:
             module: the layer's name.
             position: "down" or "up", which shared weights are named by.
+            wide: the weight in float32, to compute another from it.
         """
         reader = self._source.reader
         if not self._is_usable:
@@ -73,7 +74,7 @@ class PHM:
         if rule is None or w is None or (self._has_bias and bias is None):
             return None
         product = torch.einsum("nab,npq->bqap", rule, w).reshape(outputs, inputs)
-        weight = reader.keep(product, module)
+        weight = reader.keep(product, module, torch.float32 if wide else None)
         return None if weight is None else (weight, bias)
 
     def _rule(self, module: str) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Low-rank weights of adapters for the experts of one parameter: `out += weight * (x A_e^T) B_e^T`.
+"""Low-rank weights of adapters for the experts of one parameter: `out += weight * scaling * (x A_e^T) B_e^T`.
 
 The operators are those of linear modules' side paths (`low_rank.py`): what is a slot there is an adapter and
 an expert here, and what is a row there is a pair of a row and an expert (`expert_pairs.py`).
@@ -14,7 +14,7 @@ from torch import nn
 
 from polygraft.adapters.primitives import ExpertLowRank
 from polygraft.layers.experts.pairs import ExpertPairs
-from polygraft.layers.low_rank import ENTRY, WEIGHT_DTYPES
+from polygraft.layers.low_rank import ENTRY, SCALING, WEIGHT_DTYPES, scaling_bits
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import MAX_MODULES, GroupStruct
 from polygraft.layers.step import segment_table
@@ -52,8 +52,8 @@ class ExpertSlots:
         self._device = device
         self._panel = kernels.panel if kernels else out_features
         self._table = torch.zeros(0, ENTRY, dtype=torch.int64, device=device)
-        # By adapter: A and B, a row of bytes for each expert, and their shapes.
-        self._weights: dict[int, tuple[_Stacked, _Stacked]] = {}
+        # By adapter: A and B, a row of bytes for each expert, and the scaling.
+        self._weights: dict[int, tuple[_Stacked, _Stacked, float]] = {}
         self._struct = GroupStruct(in_features=in_features, modules=1)
         self._struct.module[0].width = out_features
         self._out = ctypes.c_void_p()
@@ -76,11 +76,12 @@ class ExpertSlots:
         b = primitive.b.to(self._device)
         b = nn.functional.pad(b, (0, 0, 0, -self._out_features % self._panel))
         b = b.view(self._experts, -1, self._panel, primitive.rank).transpose(2, 3)
-        both = _Stacked(primitive.a.to(self._device)), _Stacked(b)
-        self._weights[number] = both
+        stacked_a, stacked_b = _Stacked(primitive.a.to(self._device)), _Stacked(b)
+        self._weights[number] = stacked_a, stacked_b, primitive.scaling
         entries = torch.zeros(self._experts, ENTRY, dtype=torch.int64)
-        entries[:, 0], entries[:, 1] = both[0].addresses(), both[1].addresses()
+        entries[:, 0], entries[:, 1] = stacked_a.addresses(), stacked_b.addresses()
         entries[:, 3], entries[:, 4] = primitive.rank, WEIGHT_DTYPES[primitive.a.dtype]
+        entries[:, SCALING] = scaling_bits(primitive.scaling)
         self._own(number).copy_(entries)
 
     def remove(self, number: int) -> None:
@@ -97,9 +98,9 @@ class ExpertSlots:
         return number in self._weights
 
     def delta(self, number: int, expert: int, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) of B A, float32 [rows, in_features], of one expert."""
-        a, b = self._weights[number]
-        return self._columns_of_b(b, expert)[:, first:last].t() @ a.of(expert).float()
+        """Rows [first, last) of B A with the scaling, float32 [rows, in_features], of one expert."""
+        a, b, scaling = self._weights[number]
+        return scaling * (self._columns_of_b(b, expert)[:, first:last].t() @ a.of(expert).float())
 
     def add(self, x: torch.Tensor, out: torch.Tensor, pairs: ExpertPairs) -> None:
         """Add the side paths of x [pairs, in_features] to out [pairs, out_features]."""
@@ -138,10 +139,10 @@ class ExpertSlots:
                 number, expert = divmod(slot, self._experts)
                 if number not in self._weights:
                     continue
-                a, b = self._weights[number]
-                h = x[first:last].float() @ a.of(expert).float().t()
+                a, b, scaling = self._weights[number]
+                h = weight * scaling * (x[first:last].float() @ a.of(expert).float().t())
                 added = h @ self._columns_of_b(b, expert)
-                out[first:last] = (out[first:last].float() + weight * added).to(out.dtype)
+                out[first:last] = (out[first:last].float() + added).to(out.dtype)
 
     def _columns_of_b(self, b: _Stacked, expert: int) -> torch.Tensor:
         """B^T, float32 [rank, out_features]."""

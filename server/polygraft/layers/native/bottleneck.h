@@ -36,6 +36,7 @@ struct Bottleneck {   // layers/bottlenecks.py fills it
   int64_t norm_bias;
   int64_t norm_skips_sum;  // whether the norm's skip connection carries r + h; else h
   int64_t norm_inside;     // whether it is added before the norm
+  double scaling;          // of the product with `up`
 };
 
 struct Site {
@@ -90,7 +91,7 @@ void for_adapted_rows(const Site& site, const Segment* segments, int64_t num_seg
   }
 }
 
-// a [rows, max_width] = act(down x + down_bias), in pieces that one long segment and many short ones both share
+// a [rows, max_width] = scaling act(down x + down_bias), in pieces that one long segment and many short ones both share
 // out to all threads.
 inline void down_share(const Site& site, const Segment* segments, int64_t num_segments, int64_t hidden,
                        const float* x, float* a, int64_t max_width) {
@@ -101,6 +102,7 @@ inline void down_share(const Site& site, const Segment* segments, int64_t num_se
     if (!at_site(site, segments[s])) continue;
     const Bottleneck& entry = *at_site(site, segments[s]);
     const float* bias = reinterpret_cast<const float*>(entry.down_bias);
+    const float scaling = float(entry.scaling);
     for (int64_t row = segments[s].first; row < segments[s].last; row += kRows) {
       const int64_t rows = std::min<int64_t>(kRows, segments[s].last - row);
       for (int64_t j = 0; j < entry.width; j += kRanks) {
@@ -115,7 +117,7 @@ inline void down_share(const Site& site, const Segment* segments, int64_t num_se
                  to, max_width);
         for (int64_t r = 0; r < rows; r++)
           for (int k = 0; k < ranks; k++)
-            to[r * max_width + k] = apply(entry.activation, to[r * max_width + k] + (bias ? bias[j + k] : 0));
+            to[r * max_width + k] = scaling * apply(entry.activation, to[r * max_width + k] + (bias ? bias[j + k] : 0));
       }
     }
   }

@@ -1,5 +1,5 @@
-// An adapter folded into a module's weights: W, rotated and scaled, + B A and Kronecker products, rounded once, in
-// panels of the base's type.
+// An adapter folded into a module's weights: W, rotated and scaled, + B A with its scaling and Kronecker products,
+// rounded once, in panels of the base's type.
 // layers/merging.py keeps the copies.
 
 #pragma once
@@ -63,25 +63,25 @@ void transpose_panels(const void* a, int64_t rank, int64_t in, float* out) {
   }
 }
 
-// A^T [in, rank] of an adapter in float32.
+// A^T [in, rank] of an adapter times its scaling, in float32.
 inline void transpose_a(const Entry& entry, int64_t in, float* out) {
   const void* a = reinterpret_cast<const void*>(entry.a);
-  if (entry.a_in_panels)
+  if (entry.a_in_panels())
     (entry.dtype == 0 ? transpose_panels<float> : transpose_panels<bf16>)(a, entry.rank, in, out);
   else if (entry.dtype == 0)
     transpose(static_cast<const float*>(a), entry.rank, in, out);
   else
     transpose(static_cast<const bf16*>(a), entry.rank, in, out);
+  const float scaling = entry.factor(1.0f);
+  for (int64_t i = 0; i < in * entry.rank; i++) out[i] *= scaling;
 }
 
-// wide [in, kPanel] times an adapter's scales of the inputs and of the panel's outputs.
-inline void scale_panel(const Entry& entry, int64_t panel, int64_t in, float* wide) {
+// wide [in, kPanel] times an adapter's scale of the inputs.
+inline void scale_inputs(const Entry& entry, int64_t in, float* wide) {
   const float* inputs = reinterpret_cast<const float*>(entry.in_scale);
-  const float* outputs = reinterpret_cast<const float*>(entry.out_scale);
-  if (!inputs && !outputs) return;
+  if (!inputs) return;
   for (int64_t i = 0; i < in; i++)
-    for (int64_t c = 0; c < kPanel; c++)
-      wide[i * kPanel + c] *= (inputs ? inputs[i] : 1.0f) * (outputs ? outputs[panel * kPanel + c] : 1.0f);
+    for (int64_t c = 0; c < kPanel; c++) wide[i * kPanel + c] *= inputs[i];
 }
 
 // Panels [first, last) of a module's weights with the adapter in `slot`, to where they belong in `out`.
@@ -100,14 +100,16 @@ void merge(const Group& group, int64_t member, int64_t slot, int64_t first, int6
     for (int64_t panel = first; panel < last; panel++) {
       widen_panel<T>(module.weights, panel, in, wide.data());
       rotate_panel(entry, in, wide.data());
-      scale_panel(entry, panel, in, wide.data());
-      const int64_t column = panel * kPanel;
-      kron_fold(kron, column, std::min<int64_t>(kPanel, module.width - column), wide.data(), kPanel);
+      scale_inputs(entry, in, wide.data());
+      if (entry.out_scale && !entry.scales_sum()) scale_outputs(entry, panel, in, wide.data());
       const int64_t at = panel * rank * kPanel;
       if (entry.dtype == 0)
         expand(wide.data(), in, reinterpret_cast<const float*>(entry.b) + at, a.data(), rank, rank);
       else
         expand(wide.data(), in, reinterpret_cast<const bf16*>(entry.b) + at, a.data(), rank, rank);
+      if (entry.out_scale && entry.scales_sum()) scale_outputs(entry, panel, in, wide.data());
+      const int64_t column = panel * kPanel;
+      kron_fold(kron, column, std::min<int64_t>(kPanel, module.width - column), wide.data(), kPanel);
       store_panel_weights(wide.data(), in, Panel<T>::at(out, panel, in));
     }
   }

@@ -1,5 +1,5 @@
 // Low-rank side paths by segments: a segment is a run of rows that use one adapter, and adds
-// weight (x A^T) B^T to their outputs (Punica's segments, arXiv 2310.18547, with S-LoRA's unpadded ranks,
+// weight scaling (x A^T) B^T to their outputs (Punica's segments, arXiv 2310.18547, with S-LoRA's unpadded ranks,
 // arXiv 2311.03285), after it has scaled what was in them. Rows of several adapters are in several segments,
 // which act in their order. layers/low_rank.py holds the same in torch.
 
@@ -12,9 +12,11 @@
 
 namespace {
 
+enum Flags { kAInPanels = 1, kScalesSum = 2 };
+
 struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
   int64_t a;      // address of A: rows [rank, in], or panels of weights with `rank` columns
-  int64_t b;      // address of B, scaling folded in, in panels [panels, rank, kPanel], padded with zeros
+  int64_t b;      // address of B in panels [panels, rank, kPanel], padded with zeros
   int64_t bias;   // address of the bias in float32, padded to whole panels, or 0
   int64_t rank;
   int64_t dtype;  // of A and B: 0 float32, 1 bfloat16
@@ -25,7 +27,14 @@ struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
   int64_t rotation;       // address of the blocks [blocks, size, size] that turn the base's input, or 0
   int64_t rotation_size;  // inputs in a block
   int64_t rotation_step;  // from one block to the next, 0 if all are the same
-  int64_t a_in_panels;    // 1 or 0
+  int64_t flags;          // of kAInPanels and kScalesSum
+  double scaling;         // of B A
+
+  bool a_in_panels() const { return flags & kAInPanels; }
+  // Whether out_scale multiplies the base's product with B A in it (DoRA), and not the base's alone.
+  bool scales_sum() const { return flags & kScalesSum; }
+  // B often has 16 bits, in which a scaling would be rounded: so it is multiplied into x A^T, in float32.
+  float factor(float weight) const { return weight * float(scaling); }
 };
 
 inline Kron kron_of(const Entry& entry, int64_t in, int64_t width) {
@@ -188,6 +197,14 @@ inline void fetch_panel(int64_t row, int64_t rows, const Segment* segments, int6
       fetch_panel(module.table[segments[s].slot], panel);
 }
 
+// Rows [rows, kPanel] of one panel of outputs times the adapter's scale of them.
+inline void scale_outputs(const Entry& entry, int64_t panel, int64_t rows, float* out) {
+  const float* scale = reinterpret_cast<const float*>(entry.out_scale) + panel * kPanel;
+  for (int64_t r = 0; r < rows; r++)
+    for (int v = 0; v < kVecs; v++)
+      store(out + r * kPanel + v * kLanes, load(out + r * kPanel + v * kLanes) * load(scale + v * kLanes));
+}
+
 // Add the side paths of rows [row, row + rows) to one panel of their outputs, out [rows, kPanel].
 inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* segments, int64_t num_segments,
                          const Module& module, int64_t in, int64_t panel, const float* h, int64_t h_stride) {
@@ -197,12 +214,7 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
     if (first >= last) continue;
     const Entry& entry = module.table[segments[s].slot];
     float* to = out + (first - row) * kPanel;
-    if (entry.out_scale) {
-      const float* scale = reinterpret_cast<const float*>(entry.out_scale) + panel * kPanel;
-      for (int64_t r = 0; r < last - first; r++)
-        for (int v = 0; v < kVecs; v++)
-          store(to + r * kPanel + v * kLanes, load(to + r * kPanel + v * kLanes) * load(scale + v * kLanes));
-    }
+    if (entry.out_scale && !entry.scales_sum()) scale_outputs(entry, panel, last - first, to);
     if (entry.rank > 0) {
       const float* from = h + first * h_stride + segments[s].offset;
       const int64_t at = panel * entry.rank * kPanel;
@@ -212,6 +224,7 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
       else
         expand(to, last - first, reinterpret_cast<const bf16*>(entry.b) + at, from, entry.rank, h_stride);
     }
+    if (entry.out_scale && entry.scales_sum()) scale_outputs(entry, panel, last - first, to);
     if (entry.w1) {
       const float* from = h + first * h_stride + segments[s].offset + between_at(entry);
       const int64_t column = panel * kPanel, columns = std::min<int64_t>(kPanel, module.width - column);
@@ -258,7 +271,7 @@ void for_pieces(const Segment* segments, int64_t num_segments, const Module* mod
   for (int64_t s = 0; s < num_segments; s++)
     for (int64_t m = 0; m < num_modules; m++) {
       const Entry& entry = modules[m].table[segments[s].slot];
-      const int64_t step = entry.a_in_panels ? kPanel : kRanks;
+      const int64_t step = entry.a_in_panels() ? kPanel : kRanks;
       for (int64_t row = segments[s].first; row < segments[s].last; row += kRows)
         for (int64_t rank = 0; rank < entry.rank; rank += step)
           if (piece++ % threads == thread)
@@ -267,7 +280,8 @@ void for_pieces(const Segment* segments, int64_t num_segments, const Module* mod
     }
 }
 
-// This thread's share of h[row, module * max_rank + offset + j] = weight x[row] . A[j], for the segments' rows.
+// This thread's share of h[row, module * max_rank + offset + j] = weight scaling x[row] . A[j], for the segments'
+// rows.
 template <typename X>
 void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_segments,
                   const Module* modules, int64_t num_modules, float* h, int64_t h_stride, int64_t max_rank,
@@ -275,14 +289,15 @@ void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_s
   auto multiply = [&](const Segment& segment, int64_t m, int64_t row, int64_t rows, int64_t rank, int64_t ranks) {
     const Entry& entry = modules[m].table[segment.slot];
     float* to = h + row * h_stride + m * max_rank + segment.offset + rank;
-    if (entry.a_in_panels)
-      shrink_panel(x + row * in, rows, in, entry, rank / kPanel, segment.weight, to, h_stride);
+    const float factor = entry.factor(segment.weight);
+    if (entry.a_in_panels())
+      shrink_panel(x + row * in, rows, in, entry, rank / kPanel, factor, to, h_stride);
     else if (entry.dtype == 0)
-      shrink(x + row * in, rows, in, reinterpret_cast<const float*>(entry.a) + rank * in, int(ranks), segment.weight,
-             to, h_stride);
+      shrink(x + row * in, rows, in, reinterpret_cast<const float*>(entry.a) + rank * in, int(ranks), factor, to,
+             h_stride);
     else
-      shrink(x + row * in, rows, in, reinterpret_cast<const bf16*>(entry.a) + rank * in, int(ranks), segment.weight,
-             to, h_stride);
+      shrink(x + row * in, rows, in, reinterpret_cast<const bf16*>(entry.a) + rank * in, int(ranks), factor, to,
+             h_stride);
   };
   for_pieces(segments, num_segments, modules, num_modules, thread, threads, multiply);
 }
