@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from polygraft.base.tokenizer import text_tokenizer
 from polygraft.engine import engine as engine_module
 from polygraft.engine import logprobs as logprobs_module
 from polygraft.engine import sequence as sequence_module
@@ -103,7 +104,7 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_texts_of_tokens() -> None:
-    texts = TokenTexts(byte_tokenizer().backend_tokenizer)
+    texts = TokenTexts(text_tokenizer(byte_tokenizer()))
     ids = byte_tokenizer()("a é", add_special_tokens=False)["input_ids"]
     assert [texts(token) for token in [*ids, 256]] == ["a", " ", "\ufffd", "\ufffd", "<eos>"]
 

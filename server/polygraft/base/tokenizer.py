@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+T = TypeVar("T")
 DEFAULT_TEMPLATE = "default"
 """The one of several chat templates that transformers takes unless it is told another."""
 END_ROLES = ("eos_token", "eot_token")
 """Special tokens that end an answer: of the sequence, and of a turn."""
+_PROBE = "a b"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 
 
@@ -59,15 +62,35 @@ class TextTokenizer:
 
         Args:
             special: whether to add the special tokens that the tokenizer puts around a text.
+
+        Raises:
+            ValueError: the tokenizer fails on this text.
         """
         # One text as well: only a batch is encoded with the interpreter's lock released.
-        ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        [encoding] = contained(lambda: self.backend.encode_batch_fast([text], add_special_tokens=special))
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
+        """Text without special tokens. Raises ValueError if the tokenizer fails on these tokens."""
         # As a batch, which releases the interpreter's lock.
-        return self.backend.decode_batch([list(ids)], skip_special_tokens=True)[0]
+        return contained(lambda: self.backend.decode_batch([list(ids)], skip_special_tokens=True))[0]
+
+
+def contained(call: Callable[[], T]) -> T:
+    """Call into a tokenizer's core, where the content of its file decides which texts and tokens it fails on.
+
+    Raises:
+        ValueError: it raised, or panicked, which would otherwise pass every `except Exception`.
+    """
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception
+        raise ValueError(str(error)) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer panics: {error}") from None
 
 
 def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> TextTokenizer:
@@ -82,7 +105,7 @@ def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> Text
         hashes: see `TextTokenizer`.
 
     Raises:
-        ValueError: it isn't a fast tokenizer.
+        ValueError: it isn't a fast tokenizer, or it fails on the simplest text or leaves texts out.
     """
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -93,7 +116,7 @@ def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> Text
         backend.model.dropout = None
     templates = loaded.chat_template or {}
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    return TextTokenizer(
+    tokenizer = TextTokenizer(
         backend,
         size=max(vocabulary.values(), default=-1) + 1,
         longest=max(map(len, vocabulary), default=1),
@@ -105,6 +128,20 @@ def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> Text
         class_name=type(loaded).__name__,
         hashes=hashes or {},
     )
+    tokenizer.encode(_PROBE, special=True)
+    after = backend.post_processor
+    for template in () if after is None else _templates(json.loads(after.__getstate__())):
+        if [piece.get("Sequence", {}).get("id") for piece in template].count("A") != 1:
+            raise ValueError("its post-processor doesn't hold a text once and whole")
+    return tokenizer
+
+
+def _templates(post_processor: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """What a post-processor makes of one text, piece by piece, wherever that is written down."""
+    if post_processor["type"] == "TemplateProcessing":
+        yield post_processor["single"]
+    for part in post_processor.get("processors", ()):
+        yield from _templates(part)
 
 
 def load_tokenizer(folder: str) -> TextTokenizer:

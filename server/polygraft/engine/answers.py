@@ -23,10 +23,10 @@ class Answers:
         if not generation.echo_due:
             return replace(output, logprobs=logprobs) if logprobs else output
         generation.echo_due = False
-        request = generation.request
         prompt_ids = generation.token_ids[: generation.prompt_tokens]
-        text = request.prompt if isinstance(request.prompt, str) else prompts.decode(prompt_ids)
-        if request.response.wants_logprobs:
+        if generation.request.response.wants_logprobs:
             first = prompt_ids[0]
             logprobs = (TokenLogprob(first, prompts.texts(first), None), *logprobs)
-        return replace(output, text=text + output.text, prompt_ids=tuple(prompt_ids), logprobs=logprobs)
+        return replace(
+            output, text=generation.echo + output.text, prompt_ids=tuple(prompt_ids), logprobs=logprobs
+        )

@@ -94,7 +94,10 @@ class Generations:
         ]
 
     def _accept(self, generation: Generation, token: int, now: float) -> RequestOutput:
-        text, reason = generation.accept(token, now)
+        try:
+            text, reason = generation.accept(token, now)
+        except PolygraftError as error:  # its tokenizer's fault, and so an adapter's perhaps
+            return self._fail(generation, error)
         if reason is not None:
             return self._finish(generation, reason, text, token)
         output = RequestOutput(generation.id, text, (token,), path=generation.path)

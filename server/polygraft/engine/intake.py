@@ -60,6 +60,10 @@ class Intake:
             max_new_tokens = self._check_length(request, len(prompt_ids), stack)
             prompts.check_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids")
             prompts.check_biased([token for token, _ in request.sampling.logit_bias])
+            echo = ""
+            if request.response.echo:
+                given = request.prompt
+                echo = given if isinstance(given, str) else prompts.decode(prompt_ids)
         except PolygraftError:
             stack.release()
             raise
@@ -67,7 +71,7 @@ class Intake:
         if not request.stopping.ignore_eos:
             stops |= set(prompts.eos_token_ids)
         text = prompts.text_stream(prompt_ids, request.stopping.stop)
-        return Generation(request, prompt_ids, stack, text, frozenset(stops), max_new_tokens)
+        return Generation(request, prompt_ids, stack, text, frozenset(stops), max_new_tokens, echo)
 
     def prepare_score(self, request: ScoreRequest) -> ScoreJob:
         """As `prepare`, for continuations to score.

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
 
+from polygraft.base.tokenizer import TextTokenizer, contained
 from polygraft.engine.request import TokenLogprob, TopLogprob
 
 _SLICE = 2**22
@@ -65,23 +65,30 @@ def _slice(logits: torch.Tensor, tokens: Sequence[int], top: Sequence[int]) -> l
 class TokenTexts:
     """Texts of single tokens, for people to read beside their ids."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._backend = tokenizer.backend
         self._texts: dict[int, str] = {}
         # Some decoders drop the space that a text's first token begins with, so another one goes before.
-        encoded: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
-        self._before = encoded[-1:]
-        self._cut = len(self._decode(self._before))
+        self._before = tokenizer.encode("a", special=False)[-1:]
+        try:
+            self._cut = len(self._decode(self._before))
+        except ValueError:
+            self._before, self._cut = [], 0
 
     def __call__(self, token: int) -> str:
-        """A token's text, special tokens spelled out; a part of a character is U+FFFD."""
+        """A token's text, special tokens spelled out; a part of a character, or what the tokenizer fails on,
+        is U+FFFD."""
         text = self._texts.get(token)
         if text is None:
-            text = self._texts[token] = self._decode([*self._before, token])[self._cut :]
+            try:
+                text = self._decode([*self._before, token])[self._cut :]
+            except ValueError:
+                text = "\ufffd"
+            self._texts[token] = text
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return contained(lambda: self._backend.decode(ids, skip_special_tokens=False))
 
     def describe(self, found: Iterable[Likelihood]) -> tuple[TokenLogprob, ...]:
         """Likelihoods with texts."""

@@ -46,7 +46,7 @@ class Prompts:
         self._context_length = context_length
         self._most_characters = tokenizer.longest * context_length
         self._eos = tuple(dict.fromkeys(token for token in eos_token_ids if token < vocabulary))
-        self.texts = TokenTexts(tokenizer.backend)
+        self.texts = TokenTexts(tokenizer)
 
     @classmethod
     def of_base(cls, base: Base) -> Prompts:
@@ -149,8 +149,11 @@ class Prompts:
         return found
 
     def _encode(self, text: str, field: str, *, special: bool) -> list[int]:
-        """See `TextTokenizer.encode`. Raises InvalidRequest for a token that has no embedding."""
-        ids = self._tokenizer.encode(text, special=special)
+        """See `TextTokenizer.encode`. Raises InvalidRequest where it fails, or a token has no embedding."""
+        try:
+            ids = self._tokenizer.encode(text, special=special)
+        except ValueError as error:
+            raise InvalidRequest(field, f"the tokenizer fails on it: {error}") from None
         if self._tokenizer.size > self.vocabulary and ids and max(ids) >= self.vocabulary:
             token = next(token for token in ids if token >= self.vocabulary)
             raise InvalidRequest(
@@ -199,6 +202,10 @@ class Prompts:
                 raise InvalidRequest(field, f"the token id must be in [0, {self.vocabulary})")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens. Raises InvalidRequest for an id outside the vocabulary."""
+        """Text without special tokens. Raises InvalidRequest for an id outside the vocabulary, or if the
+        tokenizer fails on these tokens."""
         self.check_ids(ids, "token_ids")
-        return self._tokenizer.decode(ids)
+        try:
+            return self._tokenizer.decode(ids)
+        except ValueError as error:
+            raise InvalidRequest("token_ids", f"the tokenizer fails on them: {error}") from None

@@ -178,6 +178,7 @@ class Generation(Sequence):
         text: turns its tokens into text and looks for stop sequences.
         stop_token_ids: what ends it, the model's end-of-sequence tokens included.
         max_new_tokens: settled, at least 1.
+        echo: the prompt's text, if it is to come before the answer.
     """
 
     cacheable = True
@@ -190,6 +191,7 @@ class Generation(Sequence):
         text: TextStream,
         stop_token_ids: frozenset[int],
         max_new_tokens: int,
+        echo: str = "",
     ) -> None:
         super().__init__(request.id, prompt_ids, stack)
         self.request = request
@@ -201,6 +203,7 @@ class Generation(Sequence):
         self.preemptions = 0
         self.cached_tokens = 0
         self.untold: list[Likelihood] = []
+        self.echo = echo
         self.echo_due = request.response.echo
         self.arrival = time.monotonic()
         limit = request.stopping.time_limit
@@ -245,7 +248,11 @@ class Generation(Sequence):
         return self.completion_tokens >= self.request.stopping.min_new_tokens
 
     def accept(self, token: int, now: float) -> tuple[str, FinishReason | None]:
-        """Append a sampled token; returns the text that is now certain and why it ends here, if it does."""
+        """Append a sampled token; returns the text that is now certain and why it ends here, if it does.
+
+        Raises:
+            PolygraftError: the tokenizer fails on this token.
+        """
         if self.first_token is None:
             self.first_token = now
         stops = token in self.stop_token_ids and self.may_stop

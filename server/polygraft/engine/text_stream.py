@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
 
-from polygraft.base.tokenizer import TextTokenizer
+from polygraft.base.tokenizer import TextTokenizer, contained
 from polygraft.engine.stop_sequences import StopSequences
+from polygraft.errors import PolygraftError
 
 _CONTEXT = 8
 """Prompt tokens that the decoder sees first: enough for what a tokenizer does at a word's start."""
@@ -42,6 +43,9 @@ class TextStream:
 
         Args:
             match: whether stop sequences count yet.
+
+        Raises:
+            PolygraftError: the tokenizer fails on this token.
         """
         new = self._decode(token)
         if self._stop is None:
@@ -66,8 +70,14 @@ class TextStream:
 
     def _decode(self, token: int) -> str:
         try:
-            return self._decoder.step(self._backend, token) or ""
-        except Exception:  # noqa: BLE001 - tokenizers raises bare Exception
+            return self._step(token)
+        except ValueError:
             # The prompt's last tokens don't decode to a stable start, as when it ends inside a character.
             self._decoder = self._start([])
-            return self._decoder.step(self._backend, token) or ""
+        try:
+            return self._step(token)
+        except ValueError as error:
+            raise PolygraftError(f"the tokenizer can't decode token {token}: {error}") from None
+
+    def _step(self, token: int) -> str:
+        return contained(lambda: self._decoder.step(self._backend, token)) or ""
