@@ -146,7 +146,7 @@ class AdapterInvalid(AdapterError):
         assert problems
         found = problems if isinstance(problems, Texts) else Texts(problems)
         self.problems = found.told()
-        self.total = len(found) + found.left_out
+        self.total = found.total
         super().__init__(name, "; ".join(self.problems))
 
 

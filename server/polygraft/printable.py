@@ -51,6 +51,11 @@ class Texts(list[str]):
         self.extend(texts)
         return self
 
+    @property
+    def total(self) -> int:
+        """How many there have been."""
+        return len(self) + self.left_out
+
     def told(self) -> tuple[str, ...]:
         """What is kept, and how much was left out."""
         return (*self, f"and {self.left_out} more") if self.left_out else tuple(self)

@@ -55,3 +55,24 @@ def check_refused(specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path:
         assert any(expected in problem for problem in caught.value.problems), caught.value.problems
 
     return check
+
+
+CheckIgnored = Callable[[str, dict[str, Any]], None]
+"""Takes a kind, and an option that PEFT drops when it loads it."""
+
+
+@pytest.fixture
+def check_ignored(specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path) -> CheckIgnored:
+    """Fails unless an adapter with an option more is loaded with a warning that names it."""
+
+    def check(kind: str, options: dict[str, Any]) -> None:
+        changed = specimen(kind)
+        changed.config.update(options)
+        warnings = compile_folder(changed.save(tmp_path / "a"), spec).warnings
+        for key in options:
+            assert any(
+                warning.startswith(f"{key}=") and "is ignored: PEFT knows no such option" in warning
+                for warning in warnings
+            )
+
+    return check

@@ -150,7 +150,6 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("deft", {"para": True}, f"tensor {Q0}.deft_R isn't expected"),
     ("deft", {"para": 1}, "para has the wrong type: 1"),
     ("deft-para", {"para": False}, f"tensor {Q0}.deft_R is missing"),
-    ("deft", {"use_dora": True}, "use_dora=True isn't served"),
     ("peanut", {"r": 5}, f"tensor {Q0}.peanut_A.weight has shape [6, 64], expected [5, 64]"),
     ("peanut", {"r": -1}, "r -1 with depth 0, act_fn 'relu' and scaling 0.7 makes no sense"),
     ("peanut", {"depth": 1}, f"tensor {Q0}.peanut_encoders.0.weight is missing"),

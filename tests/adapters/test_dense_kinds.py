@@ -180,7 +180,6 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("c3a", {"bias": "c3a"}, "bias 'c3a' means nothing to PEFT"),
     ("shira", {"r": 0}, "rank 0 makes no sense"),
     ("shira", {"r": 2}, f"tensor {Q0}.shira_weight has shape [384], expected [256]"),
-    ("hira", {"use_dora": True}, "use_dora=True isn't served"),
     ("miss-bat", {"r": 24}, f"r 24 with mini_r 1 doesn't fit {NO_DIVISOR}"),
     ("miss-bat", {"init_weights": True}, f"tensor {Q0}.miss_block has shape [8, 8, 8], expected [8, 64]"),
     ("waveft", {"wavelet_family": "sym4"}, "wavelet_family 'sym4' isn't served: its filters"),

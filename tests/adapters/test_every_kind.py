@@ -14,13 +14,14 @@ import torch
 from polygraft.adapters.kinds import KINDS as SERVED
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
+from tests.adapters.conftest import CheckIgnored
 from tests.adapters.specimen import Specimen, compile_folder
 from tests.peft_folders import KINDS
 
 VIRTUAL = ("prefix", "prefix-projection", "prompt", "p-tuning", "multitask-prompt", "cpt", "cartridge")
 ON_MODULES = [kind for kind in KINDS if kind not in VIRTUAL]
 # The same tensor with the same meaning, whatever it is called.
-ALIKE = {"PREFIX_TUNING": "CARTRIDGE", "CARTRIDGE": "PREFIX_TUNING"}
+ALIKE = [{"PREFIX_TUNING", "CARTRIDGE"}, {"PROMPT_TUNING", "P_TUNING", "CPT"}]
 NO_TYPES = ["", "LORA ", "BONE", "lora", 7, None, ["LORA"], {"LORA": 1}]
 
 
@@ -87,12 +88,14 @@ def test_tensors(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_options(
-    specimen: Callable[[str], Specimen], refused: Callable[[Specimen], tuple[str, ...]], kind: str
+    specimen: Callable[[str], Specimen],
+    refused: Callable[[Specimen], tuple[str, ...]],
+    check_ignored: CheckIgnored,
+    kind: str,
 ) -> None:
     for value in (1, {"a": None}):
-        damaged = specimen(kind)
-        damaged.config["invented"] = value
-        assert refused(damaged) == (f"invented={value!r} isn't served",)
+        check_ignored(kind, {"invented": value})
+    check_ignored(kind, {"merge_weights": True, "invented": "x" * 100_000})
     damaged = specimen(kind)
     damaged.config["task_type"] = "SEQ_CLS"
     assert refused(damaged) == ("task_type 'SEQ_CLS' isn't causal language modelling",)
@@ -106,7 +109,7 @@ def test_another_kinds_name(
     for other in [*SERVED, *NO_TYPES]:
         damaged = specimen(kind)
         damaged.config["peft_type"] = other
-        if other not in (own, ALIKE.get(own, own)):
+        if other != own and not any(own in kinds and str(other) in kinds for kinds in ALIKE):
             assert refused(damaged)
 
 
@@ -132,25 +135,44 @@ def test_targets(
 
 @pytest.mark.parametrize("kind", ON_MODULES)
 def test_modules_to_save(
-    specimen: Callable[[str], Specimen], refused: Callable[[Specimen], tuple[str, ...]], kind: str
+    specimen: Callable[[str], Specimen],
+    refused: Callable[[Specimen], tuple[str, ...]],
+    check_ignored: CheckIgnored,
+    kind: str,
 ) -> None:
+    if kind == "trainable-tokens":
+        check_ignored(kind, {"modules_to_save": ["mlp"]})
+        return
     for value, expected in (
         (["mlp"], "modules_to_save has model.layers.0.mlp, a LlamaMLP: only"),
         (["q_proj"], "modules_to_save has model.layers.0.self_attn.q_proj, a linear module: only"),
-        (["wlp"], "modules_to_save: 'wlp' matches no module of the base"),
-        ([None], "modules_to_save: None matches no module of the base"),
-        ([""], "modules_to_save: '' matches no module of the base"),
+        ([None], "modules_to_save must hold names: None"),
+        ([""], "modules_to_save must hold names: ''"),
         ("mlp", "modules_to_save has the wrong type: 'mlp'"),
         (["norm"], "tensor base_model.model.model.norm.weight is missing"),
         (["lm_head"], "tensor base_model.model.lm_head.weight is missing"),
     ):
         damaged = specimen(kind)
-        if damaged.config["peft_type"] == "TRAINABLE_TOKENS":
-            expected = f"modules_to_save={value!r} isn't served: this kind saves no modules"
-        elif value in (damaged.config["modules_to_save"], ["lm_head"]) and "saved" in kind:
+        if value in (damaged.config["modules_to_save"], ["lm_head"]) and "saved" in kind:
             continue
         damaged.config["modules_to_save"] = value
         assert any(problem.startswith(expected) for problem in refused(damaged))
+
+
+@pytest.mark.parametrize("kind", ON_MODULES)
+def test_names_of_nothing_beside_others(
+    specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path, kind: str
+) -> None:
+    changed = specimen(kind)
+    if kind != "trainable-tokens":
+        changed.config["modules_to_save"] = [*(changed.config["modules_to_save"] or []), "score", "wlp"]
+    if isinstance(changed.config["target_modules"], list):
+        changed.config["target_modules"] += ["w_proj", "model.w_proj"]
+    warnings = compile_folder(changed.save(tmp_path / "a"), spec).warnings
+    expected = {"target 'w_proj' matches no module of the base"}
+    expected |= {f"modules_to_save: {name!r} matches no module of the base" for name in ("score", "wlp")}
+    missing = {one for one in expected if one not in warnings}
+    assert not missing or kind == "trainable-tokens" or not isinstance(changed.config["target_modules"], list)
 
 
 @pytest.mark.parametrize("kind", VIRTUAL)

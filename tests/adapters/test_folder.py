@@ -190,8 +190,10 @@ def test_a_config_that_is_none(intact: Path, spec: BaseSpec, text: bytes, why: s
 def test_a_deeply_nested_config_is_refused_at_any_depth(
     intact: Path, specimen: Callable[[str], Specimen], spec: BaseSpec, depth: int
 ) -> None:
-    config = json.dumps({**specimen("lora").config, "nested": 0})
-    (intact / CONFIG).write_text(config.replace('"nested": 0', '"nested": ' + "[" * depth + "]" * depth))
+    config = json.dumps({**specimen("lora").config, "use_qalora": 0})
+    (intact / CONFIG).write_text(
+        config.replace('"use_qalora": 0', '"use_qalora": ' + "[" * depth + "]" * depth)
+    )
     assert len(refusal(intact, spec)) < 2000
 
 
@@ -227,12 +229,10 @@ def test_a_folder_of_tens_of_thousands_of_problems(
     damaged = specimen("lora")
     name = "a name\n2026-01-01 00:00:00 INFO forged " + "x" * 1000
     damaged.tensors |= {f"{name}{n}": torch.zeros(1) for n in range(3000)}
-    damaged.config["what\nelse"] = "much\nmore" * 1000
     with pytest.raises(AdapterInvalid) as caught:
         compile_folder(damaged.save(tmp_path / "a"), spec)
     problems = caught.value.problems
     assert len(problems) <= MAX_TEXTS + 1
-    assert "what\\nelse" in problems[0]
     assert "forged" in problems[-2]
     assert re.fullmatch(r"and \d+ more", problems[-1])
     assert all(problem.isprintable() and len(problem) <= MAX_CHARACTERS for problem in problems)

@@ -127,9 +127,6 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"target_parameters": ["mlp.w"]}, "target_parameters: 'mlp.w' is no weight of experts"),
     ("adalora", {"target_parameters": ["mlp.w"]}, "target_parameters=['mlp.w'] isn't served: only LoRA adapts"),
     ("adalora", {"alora_invocation_tokens": [1]}, "alora_invocation_tokens=[1] isn't served"),
-    ("lora", {"invented": 1}, "invented=1 isn't served"),
-    ("lora", {"invented": "x" * 100_000}, "invented='xxx"),
-    ("prefix", {"invented": 0.5}, "invented=0.5 isn't served"),
     ("prompt", {"modules_to_save": ["norm"]}, "modules_to_save=['norm'] isn't served"),
     # Kinds.
     ("lora", {"peft_type": "SHADOW"}, "peft_type 'SHADOW' isn't served: it runs a second network beside"),
@@ -172,12 +169,11 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"target_modules": ""}, "target_modules is empty"),
     ("lora", {"target_modules": None}, "target_modules is empty"),
     ("lora", {"target_modules": 3}, "target_modules has the wrong type: 3"),
-    ("lora", {"target_modules": ["q_proj", "v_proj", "down_proj", "w_proj"]}, "target 'w_proj' matches no module"),
-    ("lora", {"target_modules": ["q_proj", "v_proj", "down_proj", 5]}, "target 5 matches no module"),
+    ("lora", {"target_modules": ["q_proj", "v_proj", "down_proj", 5]}, "target_modules must hold names: ["),
     ("lora", {"target_modules": r".*\.w_proj"}, r"target '.*\\.w_proj' matches no module"),
     ("lora", {"target_modules": "(q_proj"}, "target_modules, exclude_modules or layers_pattern is not a regular expression that can be matched"),
-    ("lora", {"target_modules": r"(?:[a-z_.0-9]|\w\w|.)+[!?]"}, "that can be matched: regex timed out"),
-    ("lora", {"rank_pattern": {r"(?:[a-z_.0-9]|\w\w|.)+[!?]": 4}}, "that can be matched: regex timed out"),
+    ("lora", {"target_modules": r"(?:[a-z_.0-9]|\w\w|.)+[!?]"}, "that can be matched: it takes too long"),
+    ("lora", {"rank_pattern": {r"(?:[a-z_.0-9]|\w\w|.)+[!?]": 4}}, "that can be matched: it takes too long"),
     ("lora", {"exclude_modules": "*"}, "target_modules, exclude_modules or layers_pattern is not a regular expression that can be matched"),
     ("lora", {"exclude_modules": 3}, "exclude_modules has the wrong type: 3"),
     ("lora", {"target_modules": ["q_proj", "v_proj", "down_proj", "mlp"]},
@@ -222,11 +218,11 @@ def test_everything_that_is_wrong_is_told_at_once(
     specimen: Callable[[str], Specimen], spec: BaseSpec, tmp_path: Path
 ) -> None:
     damaged = specimen("lora")
-    damaged.config.update(use_qalora=True, r="8", invented=3)
+    damaged.config.update(use_qalora=True, r="8")
     damaged.tensors["surplus"] = torch.zeros(1)
     del damaged.tensors[A]
     text = "; ".join(refusals(damaged, spec, tmp_path))
-    for culprit in ("use_qalora=True", "r has the wrong type", "invented=3", "surplus", A):
+    for culprit in ("use_qalora=True", "r has the wrong type", "surplus", A):
         assert culprit in text
 
 

@@ -173,7 +173,6 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("loha", {"r": 0, "rank_pattern": {}}, "rank 0 with alpha 5"),
     ("loha", {"alpha": "8"}, "alpha has the wrong type: '8'"),
     ("loha", {"alpha": 1e300}, "the arithmetic makes weights of"),
-    ("loha", {"lora_alpha": 8}, "lora_alpha=8 isn't served"),
     ("loha", {"rank_pattern": {"*": 4}}, "rank_pattern or alpha_pattern is not a regular expression"),
     ("loha", {"alpha_pattern": {"q_proj": None}}, "rank 2 with alpha None"),
     ("vera", {"r": 0}, "rank 0 makes no sense"),

@@ -212,8 +212,6 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("lokr", {"decompose_factor": "8"}, "decompose_factor has the wrong type: '8'"),
     ("lokr", {"decompose_both": 1}, "decompose_both has the wrong type: 1"),
     ("lokr-products", {"decompose_both": False}, f"tensor {Q0}.lokr_w1 is missing"),
-    ("lokr", {"bias": "all"}, "bias='all' isn't served"),
-    ("lokr", {"use_rslora": True}, "use_rslora=True isn't served: this kind has no rank-stabilized scaling"),
     ("oft", {"r": 4}, "r 4 with oft_block_size 16 makes no sense"),
     ("oft", {"oft_block_size": 0}, "r 0 with oft_block_size 0 makes no sense"),
     ("oft", {"oft_block_size": -16}, "r 0 with oft_block_size -16 makes no sense"),

@@ -11,16 +11,20 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraConfig
 from peft.utils import PeftType
 from transformers import AutoModelForCausalLM
 
 from polygraft.adapters.kinds import KINDS
-from polygraft.adapters.refusals import why_not_kind, why_not_option
+from polygraft.adapters.reader import FolderReader
+from polygraft.adapters.refusals import UNSERVED, judge_option, why_not_kind
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
+from tests.adapters.conftest import CheckIgnored, CheckRefused
 from tests.adapters.specimen import Specimen, compile_folder
 from tests.peft_folders import CAUSAL, TARGETS
+from tests.peft_folders import KINDS as FOLDERS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
 
@@ -72,8 +76,70 @@ def test_every_option_of_lora_is_served_or_refused_with_a_reason(
     adapter.config[option] = {"anything": 1}
     with pytest.raises(AdapterInvalid) as caught:
         compile_folder(adapter.save(tmp_path / "a"), spec)
-    assert why_not_option(option)
-    assert caught.value.problems == (f"{option}={{'anything': 1}} isn't served: {why_not_option(option)}",)
+    refused, why = judge_option("LORA", option)
+    assert refused
+    assert why
+    assert caught.value.problems == (f"{option}={{'anything': 1}} isn't served: {why}",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_of_peft_is_taken_or_refused(
+    specimen: Callable[[str], Specimen],
+    spec: BaseSpec,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else one would be dropped that PEFT doesn't drop."""
+    seen: list[set[str]] = []
+    option, ignore = FolderReader.option, FolderReader.ignore
+
+    def noting_option(reader: FolderReader, key: str, *rest: Any) -> Any:
+        seen[-1].add(key)
+        return option(reader, key, *rest)
+
+    def noting_ignore(reader: FolderReader, *keys: str) -> None:
+        seen[-1].update(keys)
+        ignore(reader, *keys)
+
+    monkeypatch.setattr(FolderReader, "option", noting_option)
+    monkeypatch.setattr(FolderReader, "ignore", noting_ignore)
+    known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])} - PROVENANCE
+    for name in FOLDERS:
+        one = specimen(name)
+        if one.config["peft_type"] == kind:
+            seen.append(set())
+            compile_folder(one.save(tmp_path / name), spec)
+    assert seen
+    assert UNSERVED.get(kind, frozenset()) == known - set().union(*seen)
+
+
+IGNORED: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {"merge_weights": True}),  # of PEFT 0.2
+    ("lokr", {"bias": "all", "use_rslora": True}),
+    ("deft", {"use_dora": True}),
+    ("loha", {"lora_alpha": 16}),
+    ("ia3", {"trainable_token_indices": [1], "ensure_weight_tying": True}),
+    ("cartridge", {"prefix_projection": True}),
+    ("lora", {"an_option_of_tomorrow": {"with": ["options"]}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), IGNORED)
+def test_what_peft_drops_is_dropped_with_a_warning(
+    check_ignored: CheckIgnored, kind: str, options: dict[str, Any]
+) -> None:
+    given = {"peft_type": kind.upper(), **options}
+    kept = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]].from_peft_type(**given)
+    assert not any(hasattr(kept, key) for key in options)
+    check_ignored(kind, options)
+
+
+@pytest.mark.parametrize("option", ["enable_lora", "use_mora", "dora_wd"])
+def test_what_changes_the_result_is_refused_though_peft_drops_it(
+    check_refused: CheckRefused, option: str
+) -> None:
+    check_refused("lora", {option: [True]}, f"{option}=[True] isn't served: ")
 
 
 CONVERTED = "save it with path_initial_model_for_weight_conversion"

@@ -198,7 +198,6 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("tinylora", {"weight_tying": 1.0}, "tensor base_model.tinylora_v.1 isn't expected"),
     ("tinylora", {"projection_seed": 2**64}, "isn't a number of 64 bits"),
     ("tinylora", {"save_projection": False}, f"tensor {Q0}.tinylora_P isn't expected"),
-    ("beft", {"bias": "all"}, "bias='all' isn't served"),
 ]  # fmt: skip
 
 

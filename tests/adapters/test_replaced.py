@@ -101,8 +101,6 @@ REFUSED: list[tuple[str, str, list[Change], list[str]]] = [
     ("shira", "saved", [option(modules_to_save=["lm_head"]), tensors(head__weight=(288, 64))],
      ["shira is served merged only, and tokens of its own can't be merged"]),
     ("prompt", "saved", [option(modules_to_save=["norm"])], ["modules_to_save=['norm'] isn't served: this kind"]),
-    ("ia3", "tokens", [option(trainable_token_indices=[1])], ["trainable_token_indices=[1] isn't served: this kind"]),
-    ("ia3", "tied", [option(ensure_weight_tying=True)], ["ensure_weight_tying=True isn't served: this kind"]),
 ]  # fmt: skip
 
 

@@ -80,9 +80,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("cpt", {"cpt_token_ids": [1, 2]}, "num_virtual_tokens is 5, cpt_token_ids has 2"),
     ("cpt", {"cpt_token_ids": None}, "num_virtual_tokens is 5, cpt_token_ids has 1"),
     ("cpt", {"cpt_token_ids": 5}, "cpt_token_ids has the wrong type: 5"),
-    ("cpt", {"prompt_tuning_init": "TEXT"}, "prompt_tuning_init='TEXT' isn't served"),
     ("cartridge", {"num_layers": 6}, "num_layers is 6, the base has 3"),
-    ("cartridge", {"prefix_projection": True}, "prefix_projection=True isn't served"),
 ]  # fmt: skip
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.patterns import Form, OptionByModule
 from polygraft.adapters.per_module import PREFIX, is_rank
 from polygraft.adapters.primitives import Dense
 from polygraft.adapters.reader import FolderReader, shown
-from polygraft.adapters.targets import BAD_PATTERN, ending_key, target_modules
+from polygraft.adapters.targets import BAD_PATTERN, target_modules
 from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
@@ -45,7 +46,7 @@ class Circulants(Dense):
 def compile_c3a(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile a C3A folder; yields between modules. Problems are noted in the reader."""
     size: Any = reader.option("block_size", int, 256)
-    sizes = reader.option("block_size_pattern", dict, {})
+    sizes = OptionByModule(reader.option("block_size_pattern", dict, {}), Form.ENDING, reader.matching)
     reader.ignore("init_weights")
     changes: dict[str, Dense] = {}
     modules = target_modules(reader, base)
@@ -54,13 +55,12 @@ def compile_c3a(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
         yield
         shape = base.linears[module]
         try:
-            key = ending_key(sizes, module)
+            own = sizes.of(module, size)
         except BAD_PATTERN as error:
             reader.problems.append(
                 f"block_size_pattern is not a regular expression that can be matched: {error}"
             )
             break
-        own = size if key is None else sizes[key]
         if not is_rank(own) or shape.in_features % own or shape.out_features % own:
             reader.problems.append(
                 f"block_size {shown(own)} doesn't divide {module}'s {shape.in_features} inputs and "

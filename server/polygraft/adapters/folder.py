@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from polygraft.adapters.adapterhub.form import (
 )
 from polygraft.adapters.open_folder import FileUnreadable, FolderChanged, OpenFolder, read_descriptor
 from polygraft.errors import AdapterInvalid, PolygraftError
+
+log = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -118,10 +121,12 @@ def untrusted(name: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (PolygraftError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (PolygraftError, StopIteration, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # noqa: BLE001 - see above
+    except BaseException as error:
         why = str(error).strip() or type(error).__name__
+        # It may be a fault of ours as well.
+        log.warning("adapter %s is refused for an unexpected error", name, exc_info=error)
         raise AdapterInvalid(name, [f"{what} can't be read: {why}"]) from None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.patterns import Form, OptionByModule
 from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
@@ -24,7 +25,7 @@ from polygraft.adapters.primitives import Dense
 from polygraft.adapters.projections import KEYS
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.sparse import RandomPlaces
-from polygraft.adapters.targets import BAD_PATTERN, ending_key, target_modules
+from polygraft.adapters.targets import BAD_PATTERN, target_modules
 from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
@@ -57,7 +58,7 @@ class Spectrum(Dense):
 def compile_fourierft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile a FourierFT folder; yields between modules. Problems are noted in the reader."""
     count: Any = reader.option("n_frequency", int, 1000)
-    counts = reader.option("n_frequency_pattern", dict, {})
+    counts = OptionByModule(reader.option("n_frequency_pattern", dict, {}), Form.ENDING, reader.matching)
     scaling = reader.option("scaling", (int, float), 150.0)
     seed = reader.option("random_loc_seed", int, 777)
     reader.ignore("fan_in_fan_out", "init_weights")
@@ -72,13 +73,12 @@ def compile_fourierft(reader: FolderReader, base: BaseSpec) -> Generator[None, N
         yield
         shape = base.linears[module]
         try:
-            key = ending_key(counts, module)
+            several = counts.of(module, count)
         except BAD_PATTERN as error:
             reader.problems.append(
                 f"n_frequency_pattern is not a regular expression that can be matched: {error}"
             )
             break
-        several = count if key is None else counts[key]
         if not is_rank(several) or several > shape.in_features * shape.out_features:
             reader.problems.append(f"n_frequency {shown(several)} for {module} makes no sense")
             continue

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.patterns import Form, Matching
 from polygraft.adapters.primitives import Scale
 from polygraft.adapters.reader import FolderReader
-from polygraft.adapters.targets import BAD_PATTERN, matches, target_modules
+from polygraft.adapters.targets import BAD_PATTERN, target_modules
 from polygraft.base.spec import BaseSpec
 
 _PREFIX = "base_model.model."
@@ -27,7 +28,7 @@ def compile_ia3(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
         yield
         shape = base.linears[module]
         try:
-            of_input = _is_feedforward(module, feedforward)
+            of_input = _is_feedforward(reader.matching, module, feedforward)
         except BAD_PATTERN as error:
             reader.problems.append(
                 f"feedforward_modules is not a regular expression that can be matched: {error}"
@@ -42,8 +43,8 @@ def compile_ia3(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
     return CompiledAdapter("ia3", reader.parameters, scales=scales)
 
 
-def _is_feedforward(module: str, feedforward: str | Sequence[str]) -> bool:
+def _is_feedforward(matching: Matching, module: str, feedforward: str | Sequence[str]) -> bool:
     """Raises one of `BAD_PATTERN`."""
     if isinstance(feedforward, str):
-        return matches(feedforward, module, whole=True) is not None
+        return matching.match(Form.WHOLE, feedforward, module) is not None
     return any(module.endswith(name) for name in feedforward)

@@ -6,6 +6,7 @@ A new kind is one file that reads its folder into primitives, and one line in `K
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.cpt import compile_cpt
 from polygraft.adapters.deft import compile_deft
 from polygraft.adapters.delora import compile_delora
-from polygraft.adapters.folder import AdapterFolder
+from polygraft.adapters.folder import AdapterFolder, untrusted
 from polygraft.adapters.fourierft import compile_fourierft
 from polygraft.adapters.frod import compile_frod
 from polygraft.adapters.glora import compile_glora
@@ -50,6 +51,7 @@ from polygraft.adapters.saved_modules import take_saved_modules
 from polygraft.adapters.shira import compile_shira
 from polygraft.adapters.soft_prompt import compile_p_tuning, compile_prompt_tuning
 from polygraft.adapters.supertuning import compile_supertuning
+from polygraft.adapters.targets import choose
 from polygraft.adapters.tinylora import compile_tinylora
 from polygraft.adapters.trainable_tokens import compile_trainable_tokens
 from polygraft.adapters.unilora import compile_unilora
@@ -117,12 +119,14 @@ class AdapterLimits:
         virtual_tokens: most of them.
         compiled_bytes: of memory.
         dtype: what adapters are kept in; None keeps the file's (float16 becomes float32).
+        seconds: of processor time to compile it.
     """
 
     rank: int = 256
     virtual_tokens: int = 1024
     compiled_bytes: int = 2**30
     dtype: torch.dtype | None = None
+    seconds: float = 600.0
 
 
 def compile_adapter(
@@ -131,8 +135,28 @@ def compile_adapter(
     """Compile a folder of any kind, in slices: it yields where it may be interrupted.
 
     Raises:
-        AdapterInvalid: with everything that is wrong.
+        AdapterInvalid: with everything that is wrong; or it takes too long, or a library fails at it.
     """
+    job = _compile(folder, base, limits)
+    spent = 0.0
+    while True:
+        started = time.thread_time()
+        try:
+            with untrusted(folder.name, "its configuration or its weights"):
+                next(job)
+        except StopIteration as end:
+            compiled: CompiledAdapter = end.value
+            return compiled
+        spent += time.thread_time() - started
+        if spent > limits.seconds:
+            job.close()
+            raise AdapterInvalid(folder.name, [f"compiling it takes more than {limits.seconds:g} s"])
+        yield
+
+
+def _compile(
+    folder: AdapterFolder, base: BaseSpec, limits: AdapterLimits
+) -> Generator[None, None, CompiledAdapter]:
     reader = FolderReader(folder, limits.dtype, limits.rank, limits.compiled_bytes)
     compiler = _compiler(folder)
     reader.check_base_name(base.name)
@@ -147,6 +171,8 @@ def compile_adapter(
             saves=kind not in _PROMPTS and kind != "TRAINABLE_TOKENS",
             ties=kind in ("LORA", "ADALORA"),
         )
+        if kind not in _PROMPTS:
+            yield from choose(reader, saved.base)
         compiled = saved.added_to((yield from compiler(reader, saved.base)), base.vocabulary_size)
         _check_replaced(reader, compiled)
     if compiled.rank > limits.rank:

@@ -8,7 +8,7 @@ their own, but their products with each other don't depend on it, nor on which a
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.patterns import Form, OptionByModule
 from polygraft.adapters.per_module import PREFIX, is_alpha
 from polygraft.adapters.primitives import Dense, LowRank, OfBase
 from polygraft.adapters.reader import FolderReader, shown
-from polygraft.adapters.targets import BAD_PATTERN, matches, target_modules
+from polygraft.adapters.targets import BAD_PATTERN, target_modules
 from polygraft.base.spec import BaseSpec
 
 
@@ -68,7 +69,8 @@ class Replaced(Dense):
 def compile_osf(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile an OSF folder; yields between modules. Problems are noted in the reader."""
     kept = reader.option("effective_rank", (int, float), None)
-    pattern = reader.option("rank_pattern", dict, {})
+    # PEFT's `re.search` in the module's name.
+    ranks = OptionByModule(reader.option("rank_pattern", dict, {}), Form.ANYWHERE, reader.matching)
     # PEFT itself passes over the second.
     reader.ignore("init_weights", "target_svd_config")
     replaced: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -77,14 +79,13 @@ def compile_osf(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
         shape = base.linears[module]
         most = min(shape.in_features, shape.out_features)
         try:
-            keeps = _keeps(_of_module(pattern, module, kept), most)
+            own = ranks.of(module, kept)
         except BAD_PATTERN as error:
             reader.problems.append(f"rank_pattern is not a regular expression that can be matched: {error}")
             break
+        keeps = _keeps(own, most)
         if not keeps:
-            reader.problems.append(
-                f"effective_rank {shown(_of_module(pattern, module, kept))} for {module} makes no sense"
-            )
+            reader.problems.append(f"effective_rank {shown(own)} for {module} makes no sense")
             continue
         rank = most - keeps
         name = f"{PREFIX}{module}.osf_svd_params"
@@ -113,11 +114,6 @@ def compile_osf(reader: FolderReader, base: BaseSpec) -> Generator[None, None, C
                 a = nn.functional.pad(right, (0, 0, 0, rank))
                 low_rank[module] = LowRank(a, b, of_base=Replacement())
     return CompiledAdapter("osf", reader.parameters, low_rank=low_rank, dense=dense)
-
-
-def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's `re.search` in the module's name, the first of the patterns. Raises one of `BAD_PATTERN`."""
-    return next((v for p, v in pattern.items() if matches(rf".*?(?:{p})", module, whole=False)), default)
 
 
 def _keeps(value: Any, most: int) -> int:

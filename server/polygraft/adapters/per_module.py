@@ -8,8 +8,8 @@ from typing import Any, TypeGuard
 
 import torch
 
+from polygraft.adapters.patterns import Form, OptionByModule
 from polygraft.adapters.reader import FolderReader, shown, stays_finite
-from polygraft.adapters.targets import matching_key
 
 PREFIX = "base_model.model."
 """PEFT's, before the name of the base's module."""
@@ -26,22 +26,21 @@ class ModuleSettings:
     def __init__(self, reader: FolderReader, alpha_key: str | None, rank: int = 8) -> None:
         self._reader = reader
         self._rank: Any = reader.option("r", int, rank)
-        self._ranks: dict[str, Any] = reader.option("rank_pattern", dict, {})
+        self._ranks = OptionByModule(reader.option("rank_pattern", dict, {}), Form.KEY, reader.matching)
         self._alpha: Any = 1
-        self._alphas: dict[str, Any] = {}
+        alphas: dict[str, Any] = {}
         if alpha_key is not None:
             self._alpha = reader.option(alpha_key, (int, float), 8)
-            self._alphas = reader.option("alpha_pattern", dict, {})
+            alphas = reader.option("alpha_pattern", dict, {})
+        self._alphas = OptionByModule(alphas, Form.KEY, reader.matching)
 
     def of(self, module: str) -> tuple[int, float] | None:
         """Rank and alpha of a module, 1 without one; None after noting that they make no sense.
 
         Raises: one of `BAD_PATTERN`.
         """
-        rank_key = matching_key(self._ranks, module)
-        alpha_key = matching_key(self._alphas, module)
-        rank = self._rank if rank_key is None else self._ranks[rank_key]
-        alpha = self._alpha if alpha_key is None else self._alphas[alpha_key]
+        rank = self._ranks.of(module, self._rank)
+        alpha = self._alphas.of(module, self._alpha)
         if is_rank(rank) and is_alpha(alpha):
             return rank, alpha
         self._reader.problems.append(
@@ -74,7 +73,7 @@ class ModuleSettings:
     @property
     def largest_rank(self) -> int:
         """Of all that the configuration names, whether or not a module has it."""
-        return max((rank for rank in (self._rank, *self._ranks.values()) if is_rank(rank)), default=0)
+        return max((rank for rank in (self._rank, *self._ranks.values) if is_rank(rank)), default=0)
 
     def note_bad_pattern(self, error: Exception) -> None:
         """Note what `of` raised."""

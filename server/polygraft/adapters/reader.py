@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from polygraft.adapters.folder import AdapterFolder
-from polygraft.adapters.refusals import why_not_option
+from polygraft.adapters.patterns import Matching
+from polygraft.adapters.refusals import judge_option
 from polygraft.errors import AdapterInvalid
 from polygraft.printable import Texts, printable
 
@@ -31,6 +32,10 @@ _SHORT.maxlevel = 4
 _SHORT.maxdict = _SHORT.maxlist = 20
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 """Looks at no more of a value than it shows: one may be a megabyte, or nested a thousand deep."""
+
+
+MAX_ENTRIES = 2**15
+"""Of a list or an object in the configuration."""
 
 
 def stays_finite(tensor: torch.Tensor, scaling: float) -> bool:
@@ -63,7 +68,12 @@ class FolderReader:
         """What `modules_to_save` named."""
         self.ties = False
         """Whether what is trained of the embedding is the head's as well, where the base ties the two."""
+        self.matching = Matching()
+        """Matches the configuration's patterns."""
+        self.choice: Any = None
+        """What `targets.choose` has made of the targeting options."""
         self._config = dict(folder.config)
+        self._kind = self._config.get("peft_type")
         self._tensors = folder.take_tensors()
         self._dtype = adapter_dtype
         self._max_rank = max_rank
@@ -96,6 +106,9 @@ class FolderReader:
         types = expected if isinstance(expected, tuple) else (expected,)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             self.problems.append(f"{key} has the wrong type: {shown(value)}")
+            return default
+        if isinstance(value, list | dict) and len(value) > MAX_ENTRIES:
+            self.problems.append(f"{key} has {len(value)} entries, the limit is {MAX_ENTRIES}")
             return default
         return value
 
@@ -219,8 +232,14 @@ class FolderReader:
         """Raise AdapterInvalid if anything was wrong or is left over."""
         for key, value in sorted(self._config.items()):
             if value not in (None, False, [], {}, ""):
-                why = why_not_option(key)
-                self.problems.append(f"{key[:200]}={shown(value)} isn't served" + (f": {why}" if why else ""))
+                refused, why = judge_option(self._kind, key)
+                if refused:
+                    because = f": {why}" if why else ""
+                    self.problems.append(f"{key[:200]}={shown(value)} isn't served{because}")
+                else:
+                    self.warnings.append(
+                        f"{key[:200]}={shown(value)} is ignored: PEFT knows no such option of this kind"
+                    )
         self.problems += [f"tensor {name} isn't expected" for name in sorted(self._tensors)]
         if self.problems:
             raise AdapterInvalid(self.name, self.problems)

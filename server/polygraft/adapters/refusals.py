@@ -1,7 +1,9 @@
-"""Why an option or a kind that PEFT knows isn't served: what an error tells beside "isn't served".
+"""Which options and kinds aren't served, and why: what an error tells beside "isn't served".
 
-Nothing is served or refused by these tables: an option is refused because no compiler took it, a kind because
-none is registered. The kinds are those of PEFT 0.21 (peft/utils/peft_types.py); a test keeps them complete.
+A kind is refused because no compiler is registered for it. Of the options that no compiler took, those are
+refused that PEFT 0.21 knows for the kind, and those that are known to change what is computed. All others
+PEFT drops when it loads a folder (`from_peft_type` in peft/config.py), and so they are dropped here, with a
+warning. Tests keep the tables complete, by PEFT's own lists.
 """
 
 from __future__ import annotations
@@ -10,8 +12,6 @@ from collections.abc import Mapping
 
 _OPTIONS: Mapping[str, str] = {
     "modules_to_save": "this kind saves no modules, in PEFT it has no effect; remove it",
-    "trainable_token_indices": "this kind has no trained tokens, in PEFT it has no effect; remove it",
-    "ensure_weight_tying": "this kind ties nothing, in PEFT it has no effect; remove it",
     "target_parameters": "only LoRA adapts parameters that are no module's weight; remove it",
     "layer_replication": "it makes the base deeper, and there is one base for all adapters",
     "alora_invocation_tokens": "only plain LoRA begins inside a prompt, PEFT ignores it here; remove it",
@@ -23,6 +23,7 @@ _OPTIONS: Mapping[str, str] = {
     "remove the option and the lora_velora_embed tensors",
     "monteclora_config": "MonteCLoRA also saves its sampler, which has no use after training; "
     "remove the option and the lora_monteclora_sampler tensors",
+    "use_dora": "this kind has no magnitude of its own, in PEFT it has no meaning; remove it",
     "use_rslora": "this kind has no rank-stabilized scaling, in PEFT it has no effect; remove it",
     "alpha_pattern": "this kind has one alpha for all modules, in PEFT it has no effect; remove it",
     "sample_at_inference": "it adds noise of its own to every forward, so no answer would be the same twice",
@@ -44,9 +45,52 @@ _KINDS: Mapping[str, str] = {
 }
 
 
-def why_not_option(key: str) -> str:
-    """The reason why a configuration key that no compiler took isn't served; empty for an unknown one."""
-    return _OPTIONS.get(key, "")
+_OF_LORA = frozenset({
+    "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora",
+    "velora_config",
+})  # fmt: skip
+_OF_PROMPTS = frozenset({"modules_to_save"})
+UNSERVED: Mapping[str, frozenset[str]] = {
+    "LORA": _OF_LORA,
+    "ADALORA": _OF_LORA | {
+        "alora_invocation_tokens", "alpha_pattern", "lora_bias", "target_parameters", "use_dora",
+        "use_rslora",
+    },
+    "PVERA": frozenset({"sample_at_inference"}),
+    "PREFIX_TUNING": _OF_PROMPTS,
+    "CARTRIDGE": _OF_PROMPTS,
+    "PROMPT_TUNING": _OF_PROMPTS,
+    "P_TUNING": _OF_PROMPTS,
+    "MULTITASK_PROMPT_TUNING": _OF_PROMPTS,
+    "CPT": _OF_PROMPTS,
+}  # fmt: skip
+"""By kind, the options that PEFT knows and no compiler takes."""
+
+_CHANGES: Mapping[str, str] = {
+    "enable_lora": "before PEFT 0.4 it adapted parts of a fused module, by weights of another shape",
+    "use_mora": "MoRA's square matrix is no low-rank product",
+    "mora_type": "MoRA's square matrix is no low-rank product",
+    "weight_decompose": "LyCORIS' weight decomposition rescales the base's weights",
+    "dora_wd": "LyCORIS' weight decomposition rescales the base's weights",
+    "lora_nums": "HydraLoRA weighs several B for each token, which no primitive does",
+    "num_experts": "it weighs several LoRAs for each token, which no primitive does",
+}
+"""Options of other libraries, and of PEFT's past, that change what is computed; PEFT drops them."""
+
+
+def judge_option(kind: object, key: str) -> tuple[bool, str]:
+    """What becomes of an option that no compiler took, and why ("" where nothing is known).
+
+    Args:
+        kind: its peft_type; another library's folder has none.
+
+    Returns:
+        whether it is refused, not dropped as PEFT does.
+    """
+    if key in _CHANGES:
+        return True, _CHANGES[key]
+    known = UNSERVED.get(kind, frozenset()) if isinstance(kind, str) else None
+    return known is None or key in known, _OPTIONS.get(key, "")
 
 
 def why_not_kind(peft_type: object) -> str:

@@ -112,13 +112,20 @@ def take_norm(reader: FolderReader, base: BaseSpec, module: str, prefix: str) ->
 def _named_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
     """Take the option; the modules that it names."""
     endings = reader.option("modules_to_save", list, [])
-    known = [*base.linears, *base.others]
-    found: list[str] = []
+    # Any end of a name, not only whole parts of it. By the order of the option, as PEFT goes through it.
+    order = {ending: at for at, ending in enumerate(endings) if isinstance(ending, str) and ending}
+    named: dict[str, list[str]] = {}
+    for name in (*base.linears, *base.others):
+        for start in range(len(name)):
+            if name[start:] in order:
+                named.setdefault(name[start:], []).append(name)
     for ending in endings:
-        matching = [name for name in known if isinstance(ending, str) and ending and name.endswith(ending)]
-        if not matching:
-            reader.problems.append(f"modules_to_save: {shown(ending)} matches no module of the base")
-        found += matching
+        if not isinstance(ending, str) or not ending:
+            reader.problems.append(f"modules_to_save must hold names: {shown(ending)}")
+        elif ending not in named:
+            # As PEFT does: classes of other tasks have modules that a language model lacks.
+            reader.warnings.append(f"modules_to_save: {shown(ending)} matches no module of the base")
+    found = [name for ending in sorted(named, key=order.__getitem__) for name in named[ending]]
     reader.saved = tuple(ending for ending in endings if isinstance(ending, str))
     if reader.ties and any(ending.split(".")[-1] in EMBEDDING_NAMES for ending in reader.saved):
         reader.saved += base.token_modules

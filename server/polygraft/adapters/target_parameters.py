@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
+from polygraft.adapters.patterns import endings
 from polygraft.adapters.per_module import PREFIX, ModuleSettings, scaling_of
 from polygraft.adapters.primitives import ExpertLowRank, LowRank
 from polygraft.adapters.reader import FolderReader, shown
@@ -35,21 +36,19 @@ def target_parameters(reader: FolderReader, base: BaseSpec) -> list[str] | None:
         return None
     names = [f"{module}.{weight}" for module, shape in base.experts.items() for weight in shape.weights]
     names += [f"{module}.{WEIGHT}" for module in base.routers]
-    without_gate = not any(_named(module, "gate") for module in (*base.linears, *base.others))
+    without_gate = not any("gate" in endings(module) for module in (*base.linears, *base.others))
+    known = {ending for name in names for ending in endings(name)}
+    wanted = {target for target in targets if isinstance(target, str)}
     for target in targets:
         if target == _GATE and without_gate:
             continue
-        if not any(_named(name, target) for name in names):
+        if not isinstance(target, str) or target not in known:
             none = "" if names else ", and this base has none that are known"
             reader.problems.append(
                 f"target_parameters: {shown(target)} is no weight of experts or of a router, and others "
                 f"aren't served{none}"
             )
-    return [name for name in names if any(_named(name, target) for target in targets)]
-
-
-def _named(name: str, target: object) -> bool:
-    return isinstance(target, str) and (name == target or name.endswith(f".{target}"))
+    return [name for name in names if not wanted.isdisjoint(endings(name))]
 
 
 def refuse_with_parameters(reader: FolderReader, used: Sequence[str]) -> None:

@@ -6,30 +6,24 @@ and peft/utils/other.py, 0.21): an adapter must land on the same modules here as
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
-import regex
-
+from polygraft.adapters.patterns import BadPattern, Form, KeyPatterns, Matching, endings
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.base.spec import BaseSpec
 
 ALL_LINEAR = "all-linear"
 
-_MATCH_SECONDS = 0.05
-"""A pattern comes from the folder, and one that backtracks without end would hold up every request."""
-
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """Those that PEFT takes for the names of embeddings (peft/utils/constants.py, EMBEDDING_LAYER_NAMES)."""
 
-BAD_PATTERN = (regex.error, TimeoutError)
-"""What matching raises: not a regular expression, or one that takes too long."""
+BAD_PATTERN = (BadPattern,)
+"""What matching raises."""
 
-
-def matches(pattern: str, name: str, *, whole: bool) -> regex.Match[str] | None:
-    """`re.fullmatch` or `re.match` within a limited time. Raises one of `BAD_PATTERN`."""
-    match = regex.fullmatch if whole else regex.match
-    return match(pattern, name, timeout=_MATCH_SECONDS)
+MAX_LAYER_PATTERNS = 64
+_NAMES_A_SLICE = 64
+_SLICE_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,65 +51,203 @@ def target_modules(reader: FolderReader, base: BaseSpec, also: Collection[str] =
 def find_targets(
     reader: FolderReader, base: BaseSpec, also: Collection[str] = (), *, required: bool = True
 ) -> Targets:
-    """Take the targeting options and return what they target, noting targets that don't exist or can't be
-    served. What is in `modules_to_save` is no target.
+    """Take the targeting options and return what they target, noting targets that can't be served. What is
+    in `modules_to_save` is no target. As in PEFT, one of several that doesn't exist is worth a warning.
 
     Args:
         also: modules other than linear ones that the kind is served on.
         required: whether there must be any.
     """
+    if reader.choice is None:
+        for _ in choose(reader, base):
+            pass
+    choice: Choice | None = reader.choice
+    assert choice is not None
+    if choice.is_empty and required:
+        reader.problems.append("target_modules is empty")
+    if choice.is_empty or choice.is_bad:
+        return Targets()
+    note = reader.warnings if choice.found else reader.problems
+    for target in choice.missing:
+        note.append(f"target {shown(target)} matches no module of the base")
+    if not choice.found and not choice.missing:
+        reader.problems.append("exclude_modules or layers_to_transform leaves no module of the base")
+    reader.problems += [
+        f"target {name} is a {base.others[name]}, which this kind isn't served on"
+        for name in choice.found
+        if name in base.others and name not in also
+    ]
+    served = tuple(name for name in choice.found if name in base.linears or name in also)
+    return Targets(served, frozenset(choice.named), choice.kept, choice.by_pattern)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the targeting options mean on a base, whatever the kind is served on.
+
+    Args:
+        is_empty: they name nothing.
+        is_bad: they can't be understood, which has been noted.
+        named, kept, by_pattern: as in `Targets`.
+        found: of those that are named, what the other options leave.
+        missing: targets that name nothing.
+    """
+
+    is_empty: bool = False
+    is_bad: bool = False
+    named: Sequence[str] = ()
+    found: Sequence[str] = ()
+    missing: Sequence[str] = ()
+    kept: frozenset[str] | None = None
+    by_pattern: bool = False
+
+
+def choose(reader: FolderReader, base: BaseSpec) -> Generator[None, None, None]:
+    """Take the targeting options and leave in `reader.choice` what they mean, in slices: it yields where it
+    may be interrupted. The work is linear in the options, and in the base's modules."""
     targets = reader.option("target_modules", (str, list), None)
     excluded = reader.option("exclude_modules", (str, list), [])
     layers = reader.option("layers_to_transform", (int, list), None)
     patterns = reader.option("layers_pattern", (str, list), [])
-    layers = [layers] if isinstance(layers, int) else layers
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not targets:
-        if required:
-            reader.problems.append("target_modules is empty")
-        return Targets()
+        reader.choice = Choice(is_empty=True)
+        return
     # PEFT refuses these as well.
-    if isinstance(targets, str) and (layers or patterns):
+    if isinstance(targets, str) and (layers not in (None, []) or patterns):
         reader.problems.append("layers_to_transform and layers_pattern go with a list of target_modules")
-    elif patterns and not layers:
+    elif patterns and layers in (None, []):
         reader.problems.append("layers_pattern without layers_to_transform has no meaning")
+    for key, value in (
+        ("target_modules", targets),
+        ("exclude_modules", excluded),
+        ("layers_pattern", patterns),
+    ):
+        if isinstance(value, list) and not all(isinstance(one, str) for one in value):
+            reader.problems.append(f"{key} must hold names: {shown(value)}")
+            reader.choice = Choice(is_bad=True)
+    if len(patterns) > MAX_LAYER_PATTERNS:
+        reader.problems.append(
+            f"layers_pattern has {len(patterns)} entries, the limit is {MAX_LAYER_PATTERNS}"
+        )
+        reader.choice = Choice(is_bad=True)
+    if reader.choice is None:
+        try:
+            reader.choice = yield from _chosen(
+                reader, base, targets, excluded, _Layers(reader, layers, patterns)
+            )
+        except BAD_PATTERN as error:
+            reader.problems.append(
+                "target_modules, exclude_modules or layers_pattern is not a regular expression that can be "
+                f"matched: {error}"
+            )
+            reader.choice = Choice(is_bad=True)
+
+
+def _chosen(
+    reader: FolderReader,
+    base: BaseSpec,
+    targets: str | list[str],
+    excluded: str | list[str],
+    layers: _Layers,
+) -> Generator[None, None, Choice]:
+    """Raises one of `BAD_PATTERN`."""
     names = [*base.linears, *base.others]
     all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-    try:
-        if all_linear:
-            named = found = [name for name, shape in base.linears.items() if not shape.is_head]
-            missing = []
+    is_target = _Named(targets, reader.matching)
+    is_excluded = _Named(excluded, reader.matching)
+    saved = KeyPatterns(reader.saved, Form.WITHIN, reader.matching)
+    named: list[str] = []
+    found: list[str] = []
+    kept: set[str] = set()
+    narrowed = layers.given or bool(excluded)
+    left = reader.matching.left
+    for at, name in enumerate(names):
+        if at % _NAMES_A_SLICE == 0 or left - reader.matching.left > _SLICE_SECONDS:
+            yield
+            left = reader.matching.left
+        shape = base.linears.get(name)
+        wanted = (shape is not None and not shape.is_head) if all_linear else is_target(name)
+        if not wanted and not narrowed:
+            continue
+        left_in = not is_excluded(name)
+        in_layers = layers.include(name)
+        if left_in and in_layers:
+            kept.add(name)
+        if wanted:
+            named.append(name)
+            # A module that is named in full is targeted in any layer.
+            if left_in and (in_layers or is_target.in_full(name)) and saved.first(name) is None:
+                found.append(name)
+    return Choice(
+        named=named,
+        found=found,
+        missing=[] if all_linear else is_target.unmatched(names),
+        kept=frozenset(kept) if narrowed else None,
+        by_pattern=isinstance(targets, str) and not all_linear,
+    )
+
+
+class _Named:
+    """Whether a module is named by a regular expression, or by a list of whole names and ends of names."""
+
+    def __init__(self, targets: str | Sequence[str], matching: Matching) -> None:
+        self._pattern = targets if isinstance(targets, str) else None
+        self._list = () if isinstance(targets, str) else targets
+        self._names = frozenset(self._list)
+        self._matching = matching
+        self._matched = False
+
+    def __call__(self, name: str) -> bool:
+        """Raises one of `BAD_PATTERN`."""
+        if self._pattern is None:
+            return any(ending in self._names for ending in endings(name))
+        if not self._pattern:
+            return False
+        found = self._matching.match(Form.WHOLE, self._pattern, name) is not None
+        self._matched |= found
+        return found
+
+    def in_full(self, name: str) -> bool:
+        """Whether a list has the whole name."""
+        return name in self._names
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """What names none of these, which have all been asked for."""
+        if self._pattern is not None:
+            return [] if self._matched else [self._pattern]
+        known = {ending for name in names for ending in endings(name)}
+        return [target for target in dict.fromkeys(self._list) if target not in known]
+
+
+class _Layers:
+    """What `layers_to_transform` and `layers_pattern` leave in.
+
+    Args:
+        layers: None or an empty list for all.
+    """
+
+    def __init__(self, reader: FolderReader, layers: int | list[object] | None, patterns: list[str]) -> None:
+        self.given = layers not in (None, [])
+        several = layers if isinstance(layers, list) else [layers]
+        self._layers = frozenset(layer for layer in several if isinstance(layer, int))
+        self._patterns = patterns
+        self._matching = reader.matching
+
+    def include(self, name: str) -> bool:
+        """Raises one of `BAD_PATTERN`."""
+        return not self.given or self._of(name) in self._layers
+
+    def _of(self, name: str) -> int | None:
+        if not self._patterns:
+            match = self._matching.match(Form.WHOLE, _FIRST_NUMBER, name)
         else:
-            named = [name for name in names if _named(name, targets)]
-            found = [name for name in names if _targeted(name, targets, layers, patterns)]
-            each = [targets] if isinstance(targets, str) else [[target] for target in targets]
-            missing = [one for one in each if not any(_named(name, one) for name in names)]
-        found = [name for name in found if not _named(name, excluded) and not _within(name, reader.saved)]
-        kept = None
-        if layers or excluded:
-            kept = frozenset(
-                name
-                for name in names
-                if not _named(name, excluded) and (not layers or _layer(name, patterns) in layers)
-            )
-    except BAD_PATTERN as error:
-        reader.problems.append(
-            "target_modules, exclude_modules or layers_pattern is not a regular expression that can be "
-            f"matched: {error}"
-        )
-        return Targets()
-    for target in missing:
-        culprit = target if isinstance(target, str) else target[0]
-        reader.problems.append(f"target {shown(culprit)} matches no module of the base")
-    if not found and not missing:
-        reader.problems.append("exclude_modules or layers_to_transform leaves no module of the base")
-    reader.problems += [
-        f"target {name} is a {base.others[name]}, which this kind isn't served on"
-        for name in found
-        if name in base.others and name not in also
-    ]
-    served = tuple(name for name in found if name in base.linears or name in also)
-    return Targets(served, frozenset(named), kept, isinstance(targets, str) and not all_linear)
+            tries = (self._matching.match(Form.LAYER, pattern, name) for pattern in self._patterns)
+            match = next((m for m in tries if m), None)
+        return int(match["idx"]) if match else None
+
+
+_FIRST_NUMBER = r".*?\.[^.]*\.(?P<idx>\d+)\..*"
 
 
 def with_tied_head(reader: FolderReader, base: BaseSpec, targets: list[str]) -> list[str]:
@@ -137,42 +269,4 @@ def matching_key(patterns: Iterable[str], module: str) -> str | None:
 
     Raises: one of `BAD_PATTERN`.
     """
-    return next((p for p in patterns if matches(rf"(.*\.)?({p})$", module, whole=False)), None)
-
-
-def ending_key(patterns: Iterable[str], module: str) -> str | None:
-    """The pattern of a kind that looks for the name's last part only, or for the whole name as it is.
-
-    Raises: one of `BAD_PATTERN`.
-    """
-    known = list(patterns)
-    first = next((p for p in known if matches(rf".*\.{p}$", module, whole=False)), None)
-    return module if first is None and module in known else first
-
-
-def _named(name: str, targets: str | Sequence[str]) -> bool:
-    if isinstance(targets, str):
-        return matches(targets, name, whole=True) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _within(name: str, saved: Iterable[str]) -> bool:
-    """Whether a module is one of those to save, or in one."""
-    return any(matches(rf"(^|.*\.){one}($|\..*)", name, whole=False) for one in saved)
-
-
-def _targeted(
-    name: str, targets: str | Sequence[str], layers: Sequence[int] | None, patterns: Sequence[str]
-) -> bool:
-    if isinstance(targets, str) or name in targets or not layers:
-        return _named(name, targets)  # a module that is named in full is targeted in any layer
-    return _named(name, targets) and _layer(name, patterns) in layers
-
-
-def _layer(name: str, patterns: Sequence[str]) -> int | None:
-    if not patterns:
-        match = matches(r".*?\.[^.]*\.(?P<idx>\d+)\.", name, whole=False)
-    else:
-        tries = (matches(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name, whole=False) for pattern in patterns)
-        match = next((m for m in tries if m), None)
-    return int(match["idx"]) if match else None
+    return KeyPatterns(patterns, Form.KEY, Matching()).first(module)

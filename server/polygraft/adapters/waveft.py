@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.patterns import Form, OptionByModule
 from polygraft.adapters.per_module import (
     PREFIX,
     is_alpha,
@@ -24,7 +25,7 @@ from polygraft.adapters.primitives import Dense
 from polygraft.adapters.projections import KEYS
 from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.sparse import RandomPlaces, Sparse
-from polygraft.adapters.targets import BAD_PATTERN, matching_key, target_modules
+from polygraft.adapters.targets import BAD_PATTERN, target_modules
 from polygraft.adapters.trained_biases import take_trained_biases
 from polygraft.base.spec import BaseSpec
 
@@ -70,19 +71,18 @@ def compile_waveft(reader: FolderReader, base: BaseSpec) -> Generator[None, None
 def _counts(reader: FolderReader, base: BaseSpec, modules: Sequence[str]) -> Mapping[str, Any]:
     """How many entries each module has; none after noting what is wrong."""
     count: Any = reader.option("n_frequency", int, 2592)
-    pattern = reader.option("n_frequency_pattern", dict, {})
+    counts = OptionByModule(reader.option("n_frequency_pattern", dict, {}), Form.KEY, reader.matching)
     if reader.option("proportional_parameters", bool, False):
         sizes = {name: base.linears[name].in_features * base.linears[name].out_features for name in modules}
         total, budget = sum(sizes.values()), count * len(modules)
         return {name: max(1, round(size / total * budget)) for name, size in sizes.items()}
     try:
-        keys = {name: matching_key(pattern, name) for name in modules}
+        return {name: counts.of(name, count) for name in modules}
     except BAD_PATTERN as error:
         reader.problems.append(
             f"n_frequency_pattern is not a regular expression that can be matched: {error}"
         )
         return {}
-    return {name: count if key is None else pattern[key] for name, key in keys.items()}
 
 
 def _squares(

@@ -27,6 +27,8 @@ METHODS: Mapping[str | None, Method] = {
 """By `architecture`."""
 KINDS = ("bottleneck", "ia3", "lora", "prefix_tuning", "union", "vera")
 """What compiled ones are called."""
+MAX_METHODS = 16
+"""Of a union."""
 _WHY_NOT: Mapping[str, str] = {
     "prompt_tuning": "the library runs it on no decoder-only model",
     "reft": "it changes tokens by their place from both ends of a prompt, which no primitive does",
@@ -50,6 +52,9 @@ def compile_adapterhub(reader: FolderReader, base: BaseSpec) -> Generator[None, 
     blocks = config.get("configs") if config.get("architecture") == UNION else None
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
         blocks = None
+    if blocks is not None and len(blocks) > MAX_METHODS:
+        reader.problems.append(f"config.configs has {len(blocks)} entries, the limit is {MAX_METHODS}")
+        raise AdapterInvalid(reader.name, reader.problems)
     kind, whole = "", Parts(UNION)
     named = {"config": config} if blocks is None else dict(_named(blocks))
     for where, block in named.items():

@@ -79,12 +79,12 @@ class _Settings:
         dora = options.flag("use_dora")
         # The library's own test for VeRA: either is a float.
         vera = [options.take(key, (int, float), None) for key in ("vera_d", "vera_b")]
-        problems = len(source.reader.problems)
+        problems = source.reader.problems.total
         if not is_rank(rank) or not is_alpha(alpha):
             options.refuse("r", rank, f"makes no sense with alpha {shown(alpha)}")
         if composition not in _COMPOSITIONS:
             options.refuse("composition_mode", composition, "isn't known")
-        if len(source.reader.problems) > problems:
+        if source.reader.problems.total > problems:
             return None
         if source.unscaled_lora:
             alpha = rank

@@ -1,0 +1,222 @@
+"""Regular expressions from an adapter's configuration, matched within limits, and most of them not at all.
+
+A pattern comes from the folder: one that backtracks without end would hold up every request, one with a
+count in braces takes memory by it, and a thousand of them on a thousand modules are a million matches. Most
+patterns of a configuration are plain names of modules, though, which are looked up; only others are matched.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from enum import Enum
+from typing import Any, TypeVar
+
+import regex
+
+T = TypeVar("T")
+
+MAX_PATTERN = 4096
+"""Characters of a pattern."""
+MAX_REPEATS = 10_000
+"""Largest product of the counts in a pattern: the library repeats in memory what is counted."""
+MAX_PATTERNS = 512
+"""Patterns of one option that are no plain names."""
+_MATCH_SECONDS = 0.05
+_OPTION_SECONDS = 0.1
+"""For all patterns of an option on one name."""
+_LOAD_SECONDS = 2.0
+_GROUPS = 32
+
+_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\?\.)+\$?")
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
+_BRACES = re.compile(r"\{([^{}]*)\}?")
+_COUNT = re.compile(r"(\d*)(?:,(\d*))?")
+
+
+class BadPattern(ValueError):
+    """Not a regular expression, one beyond the limits, or one that takes too long."""
+
+
+class Form(Enum):
+    """Where in a module's name PEFT looks for a pattern, as the expression that it makes of it."""
+
+    WHOLE = "{}"
+    KEY = r"(.*\.)?({})$"  # of rank and alpha patterns
+    ENDING = r".*\.{}$"  # not in parentheses there either
+    WITHIN = r"(^|.*\.){}($|\..*)"  # of modules to save
+    ANYWHERE = r".*?(?:{})"
+    LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+
+    def around(self, pattern: str) -> str:
+        """The expression, to be matched from the name's start."""
+        return self.value.replace("{}", pattern)
+
+
+class Matching:
+    """The matching of one load: what it has compiled, and the time that it has taken."""
+
+    def __init__(self, seconds: float = _LOAD_SECONDS) -> None:
+        self._left = seconds
+        self._compiled: dict[tuple[Form, str], regex.Pattern[str]] = {}
+
+    def match(self, form: Form, pattern: str, name: str) -> regex.Match[str] | None:
+        """What of a name matches. Raises BadPattern."""
+        compiled = self._compiled.get((form, pattern)) or self.compile(form, pattern)
+        match = compiled.fullmatch if form is Form.WHOLE else compiled.match
+        return self._timed(lambda: match(name, timeout=min(_MATCH_SECONDS, max(self._left, 0.001))))
+
+    def compile(self, form: Form, pattern: str) -> regex.Pattern[str]:
+        """Compile a pattern once. Raises BadPattern."""
+        if (form, pattern) not in self._compiled:
+            check_pattern(pattern)
+            self._compiled[form, pattern] = self._timed(lambda: _compile(form, pattern))
+        return self._compiled[form, pattern]
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left of the load's."""
+        return self._left
+
+    def _timed(self, work: Callable[[], T]) -> T:
+        if self._left <= 0:
+            raise BadPattern("its patterns take too long")
+        started = time.thread_time()
+        try:
+            return work()
+        except TimeoutError:
+            raise BadPattern("it takes too long") from None
+        except (regex.error, re.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
+            raise BadPattern(str(error) or type(error).__name__) from None
+        finally:
+            self._left -= time.thread_time() - started
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuse what would take memory or time to compile, and what PEFT's own library reads in another way.
+
+    Raises:
+        BadPattern.
+    """
+    if len(pattern) > MAX_PATTERN:
+        raise BadPattern(f"it has {len(pattern)} characters, the limit is {MAX_PATTERN}")
+    repeats = 1
+    for braces in _BRACES.finditer(_ESCAPED.sub("x", pattern)):
+        count = _COUNT.fullmatch(braces[1])
+        if count is None:
+            raise BadPattern(f"{braces[0]!r} in it is no count")
+        digits = max(count[1], count[2] or "", key=lambda number: (len(number), number))
+        repeats *= max(1, int(digits[:9] or 0))
+    if repeats > MAX_REPEATS:
+        raise BadPattern(f"its counts multiply to more than {MAX_REPEATS}")
+
+
+def _compile(form: Form, pattern: str) -> regex.Pattern[str]:
+    whole = form.around(pattern)
+    re.compile(whole)  # what only the other library takes has no meaning in PEFT
+    return regex.compile(whole)
+
+
+class KeyPatterns:
+    """Patterns of one option, and which of them is the first that fits a module's name.
+
+    Args:
+        form: where they are looked for; not LAYER.
+
+    Raises:
+        BadPattern: there are too many.
+    """
+
+    def __init__(self, patterns: Iterable[str], form: Form, matching: Matching) -> None:
+        self._form = form
+        self._matching = matching
+        # By length, and by which of its characters are dots that stand for any one: the places, and by what
+        # is left of a name with dots there, the first pattern.
+        self._plain: dict[int, dict[tuple[int, ...], dict[str, tuple[int, str]]]] = {}
+        self._general: list[tuple[int, str]] = []
+        for at, pattern in enumerate(patterns):
+            if not self._add_plain(at, pattern):
+                self._general.append((at, pattern))
+        if len(self._general) > MAX_PATTERNS:
+            raise BadPattern(f"{len(self._general)} of them are no plain names, the limit is {MAX_PATTERNS}")
+
+    def _add_plain(self, at: int, pattern: str) -> bool:
+        if self._form in (Form.ANYWHERE, Form.LAYER, Form.WHOLE) or _PLAIN.fullmatch(pattern) is None:
+            return False
+        if pattern[0] == "^" or pattern[-1] == "$":
+            return False
+        name, places = "", []
+        for part in re.findall(r"\\?.", pattern):
+            if part == ".":
+                places.append(len(name))
+            name += part[-1]
+        groups = self._plain.setdefault(len(name), {})
+        if tuple(places) not in groups and len(groups) >= _GROUPS:
+            return False
+        groups.setdefault(tuple(places), {}).setdefault(name, (at, pattern))
+        return True
+
+    def first(self, name: str) -> str | None:
+        """The first pattern that fits. Raises BadPattern."""
+        best: tuple[int, str] | None = None
+        for span in self._spans(name):
+            for places, patterns in self._plain.get(len(span), {}).items():
+                found = patterns.get(_with_dots(span, places))
+                if found is not None and (best is None or found < best):
+                    best = found
+        before = self._matching.left
+        for at, pattern in self._general:
+            if best is not None and at > best[0]:
+                break
+            if self._matching.match(self._form, pattern, name):
+                return pattern
+            if before - self._matching.left > _OPTION_SECONDS:
+                raise BadPattern("they take too long")
+        return None if best is None else best[1]
+
+    def _spans(self, name: str) -> Iterator[str]:
+        """The parts of a name that a pattern may be equal to."""
+        starts = [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
+        for start in starts[1:] if self._form is Form.ENDING else starts:
+            yield name[start:]
+            if self._form is Form.WITHIN:
+                yield from (name[start : end - 1] for end in starts if end > start + 1)
+
+
+class OptionByModule:
+    """An option with exceptions by pattern, such as `rank_pattern`."""
+
+    def __init__(self, values: Mapping[str, Any], form: Form, matching: Matching) -> None:
+        self._values = values
+        self._form = form
+        self._matching = matching
+        self._patterns: KeyPatterns | None = None
+
+    @property
+    def values(self) -> Collection[Any]:
+        """All that there are, whether or not a module has them."""
+        return self._values.values()
+
+    def of(self, module: str, default: Any) -> Any:
+        """What the first pattern that fits the module's name says. Raises BadPattern."""
+        if self._patterns is None:
+            self._patterns = KeyPatterns(self._values, self._form, self._matching)
+        key = self._patterns.first(module)
+        if self._form is Form.ENDING and key is None and module in self._values:
+            key = module
+        return default if key is None else self._values[key]
+
+
+def _with_dots(text: str, places: tuple[int, ...]) -> str:
+    for place in places:
+        text = f"{text[:place]}.{text[place + 1 :]}"
+    return text
+
+
+def endings(name: str) -> Iterator[str]:
+    """A module's name, and what is left of it after each dot: what PEFT compares names of targets with."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
