@@ -14,16 +14,16 @@ import pytest
 from rich.console import Console
 
 from polygraft.cli.demo import command, launcher
-from polygraft.cli.demo.burst import ANY_PROMPT, Ask, Burst, plan, read_prompts
+from polygraft.cli.demo.burst import ANY_PROMPT, Ask, Burst, plan, read_prompts, send, with_template
 from polygraft.cli.demo.display import TokenDisplay
 from polygraft.cli.demo.launcher import Addresses, ServerFailed, ServerProcess, parse_ready, serve_command
 from polygraft.cli.demo.report import lines, sharing, shown, side_by_side
 from polygraft.cli.demo.scrape import Scrape, parse
 from polygraft.errors import ConfigError
 from polygraft_api.v1 import inference_pb2
-from polygraft_client import FinishReason, Generation, LoraPath, Timings, Usage
+from polygraft_client import AsyncClient, FinishReason, Generation, LoraPath, Timings, Usage
 from polygraft_client._responses import adapter_from, model_from
-from tests.client.scripted import adapter
+from tests.client.scripted import ScriptedServer, adapter
 
 from .conftest import Invoke
 
@@ -159,6 +159,21 @@ def test_display_counts_tokens() -> None:
     assert "a (lora), streaming" in shown
     assert "9 tokens" in shown
     assert "11 tokens" in shown
+
+
+async def test_each_is_asked_as_its_template_allows() -> None:
+    with ScriptedServer() as server:
+        server.script.has_chat_template, server.script.with_template = False, {"mood"}
+        asks = plan(map(adapter_from, server.script.adapters), {})
+        async with AsyncClient(server.address) as client:
+            chats = await with_template(client, [a async for a in client.adapters.list()])
+            await send(client, asks, max_new_tokens=4, chats=chats, on_tokens=lambda *_: None)
+        asked = [request for request in server.script.requests if hasattr(request, "sampling")]
+    assert {request.adapter: request.WhichOneof("input") for request in asked} == {
+        "": "prompt",
+        "headline": "prompt",
+        "mood": "chat",
+    }
 
 
 @pytest.fixture

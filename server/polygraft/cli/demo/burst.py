@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,12 @@ def read_prompts(path: Path) -> dict[str, list[str]]:
     return prompts
 
 
+async def with_template(client: AsyncClient, adapters: Iterable[Adapter]) -> set[str]:
+    """The adapters, `BASE` among them, of which a chat can be asked; raises what the client raises."""
+    names = (BASE, *(adapter.name for adapter in adapters))
+    return {name for name in names if (await client.model(adapter=name)).has_chat_template}
+
+
 def plan(adapters: Iterable[Adapter], prompts: Mapping[str, Sequence[str]]) -> tuple[Ask, ...]:
     """Ask every adapter its prompts, and the base each of them; the adapters stream."""
     asks = [
@@ -70,9 +76,18 @@ def plan(adapters: Iterable[Adapter], prompts: Mapping[str, Sequence[str]]) -> t
 
 
 async def send(
-    client: AsyncClient, asks: Sequence[Ask], *, max_new_tokens: int, chat: bool, on_tokens: OnTokens
+    client: AsyncClient,
+    asks: Sequence[Ask],
+    *,
+    max_new_tokens: int,
+    chats: Collection[str],
+    on_tokens: OnTokens,
 ) -> Burst:
-    """Send all requests at the same time and wait for every answer; raises what the client raises."""
+    """Send all requests at the same time and wait for every answer; raises what the client raises.
+
+    Args:
+        chats: the adapters, `BASE` among them, that have a chat template; the others get bare text.
+    """
 
     async def one(index: int, ask: Ask) -> Generation:
         options: GenerateOptions = {
@@ -82,7 +97,7 @@ async def send(
             "return_token_ids": True,
         }
         bare: str | None = ask.prompt
-        if chat:
+        if ask.adapter in chats:
             options["chat"], bare = [{"role": "user", "content": ask.prompt}], None
         if ask.stream:
             async with client.stream(bare, **options) as stream:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from polygraft.cli.demo import report
-from polygraft.cli.demo.burst import Burst, plan, read_prompts, send
+from polygraft.cli.demo.burst import Burst, plan, read_prompts, send, with_template
 from polygraft.cli.demo.display import TokenDisplay
 from polygraft.cli.demo.launcher import Addresses, ServerFailed, ServerProcess, serve_command
 from polygraft.cli.demo.scrape import scrape
@@ -96,7 +96,7 @@ async def _run(
                 client,
                 asks,
                 max_new_tokens=max_new_tokens,
-                chat=model.has_chat_template,
+                chats=await with_template(client, adapters),
                 on_tokens=display.on_tokens,
             )
     return burst, model
