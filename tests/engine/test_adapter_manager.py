@@ -18,6 +18,7 @@ from polygraft.config import ServerConfig
 from polygraft.engine.adapter_manager import LOADS_AT_ONCE, AdapterChange
 from polygraft.engine.engine import Engine
 from polygraft.engine.request import AdapterRef, Request, StoppingParams
+from polygraft.engine.step_result import StepResult
 from polygraft.errors import (
     AdapterExists,
     AdapterInvalid,
@@ -97,17 +98,20 @@ def test_broken_folders_dont_stop_the_start_and_are_listed(
     (store / "cut" / "adapter_model.safetensors").write_bytes(b"x")
     shutil.copytree(store / "lora", tmp_path / "outside")
     (store / "outside").symlink_to(tmp_path / "outside")
-    (store / "a@b").mkdir()
+    (store / "a@b\n").mkdir()
     (store / "loop").symlink_to("loop")
     engine = make_engine(llama, store)
     states = {info.name: (info.state, info.problems) for info in engine.adapters.registry.list()}
-    assert list(states) == ["cut", "empty", "loop", "lora", "outside", "prefix"]
+    assert list(states) == ["a@b\\n", "cut", "empty", "loop", "lora", "outside", "prefix"]
+    assert states["a@b\\n"][1] == (
+        "an adapter's name must match [A-Za-z0-9][A-Za-z0-9._-]{0,127}; rename the folder",
+    )
     assert {name for name, (state, _) in states.items() if state is AdapterState.READY} == {"lora", "prefix"}
     assert "can't be read" in states["cut"][1][0]
     assert states["empty"][1] == ("adapter_config.json is missing",)
     assert "leads out of the store" in states["outside"][1][0]
     assert "the folder can't be opened: loop" in states["loop"][1][0]
-    assert "'a@b' in the store is passed over" in caplog.text
+    assert r"adapter a@b\n is not loaded: an adapter's name must match" in caplog.text
     with pytest.raises(AdapterUnavailable, match=r"adapter_config.json is missing"):
         engine.submit(greedy("r", PROMPT, "empty", 1))
     run_greedy(engine, [greedy("r", PROMPT, "lora", 3)])
@@ -332,6 +336,39 @@ def test_an_unload_that_doesnt_wait(engine: Engine) -> None:
     assert start_unload(engine, "lora", wait=False).result(0).name == "lora"
 
 
+def test_an_unload_ends_with_the_abort_of_the_last_request(engine: Engine) -> None:
+    engine.submit(greedy("r", PROMPT, "lora", 50))
+    engine.step()
+    done = start_unload(engine, "lora")
+    engine.abort("r")
+    assert not engine.has_work
+    result = engine.take_news(StepResult())
+    assert done.result(0).running_requests == 0
+    assert [(change, info.name) for change, info in result.adapter_events][-1] == (
+        AdapterChange.REMOVED,
+        "lora",
+    )
+    assert result.occupancy == engine.occupancy
+
+
+@pytest.mark.parametrize("act", ["abort", "reload", "unload"])
+def test_what_is_held_is_told_also_where_no_step_follows(engine: Engine, store: Path, act: str) -> None:
+    run_greedy(engine, [greedy("r", PROMPT, "prefix", 4)])
+    engine.submit(greedy("r", PROMPT, "prefix", 50))
+    told = engine.step().occupancy
+    assert told == engine.occupancy
+    engine.abort("r")
+    if act == "reload":
+        strengthen(store / "prefix")
+        start_load(engine, "prefix", reload=True)
+        while engine.has_work:
+            told = engine.step().occupancy or told
+    elif act == "unload":
+        start_unload(engine, "prefix")
+    told = engine.take_news(StepResult()).occupancy or told
+    assert told == engine.occupancy
+
+
 def test_unloading_one_that_failed(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "store" / "broken").mkdir(parents=True)
     engine = make_engine(llama, tmp_path / "store")
@@ -374,10 +411,14 @@ def test_idle_prefixes_give_way_and_come_back_right(llama: Path, llama_store: Pa
 
 def test_no_more_adapters_than_allowed(llama: Path, store: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = make_engine(llama, store, max_adapters=2)
-    assert [info.name for info in engine.adapters.registry.list()] == ["lora", "prefix"]
-    assert (
-        "adapter prompt is not loaded: 2 adapters are loaded, the limit is 2 (--max-adapters)" in caplog.text
-    )
+    assert [(info.name, info.state.value) for info in engine.adapters.registry.list()] == [
+        ("lora", "READY"), ("prefix", "READY"), ("prompt", "FAILED"),
+    ]  # fmt: skip
+    why = "2 adapters are loaded, the limit is 2 (--max-adapters)"
+    assert engine.adapters.registry.get("prompt").problems == (why,)
+    assert f"adapter prompt is not loaded: {why}" in caplog.text
+    with pytest.raises(AdapterUnavailable, match="the limit is 2"):
+        engine.submit(greedy("r", PROMPT, "prompt", 1))
     with pytest.raises(ResourceExhausted, match="--max-adapters"):
         load(engine, "prompt")
     start_unload(engine, "lora")
@@ -427,7 +468,7 @@ HOSTILE: list[tuple[str, Callable[[dict[str, object]], object]]] = [
     ("base_model_name_or_path", lambda config: json.dumps({**config, "base_model_name_or_path": 5})),
     ("makes no sense", lambda config: json.dumps({**config, "r": 10**400})),
     ("makes no sense", lambda config: json.dumps({**config, "lora_alpha": float("nan")})),
-    ("nested", lambda config: json.dumps({**config, "nested": [[[[]]]]})),
+    ("use_qalora=[[[[", lambda config: json.dumps({**config, "use_qalora": [[[[[]]]]]})),
 ]
 
 

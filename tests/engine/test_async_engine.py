@@ -39,6 +39,7 @@ from polygraft.errors import (
     PolygraftError,
     ResourceExhausted,
 )
+from polygraft.telemetry.metrics import Metrics
 from tests.engine.stores import change, copy_of, poison, strengthen
 from tests.engines import greedy, make_engine, run_greedy
 
@@ -172,6 +173,35 @@ def expected(llama: Path, store: Path) -> dict[str | None, list[int]]:
     names = [None, "lora", "prefix", "prompt"]
     engine = make_engine(llama, store)
     return dict(zip(names, run_greedy(engine, [greedy(str(n), PROMPT, n, 10) for n in names]), strict=True))
+
+
+async def test_what_was_passed_over_is_counted_once(llama: Path, llama_store: Path, tmp_path: Path) -> None:
+    store = copy_of(llama_store, tmp_path / "few", "lora", "prefix", "prompt")
+    (store / "broken").mkdir()
+    (store / "not a name").mkdir()
+    metrics = Metrics()
+    handle = AsyncEngine(make_engine(llama, store, max_adapters=2), metrics, max_waiting=1)
+    handle.start()
+    try:
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+        states = {labels["state"]: value for labels, value in samples(metrics, "polygraft_adapters")}
+        assert states == {"LOADING": 0, "READY": 2, "FAILED": 3, "UNLOADING": 0}
+        loads = {
+            labels["result"]: value for labels, value in samples(metrics, "polygraft_adapter_loads_total")
+        }
+        assert loads == {"ok": 2, "failed": 3}
+    finally:
+        await handle.drain(1.0)
+
+
+def samples(metrics: Metrics, name: str) -> list[tuple[dict[str, str], float]]:
+    return [
+        (sample.labels, sample.value)
+        for metric in metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == name
+    ]
 
 
 async def test_many_streams_at_once_each_with_its_own_answer(

@@ -246,6 +246,19 @@ def test_the_least_recently_used_copy_gives_way_and_a_pinned_one_never(
     assert states() == {"lora": "READY", "lora-bias": "EVICTED", "rslora-patterns": "READY"}
 
 
+def test_what_is_said_of_a_copy_is_so_when_it_is_said(llama: Path, llama_store: Path) -> None:
+    engine = make_engine(llama, llama_store)
+    update(engine, "lora", merged=True)
+    done: Future[AdapterInfo] = Future()
+    engine.merging.update("lora", False, done)
+    for info in (done.result(0), engine.adapters.registry.get("lora")):  # without a step between
+        assert info.merged is not None
+        assert not info.merged.pinned
+    gone = Future[AdapterInfo]()
+    engine.adapters.unload("lora", gone, wait=True)
+    assert gone.result(0).merged is None
+
+
 def test_what_never_fits_is_refused_at_once(llama: Path, llama_store: Path) -> None:
     engine = make_engine(llama, llama_store, merged_bytes=1000)
     with pytest.raises(

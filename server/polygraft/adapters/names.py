@@ -19,6 +19,9 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+NOT_A_NAME = f"an adapter's name must match {_NAME.pattern}"
+
+
 def check_name(name: str, field: str = "name") -> str:
     """The name, checked.
 

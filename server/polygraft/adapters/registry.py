@@ -15,6 +15,7 @@ from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.info import AdapterInfo, AdapterState, MergedInfo
 from polygraft.engine.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
+from polygraft.printable import printable_texts
 
 
 class Adapter:
@@ -153,6 +154,14 @@ class AdapterRegistry:
                     del self._records[name]
             return failed
 
+    def pass_over(self, name: str, source: str, why: str) -> AdapterInfo:
+        """List a folder that isn't loaded at all, with the reason; whoever asks for it learns it."""
+        with self._lock:
+            assert name not in self._records
+            info = AdapterInfo(name, AdapterState.FAILED, source, problems=printable_texts([why]))
+            self._records[name] = _Record(info, loading=False)
+            return info
+
     def begin_unload(self, name: str, *, wait: bool) -> AdapterInfo:
         """Take no new requests for a name; a failed one is gone at once.
 
@@ -185,7 +194,8 @@ class AdapterRegistry:
                     and record.adapter
                     and record.adapter.pins == 0
                 ):
-                    gone.append((record.adapter, record.info))
+                    # Its merged copy goes with it.
+                    gone.append((record.adapter, replace(record.info, merged=None)))
                     del self._records[name]
             return gone
 

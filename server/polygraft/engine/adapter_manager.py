@@ -14,7 +14,7 @@ from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.info import AdapterInfo, AdapterState
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter
-from polygraft.adapters.names import is_name
+from polygraft.adapters.names import NOT_A_NAME, is_name
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
 from polygraft.adapters.store import AdapterStore
 from polygraft.base.spec import BaseSpec
@@ -91,7 +91,7 @@ class AdapterManager:
 
     def load_store(self) -> None:
         """Load every folder of the store, after a canary of the base alone, which warms it up as well;
-        broken folders are registered with what is wrong. Runs as background work.
+        broken folders and those that are passed over are listed with the reason. Runs as background work.
 
         Raises (from the background work): BaseModelError if the base's logits aren't finite.
         """
@@ -105,7 +105,13 @@ class AdapterManager:
             if is_name(name):
                 yield name
             else:
-                log.warning("folder %r in the store is passed over: its name can't be an adapter's", name)
+                self._pass_over(printable(name, 128), name, f"{NOT_A_NAME}; rename the folder")
+
+    def _pass_over(self, name: str, source: str, why: str) -> None:
+        """List what isn't loaded, with the reason."""
+        log.warning("adapter %s is not loaded: %s", name, why)
+        info = self.registry.pass_over(name, printable(source), why)
+        self._events += [(AdapterChange.LOAD_FAILED, info), (AdapterChange.CHANGED, info)]
 
     def _load_each(self, names: Iterator[str]) -> Job:
         for name in names:
@@ -121,7 +127,7 @@ class AdapterManager:
         try:
             self.registry.begin_load(name, name)
         except PolygraftError as error:
-            log.warning("adapter %s is not loaded: %s", name, error)
+            self._pass_over(name, name, str(error))
             return
         try:
             folder: AdapterFolder | PolygraftError = self.store.read(name, name)

@@ -74,6 +74,7 @@ class AsyncEngine:
 
     def start(self) -> None:
         """Start stepping."""
+        self._engine.take_news(StepResult())  # what loading has brought, which the registry tells now
         for info in self.list_adapters():
             if info.state is AdapterState.FAILED:
                 self._observer.adapter_load_failed(info)

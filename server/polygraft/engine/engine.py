@@ -149,6 +149,7 @@ class Engine:
             merged_capacity_bytes=self.copies.budget,
             prompts=self.prompts.base,
         )
+        self._told: Occupancy | None = None
         self._generations = Generations(self.scheduler, Answers(self.prompts))
         self._scoring = Scoring(
             self.scheduler, self.paths, self.prompts, shares_prompts=config.prefix_caching
@@ -200,6 +201,8 @@ class Engine:
             self.background.run_idle(float("inf"))
             if self.scheduler.has_work:
                 self.step()
+            else:
+                self._collect()
 
     @property
     def has_work(self) -> bool:
@@ -271,19 +274,24 @@ class Engine:
         else:
             self.background.run_idle()
         result.outputs += self._generations.fail_lost() + self._scoring.fail_lost()
-        self.adapters.collect()
-        self.merging.collect()
         return self.take_news(result)
 
     def take_news(self, result: StepResult) -> StepResult:
-        """Add to a result what has become of adapters and their copies since the last time."""
+        """Free what nothing holds any more, and add to a result what has become of adapters, their copies and
+        the cache since the last time. Also where no step has run: a request may have been aborted."""
+        self._collect()
         result.adapter_events = self.adapters.take_events()
         result.adapter_events += [(AdapterChange.CHANGED, info) for info in self.merging.take_changed()]
         result.merge_events = self.copies.take_events()
         result.path_decisions = self.paths.take_decisions()
-        if result.tells_anything:
-            result.occupancy = self.occupancy
+        occupancy = self.occupancy
+        if occupancy != self._told:
+            result.occupancy = self._told = occupancy
         return result
+
+    def _collect(self) -> None:
+        self.adapters.collect()
+        self.merging.collect()
 
     def _schedule(self) -> Batch | None:
         """The next batch; None if nothing can run, be it for want of a merged copy."""

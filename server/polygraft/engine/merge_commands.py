@@ -62,6 +62,7 @@ class MergeCommands:
             done.set_exception(error)
             return
         copy = self._copies.pin(adapter, merged)
+        self.collect()  # the answer and whoever asks next are to be told what is so now
         if not merged or copy is None:
             done.set_result(self._registry.get(name))
         else:
@@ -71,12 +72,12 @@ class MergeCommands:
         name = copy.adapter.name
         while copy.state is MergeState.MERGING and copy.wanted:
             yield True
+        self.collect()
         if copy.state is MergeState.FAILED:
             done.set_exception(ResourceExhausted(f"adapter {name!r} is not merged: {copy.problem}"))
         elif not copy.ready:
             done.set_exception(AdapterUnavailable(name, "given up while it was being merged"))
         else:
-            self.collect()
             done.set_result(self._registry.get(name))
 
     def collect(self) -> None:

@@ -284,6 +284,7 @@ class Metrics:
         """Record where an adapter stands; a generation that is ready for the first time was loaded."""
         before = self._known.get(info.name)
         self._known[info.name] = info
+        self._count_adapter(before, info)
         if info.state is AdapterState.READY and (
             before is None
             or before.generation != info.generation
@@ -291,7 +292,6 @@ class Metrics:
         ):
             self._loads.labels("ok").inc()
             self._load_seconds.observe(info.load_seconds)
-        self._show_adapters()
 
     def adapter_load_failed(self, info: AdapterInfo) -> None:
         """Count a load that failed."""
@@ -299,18 +299,18 @@ class Metrics:
 
     def adapter_removed(self, info: AdapterInfo) -> None:
         """Record that an adapter is gone, and drop its series."""
-        self._known.pop(info.name, None)
+        self._count_adapter(self._known.pop(info.name, None), None)
         self._unloads.inc()
         if self._labels.forget(info.name):
             for metric in self._per_adapter:
                 metric.remove_by_labels({"adapter": info.name})
-        self._show_adapters()
 
-    def _show_adapters(self) -> None:
-        states = Tally(info.state for info in self._known.values())
-        for state in AdapterState:
-            self._adapters.labels(state.value).set(states[state])
-        self._compiled.set(sum(info.compiled_bytes for info in self._known.values()))
+    def _count_adapter(self, before: AdapterInfo | None, now: AdapterInfo | None) -> None:
+        """Move one from what it was to what it is; a store may hold thousands."""
+        for info, sign in ((before, -1), (now, 1)):
+            if info is not None:
+                self._adapters.labels(info.state.value).inc(sign)
+                self._compiled.inc(sign * info.compiled_bytes)
 
     def call_finished(self, method: str, code: str) -> None:
         """Count an RPC; `code` is the gRPC status code's name."""
