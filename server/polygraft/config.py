@@ -123,6 +123,11 @@ class ServerConfig(BaseSettings):
     prefix_caching: bool = Field(True, description="find a prompt's beginning in the KV cache")
     max_num_seqs: int = Field(256, ge=1, le=4096, description="most requests that run at once")
     max_num_batched_tokens: int = Field(512, ge=1, description="most tokens in one step")
+    max_step_ms: float = Field(
+        1000.0,
+        ge=0,
+        description="milliseconds that a step is to take, of long prompts and scores above all; 0 is any",
+    )
     max_context_length: int | None = Field(
         None, ge=2, description="most tokens of one request [default: the model's own limit]"
     )

@@ -43,6 +43,7 @@ from polygraft.engine.scheduler import Batch, Scheduler
 from polygraft.engine.scoring import ScoreJob, ScoreSequence, Scoring
 from polygraft.engine.sequence import CanarySequence, Generation, Sequence, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefixes
+from polygraft.engine.step_cost import StepCost
 from polygraft.engine.step_result import StepResult, step_stats
 from polygraft.errors import InvalidRequest
 from polygraft.layers.adapter_bank import AdapterBank
@@ -85,6 +86,7 @@ class Engine:
         frame = fuse_decoder_layers(
             base.model, bank.bottlenecks.by_layer, step, load_kernels() if native else None
         )
+        self.step_cost = StepCost.of_model(base.spec, config.max_step_ms / 1000)
         pool = BlockPool(self.kv_cache.num_blocks, config.block_size)
         self.scheduler = Scheduler(
             pool,
@@ -92,6 +94,7 @@ class Engine:
             PrefixCache(pool, enabled=config.prefix_caching),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            cost=self.step_cost,
         )
         switch = WeightSwitch()
         self.runner = ModelRunner(base, bank, switch, step, config.block_size, frame)
@@ -269,6 +272,8 @@ class Engine:
             logits = self.runner.run(batch)
             result.outputs += self._postprocess(batch, logits)
             seconds = time.perf_counter() - started
+            if not batch.preempted:
+                self.step_cost.observe(batch.work, seconds)
             result.stats = step_stats(batch, seconds, switched=self.runner.switched)
             self.background.run_after_step(result.stats.seconds)
         else:

@@ -15,6 +15,7 @@ from polygraft.engine.prefix_cache import PrefixCache
 from polygraft.engine.request import LoraPath
 from polygraft.engine.sequence import Generation, Sequence, SoftPromptSequence
 from polygraft.engine.shared_prefix import SharedPrefix, SharedPrefixes
+from polygraft.engine.step_cost import StepBudget, StepCost, Work
 
 if TYPE_CHECKING:
     from polygraft.adapters.stack import Runs
@@ -53,12 +54,14 @@ class Batch:
         items: filled by the scheduler, ordered by adapters, so that the rows of equal ones are neighbours.
         preempted: sequences that lost their blocks while it was put together.
         copy: the merged copy that all of it runs on; None is the base's own weights with side paths.
+        work: what it computes, for learning what that costs; sequences that lost their blocks are in it.
         waited: steps that its sequences had to leave to those of other copies since their last one.
     """
 
     items: list[Scheduled] = field(default_factory=list)
     preempted: int = 0
     copy: MergedCopy | None = None
+    work: Work = field(default_factory=Work)
     waited: int = 0
 
     @property
@@ -68,7 +71,7 @@ class Batch:
 
 
 class Scheduler:
-    """First come, first served, under three budgets: sequences, tokens of a step, blocks.
+    """First come, first served, under four budgets: sequences, tokens of a step, its expected time, blocks.
 
     When blocks run out, the latest running sequence gives its blocks back and is recomputed later from
     its tokens, the generated ones included, so nothing is lost.
@@ -80,6 +83,7 @@ class Scheduler:
     Args:
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens of a step.
+        cost: what they are expected to take, and the most that a step is to take; None is any time.
     """
 
     def __init__(
@@ -90,12 +94,14 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        cost: StepCost | None = None,
     ) -> None:
         self.pool = pool
         self.prefixes = prefixes
         self._cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._cost = cost
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._orders = itertools.count()
@@ -137,22 +143,30 @@ class Scheduler:
         """Decodes first, so that a long prompt delays nobody's next token."""
         batch = Batch(copy=copy)
         chosen: dict[Sequence, Scheduled] = {}
-        budget = self.max_num_batched_tokens
+        budget = StepBudget(self.max_num_batched_tokens, self._cost)
+        batch.work = budget.work
         mine = (sequence for sequence in self.running if sequence.copy is copy)
-        for sequence in sorted(mine, key=lambda s: (s.remaining > 1, s.order)):
-            if budget == 0:
+        for sequence in sorted(mine, key=lambda s: (not s.decodes, s.order)):
+            if budget.tokens == 0:
                 break
             if not sequence.blocks:
                 continue  # preempted while this step was put together
-            count = min(sequence.remaining, budget)
+            if sequence.decodes:
+                count = 1
+                budget.decode(sequence)
+            elif budget.exhausted:
+                break
+            else:
+                count = budget.fill(sequence, sequence.num_computed)
             victims = self._reserve(sequence, count)
             for victim in victims:
                 given_back = chosen.pop(victim, None)
-                budget += given_back.count if given_back else 0
+                budget.give_back(given_back.count if given_back else 0)
             batch.preempted += len(victims)
-            if sequence not in victims:
+            if sequence in victims:
+                budget.give_back(count)
+            else:
                 chosen[sequence] = Scheduled(sequence, sequence.num_computed, count)
-                budget -= count
         if not batch.preempted:  # what was just taken away would be given back at once
             self._admit(copy, budget, chosen)
         batch.items = sorted(chosen.values(), key=lambda item: item.sequence.runs)
@@ -175,9 +189,9 @@ class Scheduler:
         sequence.blocks += self.pool.allocate(needed)
         return victims
 
-    def _admit(self, copy: MergedCopy | None, budget: int, chosen: dict[Sequence, Scheduled]) -> None:
+    def _admit(self, copy: MergedCopy | None, budget: StepBudget, chosen: dict[Sequence, Scheduled]) -> None:
         for sequence in list(self.waiting):
-            if budget == 0 or len(self.running) >= self.max_num_seqs:
+            if budget.exhausted or len(self.running) >= self.max_num_seqs:
                 return
             if sequence.copy is not copy:
                 if sequence is self._blocked:
@@ -195,23 +209,25 @@ class Scheduler:
                     acquired.order = sequence.order
                     acquired.stack.pin()
                     self.waiting.insert(self.waiting.index(sequence), acquired)
-                    budget -= self._start(acquired, None, budget, chosen)
+                    self._start(acquired, None, budget, chosen)
                     continue
                 if not acquired.ready:
                     continue  # later arrivals needn't wait for this one's virtual tokens
                 prefix = acquired
-            started = self._start(sequence, prefix, budget, chosen)
-            if not started:
+            if not self._start(sequence, prefix, budget, chosen):
                 if prefix is not None:
                     self.prefixes.release(prefix)
                 self._blocked = sequence
                 return
-            budget -= started
 
     def _start(
-        self, sequence: Sequence, prefix: SharedPrefix | None, budget: int, chosen: dict[Sequence, Scheduled]
-    ) -> int:
-        """Let a waiting sequence run if there is room; returns how many of its tokens run in this step.
+        self,
+        sequence: Sequence,
+        prefix: SharedPrefix | None,
+        budget: StepBudget,
+        chosen: dict[Sequence, Scheduled],
+    ) -> bool:
+        """Let a waiting sequence run if there is room; returns whether there is.
 
         Room for all its known tokens, and one block for every sequence that runs already: otherwise one
         that was just preempted would come back only to be preempted again.
@@ -220,7 +236,7 @@ class Scheduler:
         needed = self.pool.blocks_for(sequence.num_tokens) - len(cached)
         if not self.prefixes.make_room(needed + len(self.running)):
             self.pool.release(cached)
-            return 0
+            return False
         self.waiting.remove(sequence)
         self.running.append(sequence)
         self._settle(sequence)
@@ -228,11 +244,11 @@ class Scheduler:
         sequence.num_computed = len(cached) * self.pool.block_size
         if isinstance(sequence, Generation) and sequence.first_scheduled is None:
             sequence.cached_tokens = sequence.num_computed
-        count = min(sequence.remaining, budget)
+        count = budget.fill(sequence, sequence.num_computed)
         fresh = self.pool.blocks_for(sequence.num_computed + count) - len(cached)
         sequence.blocks = cached + self.pool.allocate(fresh)
         chosen[sequence] = Scheduled(sequence, sequence.num_computed, count)
-        return count
+        return True
 
     def _settle(self, sequence: Sequence) -> None:
         """From here on a sequence keeps its path."""

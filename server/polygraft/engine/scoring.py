@@ -55,6 +55,11 @@ class ScoreSequence(Sequence):
         self.found: list[Likelihood] = []
 
     @property
+    def decodes(self) -> bool:
+        """Never: nobody reads along."""
+        return False
+
+    @property
     def logits_from(self) -> int:
         """Behind the prompt's last token."""
         return self.context_tokens - 1

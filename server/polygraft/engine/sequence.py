@@ -79,6 +79,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def decodes(self) -> bool:
+        """Whether its next token is somebody's next token, for which nothing else is made to wait."""
+        return len(self.token_ids) - self.num_computed == 1
+
+    @property
     def logits_from(self) -> int:
         """The first of its tokens behind which logits are wanted; they are behind all later ones as well."""
         return len(self.token_ids) - 1
