@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from polygraft.base.calibration import ONEDNN, Calibration, calibrate
@@ -18,6 +19,7 @@ from polygraft.layers.memory import Arena, give_back
 from polygraft.layers.native.kernels import DTYPES, Kernels, load_kernels
 from polygraft.layers.native.structures import MAX_MODULES
 from polygraft.layers.onednn_linear import OneDnnLinear, gains_by_onednn
+from polygraft.layers.wide_head import WideLinear
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,8 @@ def pack_linears(
 ) -> int:
     """Replace plain linear modules in place.
 
-    Modules quantized by others stay as they are, and so does a tied partner: the embedding keeps a copy.
+    Modules quantized by others stay as they are, and so does a tied partner: the embedding keeps a copy. The
+    head's outputs are in float32 from here on, whatever computes them.
 
     Args:
         groups: names of modules that read the same input.
@@ -46,10 +49,11 @@ def pack_linears(
         How many were replaced.
     """
     kernels = load_kernels()
+    head = _head(model)
     table: dict[torch.dtype, Calibration] = {}
     packed = 0
     for names in groups:
-        alike: dict[tuple[torch.dtype, Quantization], list[str]] = {}
+        alike: dict[tuple[torch.dtype, Quantization, bool], list[str]] = {}
         for name in names:
             module = model.get_submodule(name)
             if not _is_plain(module):
@@ -58,21 +62,40 @@ def pack_linears(
             if weight.device.type != "cpu" or weight.dtype not in DTYPES:
                 continue
             how = quantization.get(name, "none")
+            # oneDNN's products of 16 bits give 16 bits, and the head's sums are to stay as they are.
+            wide = name == head and weight.dtype != torch.float32
             if kernels is None and how != "none":
                 assert how == "int8"
-                model.set_submodule(name, Int8Linear(weight, bias))
-            elif how == "none" and _kernel(weight, kernels, table) == ONEDNN:
+                model.set_submodule(name, Int8Linear(weight, bias, wide=wide))
+            elif wide and how == "none" and kernels is None:
+                continue
+            elif how == "none" and not wide and _kernel(weight, kernels, table) == ONEDNN:
                 if not gains_by_onednn(weight):
                     continue
                 model.set_submodule(name, OneDnnLinear(weight, bias))
             else:
-                alike.setdefault((weight.dtype, how), []).append(name)
+                alike.setdefault((weight.dtype, how, wide), []).append(name)
             packed += 1
-        for (_, how), same in alike.items():
+        for (_, how, wide), same in alike.items():
             assert kernels is not None
             for at in range(0, len(same), MAX_MODULES):
-                _pack_group(model, same[at : at + MAX_MODULES], kernels, how, double=double)
+                _pack_group(model, same[at : at + MAX_MODULES], kernels, how, double=double, wide=wide)
+    if head is not None:
+        _widen(model, head)
     return packed
+
+
+def _head(model: nn.Module) -> str | None:
+    """Name of the module that computes the logits; None where there is none."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _widen(model: nn.Module, head: str) -> None:
+    """Have torch's own product give float32, where it is what computes the head."""
+    module = model.get_submodule(head)
+    if type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16):
+        model.set_submodule(head, WideLinear(module))
 
 
 def gather_weights(model: nn.Module) -> None:
@@ -128,10 +151,16 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _pack_group(
-    model: nn.Module, names: Sequence[str], kernels: Kernels, quantization: Quantization, *, double: bool
+    model: nn.Module,
+    names: Sequence[str],
+    kernels: Kernels,
+    quantization: Quantization,
+    *,
+    double: bool,
+    wide: bool,
 ) -> None:
     weights, biases = zip(*(_weight_and_bias(model.get_submodule(name)) for name in names), strict=True)
-    group = LinearGroup(weights, biases, kernels, quantization, double=double)
+    group = LinearGroup(weights, biases, kernels, quantization, double=double, wide=wide)
     for member, name in enumerate(names):
         model.set_submodule(name, PackedLinear(group, member))
 

@@ -56,7 +56,7 @@ class ModelRunner:
 
         Returns:
             logits [all items' `logit_rows`, tokens], in the batch's order; as many as the row that knows the
-            most, -inf for those that a row doesn't know.
+            most, -inf for those that a row doesn't know. In float32, whatever the base's type is.
         """
         self.switched = self._switch.use(None if batch.copy is None else batch.copy.weights)
         items = batch.items

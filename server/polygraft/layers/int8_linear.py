@@ -19,10 +19,12 @@ class Int8Linear(nn.Module):
 
     Args:
         weight: [out_features, in_features]; not kept.
+        wide: outputs are in float32, as the head's are, instead of the type of the rows.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, wide: bool = False) -> None:
         super().__init__()
+        self.wide = wide
         self.out_features, self.in_features = weight.shape
         quantized, self._scale = quantize_int8(weight)
         self._fill = (0, max(0, _LEAST_INPUTS - self.in_features))
@@ -40,7 +42,7 @@ class Int8Linear(nn.Module):
         out = torch._int_mm(whole, self._quantized).float() * scale * self._scale
         if self.bias is not None:
             out += self.bias.float()
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return (out if self.wide else out.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
     @property
     def weight(self) -> torch.Tensor:

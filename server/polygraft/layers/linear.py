@@ -59,6 +59,7 @@ class LinearGroup:
         biases: [out_features] each, or None.
         quantization: how the weights are kept.
         double: as `FourBitPanels` says.
+        wide: outputs are in float32, as the head's are, instead of the type of the weights.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class LinearGroup:
         quantization: Quantization = "none",
         *,
         double: bool = True,
+        wide: bool = False,
     ) -> None:
         self.dtype = weights[0].dtype
+        self._out_dtype = torch.float32 if wide else self.dtype
         self.quantization = quantization
         self.in_features = weights[0].shape[1]
         self.widths = [weight.shape[0] for weight in weights]
@@ -141,16 +144,16 @@ class LinearGroup:
             raise TypeError(f"expected rows in {self.dtype}, got {x.dtype}")
         x = x.contiguous()
         shape = x.shape[:-1]
-        outs = [torch.empty(*shape, width, dtype=self.dtype) for width in self.widths]
+        outs = [torch.empty(*shape, width, dtype=self._out_dtype) for width in self.widths]
         for i, out in enumerate(outs):
             self._addresses[i] = out.data_ptr()
         segments = self._step.head_segments if self._is_head else self._step.segments
         if not segments.touched & self.bits:
             segments = NO_SEGMENTS
         self._kernels.linear(
-            DTYPES[self.dtype], self.address, x.data_ptr(), shape.numel(), self._addresses,
-            segments.table.data_ptr(), len(segments.host), self._step.scratch.data_ptr(), segments.max_rank,
-            torch.get_num_threads(),
+            DTYPES[self.dtype], DTYPES[self._out_dtype], self.address, x.data_ptr(), shape.numel(),
+            self._addresses, segments.table.data_ptr(), len(segments.host), self._step.scratch.data_ptr(),
+            segments.max_rank, torch.get_num_threads(),
         )  # fmt: skip
         return outs
 

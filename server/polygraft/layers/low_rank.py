@@ -296,7 +296,7 @@ class AdaptedLinear(nn.Module):
         return out
 
     def _add(self, x: torch.Tensor, out: torch.Tensor, segments: Segments) -> torch.Tensor:
-        if self._triton is not None and x.dtype in WEIGHT_DTYPES and out.dtype == x.dtype:
+        if self._triton is not None and x.dtype in WEIGHT_DTYPES and out.dtype in (x.dtype, torch.float32):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             for tiles, host in segments.depths:
                 self._triton.add(
@@ -304,15 +304,16 @@ class AdaptedLinear(nn.Module):
                 )
                 self.slots.add_krons(rows, out.view(-1, out.shape[-1]), host)
             return out
-        dtype = DTYPES.get(x.dtype)
-        if self._kernels is None or dtype is None or x.device.type != "cpu" or out.dtype != x.dtype:
+        dtype, out_dtype = DTYPES.get(x.dtype), DTYPES.get(out.dtype)
+        known = dtype is not None and out_dtype in (dtype, DTYPES[torch.float32])
+        if self._kernels is None or not known or x.device.type != "cpu":
             self.slots.add_torch(x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), segments)
             return out
         x = x.contiguous()
         self._struct.in_features, self._struct.module[0].width = x.shape[-1], out.shape[-1]
         self._out.value = out.data_ptr()
         self._kernels.linear(
-            dtype, ctypes.addressof(self._struct), x.data_ptr(), x.shape[:-1].numel(),
+            dtype, out_dtype, ctypes.addressof(self._struct), x.data_ptr(), x.shape[:-1].numel(),
             ctypes.addressof(self._out), segments.table.data_ptr(), len(segments.host),
             self.step.scratch.data_ptr(), segments.max_rank, torch.get_num_threads(),
         )  # fmt: skip

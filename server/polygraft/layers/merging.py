@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from polygraft.layers.int8_linear import Int8Linear
 from polygraft.layers.onednn_linear import OneDnnLinear
+from polygraft.layers.wide_head import WideLinear, wide_product
 
 if TYPE_CHECKING:
     from polygraft.layers.linear import LinearGroup, PackedWeights
@@ -135,9 +136,10 @@ class PlainSite:
         bias = None if bias is None else bias[: len(weight)].to(dtype)
         if isinstance(layer, OneDnnLinear):
             return OneDnnLinear(merged, bias)
+        wide = isinstance(layer, WideLinear) or (isinstance(layer, Int8Linear) and layer.wide)
         if isinstance(layer, Int8Linear) and requantize:
-            return Int8Linear(merged, bias)
-        return _PlainLinear(merged, bias)
+            return Int8Linear(merged, bias, wide=wide)
+        return _PlainLinear(merged, bias, wide=wide)
 
     def merged_bytes(self, *, requantize: bool) -> int:
         """See `MergeSite`."""
@@ -162,16 +164,21 @@ class PlainSite:
 
 
 class _PlainLinear(nn.Module):
-    """torch's own product with weights that are no parameters."""
+    """torch's own product with weights that are no parameters.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    Args:
+        wide: outputs are in float32.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, wide: bool) -> None:
         super().__init__()
         self._weight = weight
         self._bias = bias
+        self._product = wide_product if wide else nn.functional.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        return nn.functional.linear(x, self._weight, self._bias)
+        return self._product(x, self._weight, self._bias)
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from polygraft.adapters.primitives import LowRank, TokenRows
 from polygraft.layers.linear import LinearGroup
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.step import StepContext
+from polygraft.layers.wide_head import wide_product
 
 
 class OwnRows:
@@ -42,7 +43,7 @@ class OwnRows:
         self._group: LinearGroup | None = None
         self._weight: torch.Tensor | None = None
         if multiplies and kernels is not None and dtype in DTYPES and device.type == "cpu":
-            self._group = LinearGroup([weight], [None], kernels)
+            self._group = LinearGroup([weight], [None], kernels, wide=True)
         else:
             self._weight = weight.clone()
 
@@ -63,11 +64,11 @@ class OwnRows:
         return self._weight[at]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., hidden_size] by every row, [..., rows]."""
+        """x [..., hidden_size] by every row, float32 [..., rows]."""
         if self._group is not None:
             return self._group.output(0, x)
         assert self._weight is not None
-        return nn.functional.linear(x, self._weight)
+        return wide_product(x, self._weight)
 
 
 class AdaptedEmbedding(nn.Module):
@@ -184,7 +185,7 @@ class AdaptedHead(nn.Module):
         self._own.pop(slot, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, rows, hidden_size] to [1, rows, tokens], as many as the row with most of them has."""
+        """[1, rows, hidden_size] to float32 [1, rows, tokens], as many as the row with most of them has."""
         segments = self._step.head_segments
         if not segments.touched >> self.index & 1:
             out: torch.Tensor = self.base_layer(x)
@@ -192,7 +193,7 @@ class AdaptedHead(nn.Module):
         found = [(s.first, s.last, self._own[s.slot]) for s in segments.host if s.slot in self._own]
         width = max(self._width, *(vocabulary for _, _, (_, vocabulary) in found))
         whole = sum(last - first for first, last, (own, _) in found if own.ids is None)
-        logits = x.new_zeros(*x.shape[:-1], width)
+        logits = torch.zeros(*x.shape[:-1], width, dtype=torch.float32, device=x.device)
         if whole < x.shape[-2]:
             logits[..., : self._width] = self.base_layer(x)
         for first, last, (own, _) in found:

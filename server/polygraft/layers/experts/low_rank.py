@@ -121,7 +121,7 @@ class ExpertSlots:
         scratch = torch.empty(len(x) * MAX_MODULES * pairs.max_rank)
         self._out.value = out.data_ptr()
         kernels.linear(
-            DTYPES[x.dtype], ctypes.addressof(self._struct), x.data_ptr(), len(x),
+            DTYPES[x.dtype], DTYPES[x.dtype], ctypes.addressof(self._struct), x.data_ptr(), len(x),
             ctypes.addressof(self._out), table.data_ptr(), len(table), scratch.data_ptr(), pairs.max_rank,
             torch.get_num_threads(),
         )  # fmt: skip

@@ -27,16 +27,23 @@ extern "C" {
 // Columns in a panel of packed weights.
 int64_t polygraft_panel() { return kPanel; }
 
-// x [rows, in] and outs [modules][rows, width] in the base's type; segments [n] of `Segment`; scratch float32
+// x [rows, in] in the base's type; outs [modules][rows, width] in `out_dtype`, which is the base's or float32, as the
+// head's is: what reads logits reads the sums; segments [n] of `Segment`; scratch float32
 // [rows, kMaxModules * max_rank].
-void polygraft_linear(int dtype, const void* group, const void* x, int64_t rows, void* const* outs,
+void polygraft_linear(int dtype, int out_dtype, const void* group, const void* x, int64_t rows, void* const* outs,
                       const void* segments, int64_t num_segments, float* scratch, int64_t max_rank,
                       int threads) {
   by_type(dtype, [&](auto type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    linear(*static_cast<const Group*>(group), static_cast<const T*>(x), rows,
-           reinterpret_cast<T* const*>(outs), static_cast<const Segment*>(segments), num_segments, scratch,
-           max_rank, threads);
+    const auto run = [&](auto out_type) {
+      using O = std::remove_pointer_t<decltype(out_type)>;
+      linear(*static_cast<const Group*>(group), static_cast<const T*>(x), rows, reinterpret_cast<O* const*>(outs),
+             static_cast<const Segment*>(segments), num_segments, scratch, max_rank, threads);
+    };
+    if (out_dtype == dtype)
+      run(type);
+    else
+      run(static_cast<float*>(nullptr));
   });
 }
 

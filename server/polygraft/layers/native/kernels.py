@@ -26,7 +26,7 @@ class Kernels:
         integer, address, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
         self.linear = library.polygraft_linear
         self.linear.argtypes = (
-            integer, address, address, size, address, address, size, address, size, integer,
+            integer, integer, address, address, size, address, address, size, address, size, integer,
         )  # fmt: skip
         self.linear.restype = None
         self.merge = library.polygraft_merge

@@ -28,14 +28,14 @@ struct Group {  // modules that read the same input; layers/linear.py fills it
   Module module[kMaxModules];
 };
 
-template <typename T>
-void load_panel(const T* out, int64_t rows, int64_t width, int64_t columns, float* acc) {
+template <typename O>
+void load_panel(const O* out, int64_t rows, int64_t width, int64_t columns, float* acc) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < kPanel; c++) acc[r * kPanel + c] = c < columns ? to_float(out[r * width + c]) : 0;
 }
 
-template <typename T>
-void store_panel(const float* acc, const float* bias, int64_t rows, int64_t width, int64_t columns, T* out) {
+template <typename O>
+void store_panel(const float* acc, const float* bias, int64_t rows, int64_t width, int64_t columns, O* out) {
   vec add[kVecs] = {};
   if (bias)
     for (int v = 0; v < kVecs; v++) add[v] = load(bias + v * kLanes);
@@ -63,7 +63,8 @@ struct BlockOfRows {
   int64_t count;
 
   // acc [count, kPanel] = the product with panel `p` of a module, or what is in `out` where there is none.
-  void multiply(const Weights& by, int64_t p, const T* out, int64_t width, int64_t columns, float* acc,
+  template <typename O>
+  void multiply(const Weights& by, int64_t p, const O* out, int64_t width, int64_t columns, float* acc,
                 Later& later) const {
     if (by.storage == kRowsType) {
       multiply_panel(plain, count, Panel<T>::inputs(in), Panel<T>::at(by.weight, p, in), acc, later);
@@ -111,9 +112,10 @@ const float* transform_inputs(const Group& group, int64_t member, const T* x, in
 }
 
 // The calling thread's share of the group's products; every thread of the team calls it, and needs a barrier
-// before it reads another's outputs. `following` are the modules whose side paths are computed next, or null.
-template <typename T>
-void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, const Segment* segments,
+// before it reads another's outputs, which are rounded to O. `following` are the modules whose side paths are
+// computed next, or null.
+template <typename T, typename O>
+void linear_share(const Group& group, const T* x, int64_t rows, O* const* outs, const Segment* segments,
                   int64_t num_segments, float* h, int64_t max_rank, const Group* following = nullptr,
                   int64_t num_following = 0) {
   const int thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -179,7 +181,7 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
       for (int64_t p = std::max(from, first); p < std::min(to, last); p++) {
         const int64_t panel = p - first, column = panel * kPanel;
         const int64_t columns = std::min<int64_t>(kPanel, module.width - column);
-        T* out = outs[m] + row * module.width + column;
+        O* out = outs[m] + row * module.width + column;
         from_rows.multiply(module.weights, panel, out, module.width, columns, acc, later);
         if (num_segments > 0)
           expand_panel(acc, row, count, segments, num_segments, module, in, panel, h + m * max_rank,
@@ -192,8 +194,8 @@ void linear_share(const Group& group, const T* x, int64_t rows, T* const* outs, 
   }
 }
 
-template <typename T>
-void linear(const Group& group, const T* x, int64_t rows, T* const* outs, const Segment* segments,
+template <typename T, typename O>
+void linear(const Group& group, const T* x, int64_t rows, O* const* outs, const Segment* segments,
             int64_t num_segments, float* h, int64_t max_rank, int threads) {
 #pragma omp parallel num_threads(threads)
   linear_share(group, x, rows, outs, segments, num_segments, h, max_rank);
