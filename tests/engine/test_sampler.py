@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,8 @@ from transformers import (
 )
 
 from polygraft.engine import sampler
-from polygraft.engine.request import SamplingParams
+from polygraft.engine.penalties import adjust
+from polygraft.engine.request import GREEDY_BELOW, SamplingParams
 from polygraft.engine.sampler import sample, uniform
 
 VOCABULARY = 400
@@ -99,6 +102,82 @@ def test_rows_that_are_not_finite_get_no_token_and_harm_no_other(
     rows[1, list(where)] = value
     assert sample(rows, [params] * 3, [0, 1, 2]) == [sound[0], None, sound[1]]
     assert None not in sound
+
+
+TINY = [5e-324, 1e-300, 1e-45, 1e-38, 1e-30, 1e-7, 1e-6, 1e-5, 1e-3]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e4, 1e30])
+@pytest.mark.parametrize("temperature", TINY)
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float, scale: float) -> None:
+    rows = logits(20) * scale
+    params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(20)]
+    got = sample(rows, params, range(20))
+    # How much less likely than the likeliest a token is that no draw can reach.
+    worst = max(temperature, GREEDY_BELOW) * 40
+    for row, token in zip(rows, got, strict=True):
+        assert token is not None
+        assert row[token] >= row.max() - worst
+    if scale >= 1 and temperature <= 1e-5:
+        assert got == rows.argmax(-1).tolist()
+
+
+def test_temperatures_below_the_least_are_greedy() -> None:
+    """Of two equal logits the first is always taken, as without a temperature."""
+    row = torch.zeros(1, VOCABULARY)
+    for temperature in (0.0, 5e-324, 1e-38, 0.99 * GREEDY_BELOW):
+        params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(20)]
+        assert sample(row.expand(20, -1), params, range(20)) == [0] * 20
+    least = [SamplingParams(temperature=GREEDY_BELOW, seed=seed) for seed in range(20)]
+    assert len(set(sample(row.expand(20, -1), least, range(20)))) > 10
+
+
+def test_a_low_temperature_keeps_the_odds_of_close_tokens() -> None:
+    """Divided by it, logits of 20 would be rounded by more than they differ."""
+    temperature = 1e-5
+    row = torch.full((1, VOCABULARY), -5.0)
+    row[0, 7], row[0, 9] = 20.0, torch.nextafter(torch.tensor(20.0), torch.tensor(0.0))
+    difference = float(row[0, 7] - row[0, 9]) / temperature
+    draws = 4000
+    got = sample(row.expand(draws, -1), [SamplingParams(temperature=temperature)] * draws, range(draws))
+    assert set(got) == {7, 9}
+    share = 1 / (1 + math.exp(-difference))
+    assert abs(got.count(7) / draws - share) < 5 * (share * (1 - share) / draws) ** 0.5
+
+
+EXTREMES = {
+    "temperature": st.sampled_from([0.0, *TINY, 0.5, 1.0, 100.0]),
+    "top_p": st.sampled_from([5e-324, 1e-45, 1e-38, 1e-9, 0.5, 1 - 1e-12, 1.0]),
+    "top_k": st.sampled_from([0, 1, 2, VOCABULARY, 2**32 - 1]),
+    "min_p": st.sampled_from([0.0, 5e-324, 1e-38, 0.5, 1 - 1e-12, 1.0]),
+    "repetition_penalty": st.sampled_from([5e-324, 1e-300, 1e-38, 1e-6, 0.5, 1.0, 100.0]),
+    "presence_penalty": st.sampled_from([-2.0, 0.0, 5e-324, 2.0]),
+    "frequency_penalty": st.sampled_from([-2.0, 0.0, 5e-324, 2.0]),
+    "logit_bias": st.sampled_from([(), ((3, 100.0),), ((0, -100.0), (5, 5e-324))]),
+}
+
+
+@given(
+    params=st.builds(SamplingParams, seed=st.integers(0, 5), **EXTREMES),
+    scale=st.sampled_from([0.0, 1e-38, 1.0, 1e4, 1e37]),
+    unknown=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_parameters_make_a_token_that_cannot_be(
+    params: SamplingParams, scale: float, unknown: bool
+) -> None:
+    """Whatever is asked for, the answer is a token that can be drawn from the changed logits."""
+    row = logits(1, seed=params.seed) * scale
+    if unknown:
+        row[0, VOCABULARY // 2 :] = -torch.inf
+    changed = adjust(row.clone(), [params], [[1, 2, 3, 3, 3]], [2])
+    assert not changed.isnan().any()
+    [token] = sample(changed, [params], [5])
+    assert token is not None
+    largest = changed[0].double().max()
+    # e^-750 is 0 even in float64.
+    reach = 0.0 if params.greedy else 750 * max(params.temperature, GREEDY_BELOW)
+    assert changed[0, token].double() >= largest - reach
 
 
 def test_noise_is_even_and_never_repeats() -> None:

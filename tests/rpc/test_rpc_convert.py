@@ -138,7 +138,7 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
     *[("sampling.seed", {"sampling": {"seed": bad}}) for bad in (2**63, 2**64 - 1)],
     *[
         ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": bad}})
-        for bad in (0, -1, 100.1, NAN, INF)
+        for bad in (0, -1, 100.1, NAN, INF, 1e-38, 0.9e-6)
     ],
     *[
         (f"sampling.{p}_penalty", {"sampling": {f"{p}_penalty": bad}})

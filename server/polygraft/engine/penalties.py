@@ -10,7 +10,8 @@ import torch
 from polygraft.engine.request import SamplingParams
 
 _LARGEST = 1e30
-"""What a tiny repetition penalty may raise a logit to: still finite after the temperature."""
+"""What a repetition penalty may raise a logit to, which must stay finite. Those so small that they reach it are
+refused before, since it makes different tokens equally likely."""
 
 
 def adjust(
@@ -25,7 +26,7 @@ def adjust(
         prompt_tokens: how many of them are the prompt's.
 
     Returns:
-        The logits; in float32 if any row asked, since bfloat16 would round small penalties away.
+        The logits; in float32 if any row asked, since 16 bits would round small penalties away.
     """
     asking = [row for row, p in enumerate(params) if p.adjusts]
     if not asking:

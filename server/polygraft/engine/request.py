@@ -74,18 +74,23 @@ class Chat:
     messages: tuple[ChatMessage, ...]
 
 
+GREEDY_BELOW = 1e-6
+"""Lower temperatures are greedy: the likeliest token has all the probability, but for ties and rounding."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is picked.
 
     Args:
-        temperature: 0 is greedy; above that, logits are divided by it. At most 100.
+        temperature: 0 is greedy, and what is below `GREEDY_BELOW`; above that, logits are divided by it. At
+            most 100.
         top_p: keep the smallest set of tokens whose probabilities reach it, (0, 1]; 1 keeps all.
         top_k: keep the k most likely tokens; 0 keeps all.
         min_p: drop tokens less likely than this share of the likeliest one's probability, [0, 1].
         seed: with the position, all that the noise depends on; [0, 2**63).
         repetition_penalty: logits of tokens in the prompt or the answer so far are divided by it where they
-            are positive and multiplied where negative, (0, 100]; 1 changes nothing.
+            are positive and multiplied where negative, [1e-6, 100]; 1 changes nothing.
         presence_penalty: subtracted from the logits of tokens that have been generated, [-2, 2].
         frequency_penalty: the same, times how often, [-2, 2].
         logit_bias: (token id, addition to its logit).
@@ -104,7 +109,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def adjusts(self) -> bool:

@@ -47,7 +47,10 @@ def sample(logits: torch.Tensor, params: Rows[SamplingParams], positions: Rows[i
         noise = torch.tensor(
             [uniform(params[row].seed, positions[row]) for row in drawn], dtype=torch.float64
         )
-        picked = _draw(logits[drawn].float(), [params[row] for row in drawn], noise.to(logits.device))
+        largest = torch.tensor([tokens[row] for row in drawn], device=logits.device)
+        picked = _draw(
+            logits[drawn].float(), largest, [params[row] for row in drawn], noise.to(logits.device)
+        )
         for row, token in zip(drawn, picked, strict=True):
             tokens[row] = token
     return tokens
@@ -70,11 +73,23 @@ def _likeliest(logits: torch.Tensor) -> list[int | None]:
     return [None if token < 0 else token for token in found.tolist()]
 
 
-def _draw(logits: torch.Tensor, params: list[SamplingParams], noise: torch.Tensor) -> list[int]:
+def _draw(
+    logits: torch.Tensor, largest: torch.Tensor, params: list[SamplingParams], noise: torch.Tensor
+) -> list[int | None]:
+    """Draw a token for each row.
+
+    Args:
+        logits: float32 [rows, vocabulary]; written to.
+        largest: int64 [rows], where the largest of each is, a finite number.
+    """
+
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, device=logits.device)[:, None]
 
-    logits = logits / column([p.temperature for p in params])
+    # What they are below the largest is divided, and not they themselves: with a low temperature those would
+    # become too large for float32, or be rounded by more than they differ.
+    logits -= logits.gather(-1, largest[:, None])
+    logits /= column([p.temperature for p in params])
     probabilities = logits.softmax(-1)
     if any(p.top_k or p.top_p < 1.0 for p in params):
         threshold = _smallest_kept(probabilities, params)
@@ -85,9 +100,12 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], noise: torch.Tenso
     # The draw is by inverse cumulative distribution over token ids, in float64: float32 sums over a large
     # vocabulary would round rare tokens away.
     cumulative = probabilities.double().cumsum(-1)
-    points = noise[:, None] * cumulative[:, -1:]
-    picked = torch.searchsorted(cumulative, points, right=True).squeeze(-1)
-    return picked.clamp_(max=logits.shape[-1] - 1).tolist()
+    totals = cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, noise[:, None] * totals, right=True).squeeze(-1)
+    # False for NaN as well: a row that went wrong gets no token, rather than any.
+    sound = (totals > 0).squeeze(-1).tolist()
+    last = logits.shape[-1] - 1
+    return [min(token, last) if ok else None for token, ok in zip(picked.tolist(), sound, strict=True)]
 
 
 def _smallest_kept(probabilities: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:

@@ -212,7 +212,8 @@ def _sampling(options: pb.SamplingOptions, model: ModelInfo) -> SamplingParams:
     _check("sampling.top_p", 0 < top_p <= 1, "in (0, 1]", top_p)
     _check("sampling.min_p", 0 <= min_p <= 1, "in [0, 1]", min_p)
     _check("sampling.seed", seed < 2**63, "in [0, 2^63)", seed)
-    _check("sampling.repetition_penalty", 0 < repetition <= 100, "in (0, 100]", repetition)
+    # With less, logits that differ would all become as large as float32 is.
+    _check("sampling.repetition_penalty", 1e-6 <= repetition <= 100, "in [1e-6, 100]", repetition)
     _check("sampling.presence_penalty", -2 <= presence <= 2, "in [-2, 2]", presence)
     _check("sampling.frequency_penalty", -2 <= frequency <= 2, "in [-2, 2]", frequency)
     return SamplingParams(
