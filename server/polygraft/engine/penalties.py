@@ -10,8 +10,8 @@ import torch
 from polygraft.engine.request import SamplingParams
 
 _LARGEST = 1e30
-"""What a repetition penalty may raise a logit to, which must stay finite. Those so small that they reach it are
-refused before, since it makes different tokens equally likely."""
+"""What a repetition penalty may raise a logit to, which must stay finite. Those that are so small are refused
+before, since it makes different tokens equally likely."""
 
 
 def adjust(
