@@ -152,15 +152,23 @@ def test_files_that_cannot_be_read(prompts: AdapterPrompts, file: str, content: 
         ("config.json", {"eos_token_id": 66}, [66]),
         ("tokenizer_config.json", {"eos_token": "<|im_end|>"}, [258]),
         ("tokenizer_config.json", {"eot_token": "<|eot|>"}, [259]),
+        ("special_tokens_map.json", {"eos_token": {"content": "<|eot|>"}}, [259]),
     ],
 )
 def test_the_bases_folder_counts_as_well(
     base: Path, tmp_path: Path, file: str, change: Mapping[str, object], more: list[int]
 ) -> None:
     folder = shutil.copytree(base, tmp_path / "base")
-    content = json.loads((folder / file).read_text())
+    content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps({**content, **change}))
     assert set(load_base(str(folder)).eos_token_ids) == {EOS, *more}
+
+
+def test_a_bases_end_without_a_logit_is_left_out(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "eos_token_id": [EOS, -1, VOCABULARY]}))
+    assert Prompts.of_base(load_base(str(folder))).eos_token_ids == (EOS,)
 
 
 def test_an_architectures_default_is_nobodys_word(base: Path, tmp_path: Path) -> None:

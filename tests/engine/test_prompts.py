@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -119,3 +121,21 @@ def test_ids_that_have_no_text(prompts: Prompts, ids: list[int]) -> None:
 
 def test_an_id_without_a_token_has_no_text(prompts: Prompts) -> None:
     assert prompts.decode([VOCABULARY - 1]) == ""
+
+
+def test_of_a_bases_several_templates_the_default_is_used(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    tools = {"name": "tool_use", "template": "tools"}
+    for listed, has in (([tools, {"name": "default", "template": "plain"}], True), ([tools], False)):
+        (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": listed}))
+        prompts = Prompts.of_base(load_base(str(base)))
+        assert prompts.has_chat_template is has
+        if has:
+            assert prompts.decode(prompts.token_ids(chat(("user", "hi")))) == "plain"
+        else:
+            with pytest.raises(InvalidRequest, match="no chat template"):
+                prompts.token_ids(chat(("user", "hi")))

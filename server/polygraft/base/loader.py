@@ -20,7 +20,7 @@ from polygraft.base.fusing import fuse
 from polygraft.base.model_folder import DEFAULT, locate, resolve_model, shown_name
 from polygraft.base.packing import count_quantized, gather_weights, own_parameters, pack_linears, weight_bytes
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
-from polygraft.base.tokenizer import END_ROLES, TextTokenizer, load_tokenizer
+from polygraft.base.tokenizer import TextTokenizer, load_tokenizer
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
 from polygraft.layers.four_bit_panels import BLOCK
@@ -240,7 +240,7 @@ def _eos_token_ids(model: PreTrainedModel, folder: str, tokenizer: TextTokenizer
     named: list[Any] = [model.generation_config.eos_token_id if model.generation_config else None]
     parts = [raw, *(raw.get(part) for part in ("text_config", "decoder", "generator"))]
     named += [part.get("eos_token_id") for part in parts if isinstance(part, dict)]
-    named += [tokenizer.special_id(role) for role in END_ROLES]
+    named += [tokenizer.backend.token_to_id(token) for token in tokenizer.ends]
     ids: list[int] = []
     for one in named:
         ids += one if isinstance(one, list) else [] if one is None else [one]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,8 @@ from transformers.utils import cached_file
 T = TypeVar("T")
 DEFAULT_TEMPLATE = "default"
 """The one of several chat templates that transformers takes unless it is told another."""
-END_ROLES = ("eos_token", "eot_token")
+SPECIAL_TOKENS = "special_tokens_map.json"
+_END_ROLES = ("eos_token", "eot_token")
 """Special tokens that end an answer: of the sequence, and of a turn."""
 _PROBE = "a b"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
@@ -34,6 +35,7 @@ class TextTokenizer:
         hidden: texts of the tokens that decoding leaves out, by id.
         special_tokens: texts of the special tokens by role, such as "bos_token"; chat templates see them.
         chat_templates: by name; `DEFAULT_TEMPLATE` is the one that is used.
+        ends: texts of the special tokens that end an answer.
         class_name: transformers' class for it.
         hashes: SHA-256 in hexadecimal of the vocabulary's files that it was read from, by file name.
     """
@@ -44,6 +46,7 @@ class TextTokenizer:
     hidden: Mapping[int, str] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_templates: Mapping[str, str] = field(default_factory=dict)
+    ends: tuple[str, ...] = ()
     class_name: str = ""
     hashes: Mapping[str, str] = field(default_factory=dict)
 
@@ -125,6 +128,7 @@ def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> Text
         },
         special_tokens=dict(loaded.special_tokens_map),
         chat_templates={DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else dict(templates),
+        ends=named_ends(loaded.special_tokens_map),
         class_name=type(loaded).__name__,
         hashes=hashes or {},
     )
@@ -154,15 +158,30 @@ def load_tokenizer(folder: str) -> TextTokenizer:
         OSError, ValueError: there is none, or none that is served.
     """
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    hashes: dict[str, str] = {}
-    for file in _VOCABULARIES:
-        path = cached_file(
-            folder,
-            file,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if path is not None:
-            hashes[file] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return text_tokenizer(loaded, hashes)
+    contents = {file: _read(folder, file) for file in _VOCABULARIES}
+    hashes = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items() if content}
+    tokenizer = text_tokenizer(loaded, hashes)
+    # transformers passes over this file where the tokens are listed elsewhere.
+    special = json.loads(_read(folder, SPECIAL_TOKENS) or "{}")
+    if not isinstance(special, dict):
+        raise ValueError(f"{SPECIAL_TOKENS} must hold an object")
+    return replace(tokenizer, ends=tuple(dict.fromkeys((*tokenizer.ends, *named_ends(special)))))
+
+
+def named_ends(special_tokens: Mapping[str, Any]) -> tuple[str, ...]:
+    """Texts of what a file with special tokens by role names as ends of an answer."""
+    found = (special_tokens.get(role) for role in _END_ROLES)
+    texts = (token.get("content") if isinstance(token, dict) else token for token in found)
+    return tuple(text for text in texts if isinstance(text, str) and text)
+
+
+def _read(folder: str, file: str) -> bytes | None:
+    """A file beside a tokenizer that is loaded already; None if there is none."""
+    path = cached_file(
+        folder,
+        file,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path).read_bytes()

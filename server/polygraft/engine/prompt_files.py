@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from polygraft.adapters.folder import TOKENIZER
-from polygraft.base.tokenizer import DEFAULT_TEMPLATE, END_ROLES
+from polygraft.base.tokenizer import DEFAULT_TEMPLATE, SPECIAL_TOKENS, named_ends
 from polygraft.errors import AdapterInvalid
 
 TEMPLATE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 GENERATION = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
@@ -115,13 +114,7 @@ def end_tokens(name: str, files: Mapping[str, bytes]) -> EndTokens:
     """
     tokens: list[tuple[str, str]] = []
     for file in (CONFIG, SPECIAL_TOKENS):
-        content = read_object(name, files, file)
-        for role in END_ROLES:
-            token = content.get(role)
-            if isinstance(token, dict):
-                token = token.get("content")
-            if isinstance(token, str) and token:
-                tokens.append((file, token))
+        tokens += [(file, token) for token in named_ends(read_object(name, files, file))]
     ids = read_object(name, files, GENERATION).get("eos_token_id")
     if ids is None:
         ids = []

@@ -45,7 +45,7 @@ class Prompts:
         """Tokens that there are embeddings for."""
         self._context_length = context_length
         self._most_characters = tokenizer.longest * context_length
-        self._eos = tuple(dict.fromkeys(token for token in eos_token_ids if token < vocabulary))
+        self._eos = tuple(dict.fromkeys(token for token in eos_token_ids if 0 <= token < vocabulary))
         self.texts = TokenTexts(tokenizer)
 
     @classmethod
