@@ -108,13 +108,16 @@ class ServerConfig(BaseSettings):
         "an adapter while it holds nearly all requests",
     )
     merged_bytes: Bytes | None = Field(
-        None, ge=0, description="memory of merged copies [default: a quarter of what is free]"
+        None, ge=0, description="memory of merged copies [default: a fifth of what is free]"
     )
     requantize_merged: bool = Field(
         False, description="on a quantized base, keep merged copies quantized too, which rounds a second time"
     )
-    combined_bytes: Bytes = Field(
-        2**28, ge=0, description="memory of linear combinations of adapters, such as 256MiB"
+    combined_bytes: Bytes | None = Field(
+        None,
+        ge=0,
+        description="memory of linear combinations of adapters, such as 256MiB [default: a twentieth of what "
+        "is free, at most 256MiB]",
     )
     kv_cache_bytes: Bytes | None = Field(
         None, gt=0, description="memory of the KV cache, such as 256MiB [default: a quarter of what is free]"
@@ -155,7 +158,9 @@ class ServerConfig(BaseSettings):
     drain_timeout: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get after SIGTERM"
     )
-    threads: int | None = Field(None, ge=1, description="compute threads [default: one per core]")
+    threads: int | None = Field(
+        None, ge=1, description="compute threads [default: one per core that it may use]"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
 
     @classmethod

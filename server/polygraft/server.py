@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from polygraft.addresses import Address, Reservation
 from polygraft.config import ServerConfig
 from polygraft.early_signals import force_from_now
+from polygraft.engine.machine import Machine
 from polygraft.telemetry.logging import configure_logging
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def run(config: ServerConfig) -> int:
     if config.metrics:
         addresses["--metrics"] = config.metrics
     # A port that can't be had is to be known now, and not after the model has been loaded.
+    _limit_openmp()
     with Reservation(addresses) as ports:
         from polygraft.engine.engine import Engine  # imports torch, which takes seconds
         from polygraft.engine.engine_thread import EngineThread
@@ -50,6 +52,13 @@ def run(config: ServerConfig) -> int:
             return asyncio.run(_serve(config, engine, thread, ports))
         finally:
             force_from_now()
+
+
+def _limit_openmp() -> None:
+    """Tell OpenMP, before it is loaded, of a limit of processor time, which it doesn't look for itself."""
+    cores = Machine().cores()
+    if cores.count < cores.allowed:
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores.count))
 
 
 async def _serve(config: ServerConfig, engine: Engine, thread: EngineThread, reserved: Reservation) -> int:

@@ -440,7 +440,7 @@ def test_the_models_own_repetition_penalty_is_the_default(do_sample: bool) -> No
 
 def test_what_the_model_is(engine: Engine, llama: Path) -> None:
     model = engine.model
-    assert (model.model, model.architecture, model.dtype) == (str(llama), "llama", "float32")
+    assert (model.model, model.architecture, model.dtype) == (llama.name, "llama", "float32")
     assert (model.context_length, model.vocabulary_size, model.eos_token_ids) == (256, VOCABULARY, (EOS,))
     assert model.kv_cache_bytes == engine.scheduler.pool.num_blocks * 12_288 <= 4 * 2**20
     assert model.has_chat_template

@@ -159,7 +159,7 @@ def test_one_is_made_at_its_first_use_and_kept(llama: Path, llama_store: Path) -
     held = engine.occupancy
     lora = engine.adapters.registry.get("lora").compiled_bytes
     assert (held.combinations, held.combined_bytes) == (1, lora)
-    assert held.combined_bytes_capacity == 2**28
+    assert held.combined_bytes_capacity == engine.plan.combined
     assert engine.adapters._bank.resident == resident + 1
     assert end.path is LoraPath.UNMERGED
     assert len(end.adapter_generations) == 2

@@ -25,8 +25,10 @@ from polygraft.engine.garbage import keep_for_good
 from polygraft.engine.generations import Generations
 from polygraft.engine.handle import Occupancy
 from polygraft.engine.intake import Intake
-from polygraft.engine.kv_cache import FREE_SHARE, KVCache, free_memory
+from polygraft.engine.kv_cache import KVCache
 from polygraft.engine.linear_combinations import LinearCombinations
+from polygraft.engine.machine import Machine
+from polygraft.engine.memory_plan import plan_for, size
 from polygraft.engine.merge_commands import DEVIATION_TEXTS, MergeCommands
 from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.model_info import model_info
@@ -45,6 +47,7 @@ from polygraft.engine.sequence import CanarySequence, Generation, Sequence, Soft
 from polygraft.engine.shared_prefix import SharedPrefixes
 from polygraft.engine.step_cost import StepCost
 from polygraft.engine.step_result import StepResult, step_stats
+from polygraft.engine.threads import set_threads
 from polygraft.errors import InvalidRequest
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.merging import WeightSwitch
@@ -71,13 +74,14 @@ class Engine:
     def __init__(self, base: Base, config: ServerConfig, *, native: bool = True) -> None:
         self.base = base
         self.config = config
+        self.plan = plan_for(base, config)
         step = StepContext()
         bank = AdapterBank(base.model, base.spec, step, native)
         self.kv_cache = KVCache(
             base.model,
             base.spec.attention,
             step,
-            budget=config.kv_cache_bytes,
+            budget=self.plan.cache,
             block_size=config.block_size,
             dtype=base.dtype,
             device=base.device,
@@ -105,7 +109,7 @@ class Engine:
             bank,
             switch,
             self.background,
-            budget=self._merged_budget(),
+            budget=self.plan.merged,
             requantize=requantized,
             dtype=base.quantization if requantized else str(base.dtype).removeprefix("torch."),
         )
@@ -114,7 +118,7 @@ class Engine:
         self.combinations = LinearCombinations(
             bank,
             self.background,
-            budget=config.combined_bytes,
+            budget=self.plan.combined,
             most=config.max_adapters,
             dtype=limits.dtype or torch.float32,
         )
@@ -165,8 +169,7 @@ class Engine:
         Raises:
             ConfigError, BaseModelError, UnsupportedArchitecture.
         """
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        set_threads(config.threads, Machine().cores())
         log.info("loading the base %s", config.model)
         base = load_base(
             config.model,
@@ -180,16 +183,19 @@ class Engine:
         # Before the cache is made: in memory that loading has touched, all of it would count at once.
         keep_for_good()
         engine = cls(base, config)
+        for line in engine.plan.lines():
+            log.info("%s", line)
         engine.adapters.load_store()
         engine.finish_background()
+        taken = sum(info.compiled_bytes for info in engine.adapters.registry.list())
+        if taken > engine.plan.adapters:
+            log.warning(
+                "memory: the store's adapters take %s, the plan has %s for them: give --kv-cache-bytes or "
+                "--merged-bytes less, or the server more",
+                size(taken), size(engine.plan.adapters),
+            )  # fmt: skip
         keep_for_good()
         return engine
-
-    def _merged_budget(self) -> int:
-        """Bytes that merged copies may take."""
-        if self.config.merged_bytes is not None:
-            return self.config.merged_bytes
-        return max(0, int((free_memory(self.base.device) - self.kv_cache.bytes) * FREE_SHARE))
 
     def _forget(self, adapter: Adapter) -> None:
         self.paths.forget(adapter)

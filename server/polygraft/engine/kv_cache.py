@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import psutil
 import torch
 from torch import nn
 
@@ -13,20 +12,15 @@ from polygraft.layers.attention import AttentionSite, PagedAttention, attach
 from polygraft.layers.native.kernels import Kernels
 from polygraft.layers.step import StepContext
 
-FREE_SHARE = 0.25
-"""Share of the free memory that the cache takes where no budget is given."""
-
 
 class KVCache:
     """Keys and values of all layers, in `num_blocks` blocks of `block_size` tokens.
 
     Args:
-        budget: bytes, or None for `FREE_SHARE` of what is free on the device.
-        context_length: the budget must hold at least one sequence of this length, or a smaller
-            `max_context_length` has to be asked for.
+        budget: bytes.
 
     Raises:
-        ConfigError: the budget is too small for one block.
+        ConfigError: the budget is too small for one block, or can't be had.
     """
 
     def __init__(
@@ -35,15 +29,13 @@ class KVCache:
         sites: Mapping[str, AttentionSite],
         step: StepContext,
         *,
-        budget: int | None,
+        budget: int,
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
         kernels: Kernels | None,
     ) -> None:
         token_bytes = sum(s.kv_heads * (s.head_dim + s.value_dim) for s in sites.values()) * dtype.itemsize
-        if budget is None:
-            budget = int(free_memory(device) * FREE_SHARE)
         self.block_size = block_size
         self.num_blocks = budget // (token_bytes * block_size)
         if self.num_blocks < 1:
@@ -54,12 +46,15 @@ class KVCache:
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, (name, site) in enumerate(sites.items()):
             # Left as the system gives it: pages that no sequence reaches are never touched.
-            keys = torch.empty(
-                self.num_blocks, site.kv_heads, site.head_dim, block_size, dtype=dtype, device=device
-            )
-            values = torch.empty(
-                self.num_blocks, site.kv_heads, block_size, site.value_dim, dtype=dtype, device=device
-            )
+            try:
+                keys = torch.empty(
+                    self.num_blocks, site.kv_heads, site.head_dim, block_size, dtype=dtype, device=device
+                )
+                values = torch.empty(
+                    self.num_blocks, site.kv_heads, block_size, site.value_dim, dtype=dtype, device=device
+                )
+            except RuntimeError as error:  # a limit that isn't the plan's, such as ulimit -v
+                raise ConfigError("--kv-cache-bytes", f"{self.bytes} bytes can't be had: {error}") from error
             self._layers.append((keys, values))
             attach(model, name, PagedAttention(site, keys, values, step, kernels, index))
 
@@ -71,10 +66,3 @@ class KVCache:
         offset = tokens % self.block_size
         key_cache[block, :, :, offset] = keys.to(key_cache)
         value_cache[block, :, offset] = values.to(value_cache)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
