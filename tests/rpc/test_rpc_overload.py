@@ -6,13 +6,15 @@ import asyncio
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from polygraft.rpc.limits import MessageLimits
+from polygraft.rpc.plain_services import bounded
 from polygraft_api.v1 import adapters_pb2 as ap
 from polygraft_api.v1 import inference_pb2 as pb
 from polygraft_api.v1 import inference_pb2_grpc
 from tests.rpc.conftest import Serve, Served, details_of
-from tests.rpc.fake_engine import FakeEngine
+from tests.rpc.fake_engine import MODEL, FakeEngine
 
 ASK = pb.GenerateRequest(prompt="hi")
 
@@ -30,8 +32,8 @@ async def test_calls_of_all_connections_together_are_bounded(serve_with: Serve) 
                 await inference_pb2_grpc.InferenceServiceStub(channel).Generate(ASK)
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "RetryInfo" in details_of(caught.value)
-            health = health_pb2_grpc.HealthStub(channel)
-            answer = await health.Check(health_pb2.HealthCheckRequest())
+            stub = health_pb2_grpc.HealthStub(channel)
+            answer = await stub.Check(health_pb2.HealthCheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         engine.resume.set()
         assert {answer.text for answer in await asyncio.gather(*calls)} == {"Hello world"}
@@ -60,7 +62,48 @@ async def test_a_message_larger_than_its_method_needs_is_not_parsed(served: Serv
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await served.inference.Detokenize(pb.DetokenizeRequest(token_ids=[1] * 100_000))
     assert details_of(caught.value)["BadRequest"].field_violations[0].field == "request"
-    health = health_pb2_grpc.HealthStub(served.channel)
+    stub = health_pb2_grpc.HealthStub(served.channel)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await health.Check(health_pb2.HealthCheckRequest(service="x" * 20_000))
+        await stub.Check(health_pb2.HealthCheckRequest(service="x" * 20_000))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+class Deaf:
+    """A watcher's context: its caller reads nothing."""
+
+    def __init__(self) -> None:
+        self.written: list[int] = []
+        self.room = asyncio.Event()
+
+    async def write(self, message: health_pb2.HealthCheckResponse) -> None:
+        self.written.append(message.status)
+        await self.room.wait()
+
+
+async def test_a_watcher_that_doesnt_read_stops_nobodys_health() -> None:
+    """Nor keeps a server from saying that it ends."""
+    servicer = health.aio.HealthServicer()
+    handler = grpc.unary_stream_rpc_method_handler(
+        servicer.Watch,
+        health_pb2.HealthCheckRequest.FromString,
+        health_pb2.HealthCheckResponse.SerializeToString,
+    )
+    watch = bounded(handler, "/grpc.health.v1.Health/Watch", MessageLimits(MODEL)).unary_stream
+    deaf, other = Deaf(), Deaf()
+    other.room.set()
+    tasks = [asyncio.ensure_future(watch(b"", context)) for context in (deaf, other)]
+    while not (deaf.written and other.written):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await servicer.set("", health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+        await servicer.enter_graceful_shutdown()
+        while other.written[-1] != health_pb2.HealthCheckResponse.NOT_SERVING:
+            await asyncio.sleep(0)
+    assert len(deaf.written) == 1
+    deaf.room.set()
+    while deaf.written[-1] != health_pb2.HealthCheckResponse.NOT_SERVING:
+        await asyncio.sleep(0)
+    assert len(deaf.written) == 2, "what it has missed is over"
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

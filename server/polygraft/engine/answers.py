@@ -15,18 +15,25 @@ class Answers:
     def __init__(self, prompts: AdapterPrompts) -> None:
         self._prompts = prompts
 
+    def describe(self, generation: Generation) -> None:
+        """Put texts to the likelihoods that have come. After every step, since those of a whole prompt would
+        take longer than a step."""
+        if generation.untold:
+            generation.described += self._prompts.of(generation.stack).texts.describe(generation.untold)
+            generation.untold.clear()
+
     def complete(self, generation: Generation, output: RequestOutput) -> RequestOutput:
         """Add what the request asked for and has not been told; the echo goes with its first output."""
-        prompts = self._prompts.of(generation.stack)
-        logprobs = prompts.texts.describe(generation.untold)
-        generation.untold.clear()
+        self.describe(generation)
+        logprobs = tuple(generation.described)
+        generation.described.clear()
         if not generation.echo_due:
             return replace(output, logprobs=logprobs) if logprobs else output
         generation.echo_due = False
         prompt_ids = generation.token_ids[: generation.prompt_tokens]
         if generation.request.response.wants_logprobs:
             first = prompt_ids[0]
-            logprobs = (TokenLogprob(first, prompts.texts(first), None), *logprobs)
+            logprobs = (TokenLogprob(first, self._prompts.of(generation.stack).texts(first), None), *logprobs)
         return replace(
             output, text=generation.echo + output.text, prompt_ids=tuple(prompt_ids), logprobs=logprobs
         )

@@ -349,9 +349,9 @@ class Engine:
             if isinstance(sequence, CanarySequence):
                 sequence.take(logits[first:end, : self._vocabulary(sequence)])
             elif isinstance(sequence, ScoreSequence):
-                sequence.take(logits[first:end])
+                self._scoring.take(sequence, logits[first:end])
             elif isinstance(sequence, Generation):
-                sequence.take_prompt(logits[first:end])
+                self._generations.take_prompt(sequence, logits[first:end])
             if not item.completes:
                 continue
             if isinstance(sequence, SoftPromptSequence):

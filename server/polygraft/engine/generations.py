@@ -93,6 +93,11 @@ class Generations:
             for generation, token in zip(generations, tokens, strict=True)
         ]
 
+    def take_prompt(self, generation: Generation, logits: torch.Tensor) -> None:
+        """Note the logits [rows, vocabulary] behind the next of its tokens, if it asks for them."""
+        generation.take_prompt(logits)
+        self._answers.describe(generation)
+
     def _accept(self, generation: Generation, token: int, now: float) -> RequestOutput:
         try:
             text, reason = generation.accept(token, now)

@@ -32,8 +32,8 @@ class Preparation:
     """Turns requests into tokens, and tokens into text, without holding the event loop up.
 
     There are three queues with a thread each, so that nobody waits behind what takes much longer: one for
-    common requests, one for large ones, and one for chats in the templates of adapters, which nobody has
-    vouched for. Small requests don't wait at all: they are prepared where they arrive.
+    common requests, one for large ones, and one for the tokenizers and templates that adapters bring along,
+    which nobody has vouched for. Small requests don't wait at all: they are prepared where they arrive.
 
     Args:
         max_waiting: most common requests that wait.
@@ -43,7 +43,7 @@ class Preparation:
         self._engine = engine
         self._common = Worker("prompts", max_waiting)
         self._large = Worker("large prompts", _MAX_LARGE)
-        self._foreign = Worker("prompts in adapters' templates", _MAX_FOREIGN)
+        self._foreign = Worker("prompts of adapters' own tokenizers and templates", _MAX_FOREIGN)
         self._requests: set[str] = set()
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Preparation:
     async def _prepare(self, request: Request | ScoreRequest, size: float, prepare: Callable[[], P]) -> P:
         self._requests.add(request.id)
         try:
-            foreign = self._is_foreign(request.prompt, request.adapters)
+            foreign = self._is_foreign(request.adapters)
             # Whoever gives up meanwhile must not leave adapters pinned.
             return await self._run(size, prepare, foreign=foreign, release=lambda lost: lost.stack.release())
         finally:
@@ -79,12 +79,16 @@ class Preparation:
         return await self._run(
             _size(prompt),
             lambda: tuple(self.prompts_of(adapters).token_ids(prompt)),
-            foreign=self._is_foreign(prompt, adapters),
+            foreign=self._is_foreign(adapters),
         )
 
     async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef]) -> str:
         """See `EngineHandle.detokenize`."""
-        return await self._run(len(token_ids), lambda: self.prompts_of(adapters).decode(token_ids))
+        return await self._run(
+            len(token_ids),
+            lambda: self.prompts_of(adapters).decode(token_ids),
+            foreign=self._is_foreign(adapters),
+        )
 
     def prompts_of(self, adapters: Sequence[AdapterRef]) -> Prompts:
         """Tokenizer and template of requests with these adapters. Raises as `Intake.resolve`."""
@@ -106,7 +110,7 @@ class Preparation:
 
         Args:
             size: of what it works on, in characters.
-            foreign: whether it may render an adapter's own template, which may take as long as it likes.
+            foreign: whether it uses an adapter's own tokenizer or template, which may take any time.
             release: as of `Worker.run`.
         """
         if foreign:
@@ -115,8 +119,8 @@ class Preparation:
             return call()
         return await (self._common if size < LARGE else self._large).run(call, release=release)
 
-    def _is_foreign(self, prompt: str | tuple[int, ...] | Chat, adapters: Sequence[AdapterRef]) -> bool:
-        return isinstance(prompt, Chat) and any(self._brings_prompts(ref) for ref in adapters)
+    def _is_foreign(self, adapters: Sequence[AdapterRef]) -> bool:
+        return any(self._brings_prompts(ref) for ref in adapters)
 
     def _brings_prompts(self, ref: AdapterRef) -> bool:
         try:

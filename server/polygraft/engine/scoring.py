@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polygraft.engine.adapter_prompts import AdapterPrompts
-from polygraft.engine.logprobs import Likelihood, TokenTexts, likelihoods
+from polygraft.engine.logprobs import TokenTexts, likelihoods
 from polygraft.engine.paths import Paths
 from polygraft.engine.request import (
     ContinuationScore,
@@ -20,6 +20,7 @@ from polygraft.engine.request import (
     RequestOutput,
     ScoreRequest,
     Timings,
+    TokenLogprob,
     Usage,
 )
 from polygraft.engine.scheduler import Scheduler
@@ -52,7 +53,9 @@ class ScoreSequence(Sequence):
         self.context_tokens = len(context)
         self.continuation = continuation
         self.cached_tokens: int | None = None
-        self.found: list[Likelihood] = []
+        self.tokens: list[TokenLogprob] = []
+        self.is_greedy = True
+        self.finite = True
 
     @property
     def decodes(self) -> bool:
@@ -64,15 +67,19 @@ class ScoreSequence(Sequence):
         """Behind the prompt's last token."""
         return self.context_tokens - 1
 
-    def take(self, logits: torch.Tensor) -> None:
-        """Note the logits [rows, vocabulary] behind its next tokens."""
-        first = len(self.found)
+    def take(self, logits: torch.Tensor, texts: TokenTexts) -> None:
+        """Note the logits [rows, vocabulary] behind its next tokens, and put texts to what they tell."""
+        first = len(self.tokens)
         tokens = self.continuation[first : first + len(logits)]
-        self.found += likelihoods(logits, tokens, [self.job.request.top_logprobs] * len(tokens))
+        found = likelihoods(logits, tokens, [self.job.request.top_logprobs] * len(tokens))
+        self.is_greedy = self.is_greedy and all(one.is_greedy for one in found)
+        self.finite = self.finite and not any(math.isnan(one.logprob) for one in found)
+        self.tokens += texts.describe(found)
 
     def note_preempted(self) -> None:
         """It will run anew."""
-        self.found.clear()
+        self.tokens.clear()
+        self.is_greedy = self.finite = True
 
     def note_scheduled(self, start: int, now: float) -> None:
         """It runs, from its token `start` on."""
@@ -136,6 +143,10 @@ class Scoring:
             self._paths.queue(sequence)
             self._scheduler.add(sequence)
 
+    def take(self, sequence: ScoreSequence, logits: torch.Tensor) -> None:
+        """Note the logits [rows, vocabulary] behind the next tokens of a sequence."""
+        sequence.take(logits, self._prompts.of(sequence.stack).texts)
+
     def complete(self, sequence: ScoreSequence) -> list[RequestOutput]:
         """A sequence has run; returns its request's only output if that is its end."""
         job = sequence.job
@@ -143,7 +154,7 @@ class Scoring:
             return []  # a continuation in the same step has ended it
         job.running.remove(sequence)
         self._scheduler.remove(sequence)
-        if any(math.isnan(one.logprob) for one in sequence.found):
+        if not sequence.finite:
             self._end(job)
             return [RequestOutput(job.id, error=PolygraftError("the model's logits are not finite"))]
         if job.first_scored is None:
@@ -152,8 +163,7 @@ class Scoring:
         if job.running:
             return []
         self._end(job)
-        texts = self._prompts.of(job.stack).texts
-        scores = tuple(_score(sequence.found, texts) for sequence in job.sequences)
+        scores = tuple(map(_score, job.sequences))
         return [RequestOutput(job.id, finished=_finished(job, FinishReason.SCORED), scores=scores)]
 
     def abort(self, request_id: str) -> list[RequestOutput]:
@@ -183,11 +193,11 @@ class Scoring:
         job.stack.release()
 
 
-def _score(found: list[Likelihood], texts: TokenTexts) -> ContinuationScore:
+def _score(sequence: ScoreSequence) -> ContinuationScore:
     return ContinuationScore(
-        log_likelihood=math.fsum(one.logprob for one in found),
-        is_greedy=all(one.is_greedy for one in found),
-        tokens=texts.describe(found),
+        log_likelihood=math.fsum(token.logprob for token in sequence.tokens if token.logprob is not None),
+        is_greedy=sequence.is_greedy,
+        tokens=tuple(sequence.tokens),
     )
 
 

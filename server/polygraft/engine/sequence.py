@@ -11,7 +11,7 @@ import torch
 
 from polygraft.adapters.info import MergeState
 from polygraft.engine.logprobs import Likelihood, likelihoods
-from polygraft.engine.request import FinishReason, LoraPath, Request
+from polygraft.engine.request import FinishReason, LoraPath, Request, TokenLogprob
 from polygraft.engine.text_stream import TextStream
 from polygraft.errors import PolygraftError, ResourceExhausted
 
@@ -176,8 +176,9 @@ class CanarySequence(Sequence):
 class Generation(Sequence):
     """A request on its way.
 
-    An echo with log-probabilities wants the logits behind all the prompt's tokens, once. `untold` holds the
-    likelihoods that no output has carried yet, and `echo_due` says whether the prompt has still to come.
+    An echo with log-probabilities wants the logits behind all the prompt's tokens, once. `untold` and, with
+    texts, `described` hold the likelihoods that no output has carried yet, and `echo_due` says whether the
+    prompt has still to come.
 
     Args:
         text: turns its tokens into text and looks for stop sequences.
@@ -208,6 +209,9 @@ class Generation(Sequence):
         self.preemptions = 0
         self.cached_tokens = 0
         self.untold: list[Likelihood] = []
+        self.described: list[TokenLogprob] = []
+        self.finite = True
+        """Whether the logits behind the prompt, as far as they were noted, are finite."""
         self.echo = echo
         self.echo_due = request.response.echo
         self.arrival = time.monotonic()
@@ -231,21 +235,19 @@ class Generation(Sequence):
 
     def take_prompt(self, logits: torch.Tensor) -> None:
         """Note the logits [rows, vocabulary] behind the next of its tokens; the prompt's last isn't noted."""
-        first = len(self.untold) + 1
+        first = len(self.untold) + len(self.described) + 1
         rows = min(len(logits), self.prompt_tokens - first)
         if self.logits_from == 0 and rows > 0:
             top = self.request.response.top_logprobs
-            self.untold += likelihoods(logits[:rows], self.token_ids[first : first + rows], [top] * rows)
-
-    @property
-    def finite(self) -> bool:
-        """Whether the logits behind the prompt, as far as they were noted, are finite."""
-        return not any(math.isnan(one.logprob) for one in self.untold)
+            found = likelihoods(logits[:rows], self.token_ids[first : first + rows], [top] * rows)
+            self.finite = self.finite and not any(math.isnan(one.logprob) for one in found)
+            self.untold += found
 
     def note_preempted(self) -> None:
         """Counted, for its end; what it knows of its prompt is computed anew."""
         self.preemptions += 1
         self.untold.clear()
+        self.described.clear()
 
     @property
     def may_stop(self) -> bool:

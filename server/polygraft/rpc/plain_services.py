@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -40,7 +41,17 @@ def bounded(handler: Any, method: str, limits: MessageLimits) -> Any:
     if handler.response_streaming:
 
         async def unary_stream(data: bytes, context: Context) -> None:
-            await handler.unary_stream(await parse(data, context), context)
+            # Health holds a lock while it tells a watcher: one that doesn't read would stop it for all, and a
+            # server that is to end could never say so.
+            latest = _Latest()
+            watching = asyncio.ensure_future(handler.unary_stream(await parse(data, context), latest))
+            watching.add_done_callback(lambda _: latest.end())
+            try:
+                async for message in latest:
+                    await context.write(message)
+                await watching
+            finally:
+                watching.cancel()
 
         return grpc.unary_stream_rpc_method_handler(unary_stream, None, serializer)
 
@@ -48,3 +59,30 @@ def bounded(handler: Any, method: str, limits: MessageLimits) -> Any:
         return await handler.unary_unary(await parse(data, context), context)
 
     return grpc.unary_unary_rpc_method_handler(unary_unary, None, serializer)
+
+
+class _Latest:
+    """Stands in for a call's context: takes messages at once, and gives the latest that hasn't been given."""
+
+    def __init__(self) -> None:
+        self._message: Any = None
+        self._ended = False
+        self._news = asyncio.Event()
+
+    async def write(self, message: Any) -> None:
+        """Take a message, in the place of one that is still here."""
+        self._message = message
+        self._news.set()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._ended = True
+        self._news.set()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while not self._ended:
+            await self._news.wait()
+            self._news.clear()
+            if self._message is not None:
+                message, self._message = self._message, None
+                yield message
