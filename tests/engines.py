@@ -23,7 +23,7 @@ def make_engine(
     **settings: object,
 ) -> Engine:
     """An engine with every adapter of the store, ready to step."""
-    config = ServerConfig(**{"adapters": store, "kv_cache_bytes": 4 * 2**20, **settings})
+    config = ServerConfig(**{"model": str(model), "adapters": store, "kv_cache_bytes": 4 * 2**20, **settings})
     base = load_base(
         str(model),
         dtype=precision if precision in ("float32", "float16") else "bfloat16",

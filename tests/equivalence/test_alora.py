@@ -97,7 +97,7 @@ def test_what_is_before_the_invocation_is_shared_with_the_base(engine: Engine) -
     assert cached_of(engine, None, prompt) == 0
     assert cached_of(engine, "alora", prompt) == 32
     assert cached_of(engine, "lora", prompt) == 0
-    engine = make_engine(Path(engine.base.name), engine.config.adapters)
+    engine = make_engine(Path(engine.config.model), engine.config.adapters)
     assert cached_of(engine, "alora", [*prompt, *BEFORE]) == 0
     assert cached_of(engine, None, [*prompt, *BEFORE]) == 32
     assert cached_of(engine, "alora", [*prompt, *BEFORE]) == 80

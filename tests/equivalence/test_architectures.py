@@ -131,7 +131,9 @@ def test_without_what_sets_it_apart_it_answers_otherwise(
     this = case(architecture, "float32")
     ids = torch.tensor([this.prompts[BASE]])
     for settings in ALL[architecture].off:
-        model = AutoModelForCausalLM.from_pretrained(this.engine.base.name, dtype=torch.float32, **settings)
+        model = AutoModelForCausalLM.from_pretrained(
+            this.engine.config.model, dtype=torch.float32, **settings
+        )
         with torch.inference_mode():
             logits = model.eval()(ids).logits[0, -1]
         assert (logits - this.exact[BASE].logits[0]).abs().max() > 10 * TOLERANCE, settings
@@ -139,7 +141,7 @@ def test_without_what_sets_it_apart_it_answers_otherwise(
 
 def test_attention_sinks_matter(case: Callable[[str, str], Case]) -> None:
     this = case("gpt_oss", "float32")
-    model = AutoModelForCausalLM.from_pretrained(this.engine.base.name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(this.engine.config.model, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         if "sinks" in name:
             torch.nn.init.constant_(parameter, -1e9)
@@ -158,7 +160,7 @@ def test_long_rope_is_exact_up_to_its_original_length_and_refused_beyond(
         "original length",
     )
     longest = tokens(LONG - STEPS, 9)
-    model = AutoModelForCausalLM.from_pretrained(this.engine.base.name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(this.engine.config.model, dtype=torch.float32).eval()
     expected = [generate(model, longest, STEPS).tokens, this.exact[BASE].tokens]
     requests = [greedy("long", longest, None, STEPS), greedy("short", this.prompts[BASE], None, STEPS)]
     assert run_greedy(this.engine, requests) == expected
