@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from polygraft.engine import intake
 from polygraft.engine.engine import Engine
-from polygraft.engine.request import AdapterRef, LoraPath, Request
+from polygraft.engine.request import AdapterRef, LoraPath, Request, ScoreRequest
 from polygraft.errors import (
     AdapterNotFound,
     AdapterUnavailable,
@@ -104,3 +105,32 @@ def test_a_refused_request_holds_nothing_and_disturbs_nobody(
     while engine.has_work:
         outputs += engine.step().outputs
     assert [tokens_of(outputs)] == expected
+
+
+class Unexpected(BaseException):
+    """As a panic in Rust, or an interrupt."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError(), OverflowError(), RecursionError(), LookupError(), MemoryError(), Unexpected()],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_ends_a_request_at_the_door_it_holds_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine.prompts.base, "token_ids", fail)
+    monkeypatch.setattr(engine.prompts.base, "pairs", fail)
+    two = (AdapterRef("ia3"), AdapterRef("lora"))
+    with pytest.raises(type(error)):
+        engine.prepare(Request("r", "x", two))
+    with pytest.raises(type(error)):
+        engine.prepare_score(ScoreRequest("s", "x", ("y",), two))
+    monkeypatch.setattr(intake, "check_stack", fail)
+    with pytest.raises(type(error)):
+        engine.intake.resolve(two)
+    assert engine.adapters.registry.get("lora").running_requests == 0
+    assert engine.adapters.registry.get("ia3").running_requests == 0

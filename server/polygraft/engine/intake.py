@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from polygraft.adapters.linear_combination import check_linear
 from polygraft.adapters.registry import Adapter, AdapterRegistry
@@ -22,7 +23,7 @@ from polygraft.engine.request import (
 )
 from polygraft.engine.scoring import ScoreJob
 from polygraft.engine.sequence import Generation
-from polygraft.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest, PolygraftError
+from polygraft.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest
 
 
 class Intake:
@@ -48,12 +49,12 @@ class Intake:
         """Check a request, resolve its adapters and pin them, and tokenize; may run on any thread.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
+            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable, ChatTemplateFailed,
+            TokenizerFailed, ResourceExhausted.
         """
         self._check_path(request)
-        stack = self.resolve(request.adapters, request.combination_type)
-        prompts = self._prompts.of(stack)
-        try:
+        with self._holding(request) as stack:
+            prompts = self._prompts.of(stack)
             prompt_ids = list(prompts.token_ids(request.prompt))
             self._check_invocation(stack, prompt_ids)
             self._check_copy(request, stack)
@@ -64,33 +65,40 @@ class Intake:
             if request.response.echo:
                 given = request.prompt
                 echo = given if isinstance(given, str) else prompts.decode(prompt_ids)
-        except PolygraftError:
-            stack.release()
-            raise
-        stops = set(request.stopping.stop_token_ids)
-        if not request.stopping.ignore_eos:
-            stops |= set(prompts.eos_token_ids)
-        text = prompts.text_stream(prompt_ids, request.stopping.stop)
-        return Generation(request, prompt_ids, stack, text, frozenset(stops), max_new_tokens, echo)
+            stops = set(request.stopping.stop_token_ids)
+            if not request.stopping.ignore_eos:
+                stops |= set(prompts.eos_token_ids)
+            text = prompts.text_stream(prompt_ids, request.stopping.stop)
+            return Generation(request, prompt_ids, stack, text, frozenset(stops), max_new_tokens, echo)
 
     def prepare_score(self, request: ScoreRequest) -> ScoreJob:
         """As `prepare`, for continuations to score.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable.
+            InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable, ChatTemplateFailed,
+            TokenizerFailed, ResourceExhausted.
         """
         self._check_path(request)
-        stack = self.resolve(request.adapters, request.combination_type)
-        try:
+        with self._holding(request) as stack:
             pairs = self._prompts.of(stack).pairs(request.prompt, request.continuations)
             self._check_copy(request, stack)
             for at, (context, continuation) in enumerate(pairs):
                 self._check_invocation(stack, context)
                 self._check_score_length(f"continuations[{at}]", len(context), len(continuation), stack)
-        except PolygraftError:
+            return ScoreJob(request, stack, pairs)
+
+    @contextmanager
+    def _holding(self, request: Request | ScoreRequest) -> Iterator[Stack]:
+        """A request's adapters, pinned; released if it comes to nothing, whatever ends it.
+
+        Raises: as `resolve`.
+        """
+        stack = self.resolve(request.adapters, request.combination_type)
+        try:
+            yield stack
+        except BaseException:
             stack.release()
             raise
-        return ScoreJob(request, stack, pairs)
 
     def resolve(
         self, refs: Sequence[AdapterRef], combination_type: CombinationType = CombinationType.STACK
@@ -112,7 +120,7 @@ class Intake:
             elif not self._combinations.knows(stack):
                 check_linear(members)
                 self._combinations.check(stack)
-        except PolygraftError:
+        except BaseException:
             for adapter, _ in members:
                 adapter.release()
             raise
