@@ -7,6 +7,8 @@ PolygraftError
 ├── InvalidRequest               the caller's input is wrong; names the field
 │   └── ContextLengthExceeded    prompt plus output don't fit the context
 ├── NotSupported                 in the contract, not served
+├── ChatTemplateFailed           a chat template can't render a chat; names its owner and line
+├── TokenizerFailed              a tokenizer can't make tokens of a text, or text of tokens
 ├── AdapterError                 about one adapter; names it
 │   ├── AdapterNotFound
 │   ├── AdapterExists            the name is taken by other content
@@ -101,6 +103,37 @@ class NotSupported(PolygraftError):
         self.field = printable(field)
         self.problem = printable(problem, _MOST)
         super().__init__(f"{self.field}: {self.problem}")
+
+
+class ChatTemplateFailed(PolygraftError):
+    """A chat template is wrong, can't cope with a chat, or takes more than it may.
+
+    Args:
+        whose: "the model" or "adapter 'name'".
+        problem: what is wrong, a sentence's end behind a colon.
+        line: of the template, counted from 1; None where it isn't known.
+    """
+
+    reason = "CHAT_TEMPLATE_FAILED"
+
+    def __init__(self, whose: str, problem: str, line: int | None = None) -> None:
+        where = "" if line is None else f" in line {line}"
+        super().__init__(f"the chat template of {printable(whose)} fails{where}: {printable(problem, _MOST)}")
+        self.whose = whose
+        self.line = line
+
+
+class TokenizerFailed(PolygraftError):
+    """A tokenizer can't make tokens of a text or text of tokens, or takes more than it may.
+
+    Args:
+        problem: what is wrong, a sentence's end behind a colon.
+    """
+
+    reason = "TOKENIZER_FAILED"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"the tokenizer fails: {printable(problem, _MOST)}")
 
 
 class AdapterError(PolygraftError):

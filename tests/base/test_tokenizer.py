@@ -83,6 +83,8 @@ def test_an_adapters_tokenizer_that_fails_harms_nobody_else(
     engine = make_engine(llama, store)
     for name, text in (("encodes", "panics"), ("drops", "post-processor")):
         assert text in engine.adapters.registry.get(name).problems[0]
+    [warning] = engine.adapters.registry.get("decodes").warnings
+    assert "fails on some texts" in warning
     [x] = byte_tokenizer()("x")["input_ids"]
     refs = (AdapterRef("decodes"),)
     bad = Request(
@@ -95,7 +97,7 @@ def test_an_adapters_tokenizer_that_fails_harms_nobody_else(
     alone = run_greedy(engine, [greedy("alone", [5, 6, 7], "decodes", 8)])
     good = greedy("good", [5, 6, 7], "decodes", 8)
     failed, answered = engine.generate([bad, good])
-    assert "can't decode token" in str(failed[-1].error)
+    assert "has no text" in str(failed[-1].error)
     assert [[token for output in answered for token in output.token_ids]] == alone
     with pytest.raises(InvalidRequest, match="token_ids: the tokenizer fails on them"):
         engine.prepare(Request("echo", (x,), refs, response=ResponseParams(echo=True)))

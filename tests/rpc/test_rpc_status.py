@@ -28,6 +28,8 @@ EXAMPLES = {
     errors.NotSupported: errors.NotSupported("a.b", "no"),
     errors.AdapterInvalid: errors.AdapterInvalid("json", ["one", "two"]),
     errors.ResourceExhausted: errors.ResourceExhausted("full", retry_after=2.5),
+    errors.ChatTemplateFailed: errors.ChatTemplateFailed("adapter 'json'", "division by zero", 3),
+    errors.TokenizerFailed: errors.TokenizerFailed("no unknown token"),
     **{
         kind: kind("json", "because")
         for kind in (

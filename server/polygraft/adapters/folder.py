@@ -10,10 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load as load_safetensors
+from typing import TYPE_CHECKING, Any
 
 from polygraft.adapters.adapterhub.form import (
     ADAPTERHUB_PICKLE,
@@ -24,6 +21,9 @@ from polygraft.adapters.adapterhub.form import (
 )
 from polygraft.adapters.open_folder import FileUnreadable, FolderChanged, OpenFolder, read_descriptor
 from polygraft.errors import AdapterInvalid, PolygraftError
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,9 @@ class AdapterFolder:
 
     def take_tensors(self) -> dict[str, torch.Tensor]:
         """The file's tensors; may be called once. Raises AdapterInvalid if it isn't whole, or too large."""
+        # Here, since the process that tries tokenizers knows files' names and has no use for torch.
+        from safetensors.torch import load as load_safetensors
+
         content = self.weights.take()
         with untrusted(self.name, self.weights_file):
             header = int.from_bytes(content[:8], "little")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
-from transformers.utils import cached_file
+
+from polygraft.panics import is_panic
 
 T = TypeVar("T")
 DEFAULT_TEMPLATE = "default"
@@ -38,6 +38,9 @@ class TextTokenizer:
         ends: texts of the special tokens that end an answer.
         class_name: transformers' class for it.
         hashes: SHA-256 in hexadecimal of the vocabulary's files that it was read from, by file name.
+        encoder: makes ids of a text, with special tokens or without, in the backend's place: where the
+            backend's time and memory aren't known to be bounded.
+        warnings: what an operator should know.
     """
 
     backend: Tokenizer
@@ -49,6 +52,8 @@ class TextTokenizer:
     ends: tuple[str, ...] = ()
     class_name: str = ""
     hashes: Mapping[str, str] = field(default_factory=dict)
+    encoder: Callable[[str, bool], list[int]] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def chat_template(self) -> str | None:
@@ -68,7 +73,11 @@ class TextTokenizer:
 
         Raises:
             ValueError: the tokenizer fails on this text.
+            TokenizerFailed: it takes more time or memory than it may.
+            ResourceExhausted: there is no process for it now, where it needs one.
         """
+        if self.encoder is not None:
+            return self.encoder(text, special)
         # One text as well: only a batch is encoded with the interpreter's lock released.
         [encoding] = contained(lambda: self.backend.encode_batch_fast([text], add_special_tokens=special))
         ids: list[int] = encoding.ids
@@ -91,7 +100,7 @@ def contained(call: Callable[[], T]) -> T:
     except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception
         raise ValueError(str(error)) from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
         raise ValueError(f"the tokenizer panics: {error}") from None
 
@@ -118,19 +127,13 @@ def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> Text
     if getattr(backend.model, "dropout", None) is not None:
         backend.model.dropout = None
     templates = loaded.chat_template or {}
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    tokenizer = TextTokenizer(
+    tokenizer = tokenizer_of(
         backend,
-        size=max(vocabulary.values(), default=-1) + 1,
-        longest=max(map(len, vocabulary), default=1),
-        hidden={
-            id: token.content for id, token in backend.get_added_tokens_decoder().items() if token.special
-        },
         special_tokens=dict(loaded.special_tokens_map),
         chat_templates={DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else dict(templates),
         ends=named_ends(loaded.special_tokens_map),
         class_name=type(loaded).__name__,
-        hashes=hashes or {},
+        hashes=hashes,
     )
     tokenizer.encode(_PROBE, special=True)
     after = backend.post_processor
@@ -138,6 +141,32 @@ def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> Text
         if [piece.get("Sequence", {}).get("id") for piece in template].count("A") != 1:
             raise ValueError("its post-processor doesn't hold a text once and whole")
     return tokenizer
+
+
+def tokenizer_of(
+    backend: Tokenizer,
+    *,
+    special_tokens: Mapping[str, str],
+    chat_templates: Mapping[str, str],
+    class_name: str,
+    hashes: Mapping[str, str] | None = None,
+    encoder: Callable[[str, bool], list[int]] | None = None,
+) -> TextTokenizer:
+    """A tokenizer of its parts; the arguments are `TextTokenizer`'s."""
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    return TextTokenizer(
+        backend,
+        size=max(vocabulary.values(), default=-1) + 1,
+        longest=max(map(len, vocabulary), default=1),
+        hidden={
+            id: token.content for id, token in backend.get_added_tokens_decoder().items() if token.special
+        },
+        special_tokens=special_tokens,
+        chat_templates=chat_templates,
+        class_name=class_name,
+        hashes=hashes or {},
+        encoder=encoder,
+    )
 
 
 def _templates(post_processor: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
@@ -157,6 +186,10 @@ def load_tokenizer(folder: str) -> TextTokenizer:
     Raises:
         OSError, ValueError: there is none, or none that is served.
     """
+    # Here, since it imports torch, for which the process that tries adapters' tokenizers has no use.
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     contents = {file: _read(folder, file) for file in _VOCABULARIES}
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items() if content}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from polygraft.adapters.folder import TOKENIZER
 from polygraft.base.tokenizer import TextTokenizer, text_tokenizer
@@ -57,6 +56,9 @@ def slow_class(name: str, files: Mapping[str, bytes]) -> Any:
     named = read_object(name, files, CONFIG).get("tokenizer_class")
     if not isinstance(named, str) or not _CLASS.fullmatch(named):
         return None
+    # Here, since it imports torch, for which the process that tries a tokenizer.json has no use.
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
     found = tokenizer_class_from_name(named)
     if not isinstance(found, type) or not issubclass(found, PreTrainedTokenizerFast):
         return None

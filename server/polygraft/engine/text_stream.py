@@ -8,7 +8,7 @@ from tokenizers.decoders import DecodeStream
 
 from polygraft.base.tokenizer import TextTokenizer, contained
 from polygraft.engine.stop_sequences import StopSequences
-from polygraft.errors import PolygraftError
+from polygraft.errors import TokenizerFailed
 
 _CONTEXT = 8
 """Prompt tokens that the decoder sees first: enough for what a tokenizer does at a word's start."""
@@ -45,7 +45,7 @@ class TextStream:
             match: whether stop sequences count yet.
 
         Raises:
-            PolygraftError: the tokenizer fails on this token.
+            TokenizerFailed: the tokenizer fails on this token.
         """
         new = self._decode(token)
         if self._stop is None:
@@ -77,7 +77,7 @@ class TextStream:
         try:
             return self._step(token)
         except ValueError as error:
-            raise PolygraftError(f"the tokenizer can't decode token {token}: {error}") from None
+            raise TokenizerFailed(f"token {token} has no text: {error}") from None
 
     def _step(self, token: int) -> str:
         return contained(lambda: self._decoder.step(self._backend, token)) or ""

@@ -25,6 +25,8 @@ CODES: dict[type[errors.PolygraftError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ContextLengthExceeded: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotSupported: grpc.StatusCode.UNIMPLEMENTED,
+    errors.ChatTemplateFailed: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.TokenizerFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.AdapterError: grpc.StatusCode.INTERNAL,
     errors.AdapterNotFound: grpc.StatusCode.NOT_FOUND,
     errors.AdapterExists: grpc.StatusCode.ALREADY_EXISTS,
