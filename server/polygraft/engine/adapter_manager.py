@@ -183,7 +183,7 @@ class AdapterManager:
                 raise folder
             compiled = yield from compile_adapter(folder, self._base, self._limits)
             yield None
-            prompts = self._prompts.read(folder, compiled.vocabulary)
+            prompts = yield from self._prompts.reading(folder, compiled.vocabulary)
             yield None
             compiled = yield from resolve_token_rows(name, compiled, self._bank)
             compiled = yield from resolve_against_base(compiled, self._bank.modules)

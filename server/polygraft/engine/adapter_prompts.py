@@ -6,14 +6,22 @@ differs, or a chat template, is used for the requests of that adapter and of no 
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Generator
+
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
 from polygraft.base.loader import Base
 from polygraft.base.tokenizer import TextTokenizer
-from polygraft.engine.chat_template import LocalTemplate
+from polygraft.engine.aside import aside
+from polygraft.engine.chat_template import ChatTemplate, LocalTemplate
 from polygraft.engine.prompt_files import EndTokens, chat_template, end_tokens
 from polygraft.engine.prompts import Prompts
+from polygraft.engine.sandbox.pool import Workers
+from polygraft.engine.sandbox.reader import TokenizerReader
+from polygraft.engine.sandbox.serving import WorkerTemplate
+from polygraft.engine.sandbox.template_trials import TemplateTrials
 from polygraft.engine.shared_tokenizers import SharedTokenizers
 
 
@@ -23,7 +31,10 @@ class AdapterPrompts:
     def __init__(self, base: Base) -> None:
         self.base = Prompts.of_base(base)
         self._base = base
-        self._tokenizers = SharedTokenizers(base.tokenizer)
+        self._workers = Workers()
+        self._tokenizers = SharedTokenizers(base.tokenizer, TokenizerReader(base.tokenizer, self._workers))
+        self._trials = TemplateTrials(self._workers)
+        self._reading = threading.Lock()
         self._own: dict[int, Prompts] = {}
 
     def of(self, stack: Stack) -> Prompts:
@@ -31,22 +42,39 @@ class AdapterPrompts:
         any."""
         return next((self._own[g] for g in stack.generations if g in self._own), self.base)
 
+    def reading(
+        self, folder: AdapterFolder, vocabulary: int | None = None
+    ) -> Generator[None, None, Prompts | None]:
+        """`read`, in a job that doesn't hold up the engine's thread while a worker tries the files."""
+        if not folder.texts:
+            return self.read(folder, vocabulary)
+        return (yield from aside(lambda: self.read(folder, vocabulary), "adapters' tokenizers"))
+
     def read(self, folder: AdapterFolder, vocabulary: int | None = None) -> Prompts | None:
         """What a folder brings along; None if that is the base's own. A chat template that it lacks is the
         base's, and so are the special tokens if it names none.
+
+        What isn't the base's is read and tried by a worker first, for which this waits.
 
         Args:
             vocabulary: tokens that the adapter has rows for, if not as many as the base.
 
         Raises:
-            AdapterInvalid: a file is broken.
+            AdapterInvalid: a file is broken, or takes more time or memory than it may.
+            ResourceExhausted: there is no process to try it in.
         """
+        with self._reading:
+            return self._read(folder, vocabulary)
+
+    def _read(self, folder: AdapterFolder, vocabulary: int | None) -> Prompts | None:
         base = self._base.tokenizer
         name, files = folder.name, folder.texts
         source = chat_template(name, files) or base.chat_template
         named = end_tokens(name, files)
         tokenizer = self._tokenizers.of(name, files)
         ends, warnings = _ends(named, tokenizer)
+        if tokenizer.backend is not base.backend:
+            warnings += tokenizer.warnings
         known = vocabulary or self._base.spec.vocabulary_size
         if tokenizer.size > known and (tokenizer.size > base.size or vocabulary is not None):
             warnings.append(
@@ -62,9 +90,17 @@ class AdapterPrompts:
         same = not is_own and vocabulary is None and tokenizer.special_tokens == base.special_tokens
         if same and not warnings:
             return None
+        template: ChatTemplate | None = None
+        if source is not None and source == base.chat_template:
+            template = LocalTemplate(source, tokenizer.special_tokens)
+        elif source is not None:
+            most = tokenizer.longest * self._base.context_length
+            variables = tokenizer.special_tokens
+            warnings += self._trials.try_out(name, source, variables, most)
+            template = WorkerTemplate(f"adapter {name!r}", source, variables, most, self._workers)
         return Prompts(
             tokenizer,
-            None if source is None else LocalTemplate(source, tokenizer.special_tokens),
+            template,
             vocabulary=known,
             context_length=self._base.context_length,
             eos_token_ids=(*self._base.eos_token_ids, *ends),

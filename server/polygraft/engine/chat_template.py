@@ -9,7 +9,8 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from polygraft.engine.request import ChatMessage
-from polygraft.errors import InvalidRequest
+from polygraft.engine.sandbox.template import fault_of
+from polygraft.errors import ChatTemplateFailed, InvalidRequest
 
 
 class ChatTemplate(Protocol):
@@ -20,11 +21,14 @@ class ChatTemplate(Protocol):
 
         Raises:
             InvalidRequest: the template refuses these messages.
+            ChatTemplateFailed: it is wrong, or can't cope with them.
+            ContextLengthExceeded: more comes of them than can fit the context.
+            ResourceExhausted: there is no process for it now, where it needs one.
         """
 
 
 class LocalTemplate:
-    """A template that is rendered in this process.
+    """A template that is rendered in this process: the base's own, which is trusted as the base is.
 
     Args:
         source: Jinja, run in transformers' sandbox.
@@ -42,9 +46,13 @@ class LocalTemplate:
             texts, _ = render_jinja_template(
                 [conversation], chat_template=self.source, add_generation_prompt=True, **self.variables
             )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise InvalidRequest(
-                "chat.messages", f"the model's chat template refuses them: {error}"
-            ) from error
-        text: str = texts[0]
+            text: str = texts[0]
+            text.encode()  # an escape such as "\ud800" makes half a character, which isn't text
+        except Exception as error:
+            if type(error) is jinja2.TemplateError:  # what raise_exception raises
+                raise InvalidRequest(
+                    "chat.messages", f"the chat template of the model refuses them: {error}"
+                ) from error
+            fault = fault_of(error)
+            raise ChatTemplateFailed("the model", fault.problem, fault.line) from error
         return text

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from polygraft.engine.engine import Engine
+from polygraft.engine.fair_workers import FairWorkers
 from polygraft.engine.prompts import Prompts
 from polygraft.engine.request import AdapterRef, Chat, Request, ScoreRequest
 from polygraft.engine.scoring import ScoreJob
@@ -21,7 +22,9 @@ QUICK = 4_096
 LARGE = 65_536
 """Size from which on a request waits behind others of its kind alone: it takes some 50 ms and more."""
 _MAX_LARGE = 32
-_MAX_FOREIGN = 64
+_FOREIGN_THREADS = 8
+_FOREIGN_SHARE = 4
+"""What the prompts of one adapter with words of its own may take of the queue: a part in so many."""
 _MESSAGE = 64
 """What a chat's message costs beside its text, in characters."""
 _ID = 0.25
@@ -31,9 +34,10 @@ _ID = 0.25
 class Preparation:
     """Turns requests into tokens, and tokens into text, without holding the event loop up.
 
-    There are three queues with a thread each, so that nobody waits behind what takes much longer: one for
-    common requests, one for large ones, and one for the tokenizers and templates that adapters bring along,
-    which nobody has vouched for. Small requests don't wait at all: they are prepared where they arrive.
+    There are queues with a thread each, so that nobody waits behind what takes much longer: one for common
+    requests, one for large ones, and one for each adapter that brings a tokenizer or a template along, which
+    nobody has vouched for; the threads of these mostly wait for the process that runs it. Small requests
+    don't wait at all: they are prepared where they arrive.
 
     Args:
         max_waiting: most common requests that wait.
@@ -43,7 +47,9 @@ class Preparation:
         self._engine = engine
         self._common = Worker("prompts", max_waiting)
         self._large = Worker("large prompts", _MAX_LARGE)
-        self._foreign = Worker("prompts of adapters' own tokenizers and templates", _MAX_FOREIGN)
+        self._foreign = FairWorkers(
+            "prompts in adapters' own words", _FOREIGN_THREADS, max(1, max_waiting // _FOREIGN_SHARE)
+        )
         self._requests: set[str] = set()
 
     def __len__(self) -> int:
@@ -68,7 +74,7 @@ class Preparation:
     async def _prepare(self, request: Request | ScoreRequest, size: float, prepare: Callable[[], P]) -> P:
         self._requests.add(request.id)
         try:
-            foreign = self._is_foreign(request.adapters)
+            foreign = self._foreign_of(request.adapters)
             # Whoever gives up meanwhile must not leave adapters pinned.
             return await self._run(size, prepare, foreign=foreign, release=lambda lost: lost.stack.release())
         finally:
@@ -79,7 +85,7 @@ class Preparation:
         return await self._run(
             _size(prompt),
             lambda: tuple(self.prompts_of(adapters).token_ids(prompt)),
-            foreign=self._is_foreign(adapters),
+            foreign=self._foreign_of(adapters),
         )
 
     async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef]) -> str:
@@ -87,7 +93,7 @@ class Preparation:
         return await self._run(
             len(token_ids),
             lambda: self.prompts_of(adapters).decode(token_ids),
-            foreign=self._is_foreign(adapters),
+            foreign=self._foreign_of(adapters),
         )
 
     def prompts_of(self, adapters: Sequence[AdapterRef]) -> Prompts:
@@ -103,24 +109,24 @@ class Preparation:
         size: float,
         call: Callable[[], T],
         *,
-        foreign: bool = False,
+        foreign: str | None = None,
         release: Callable[[T], None] | None = None,
     ) -> T:
         """Run a call on the thread that suits it.
 
         Args:
             size: of what it works on, in characters.
-            foreign: whether it uses an adapter's own tokenizer or template, which may take any time.
+            foreign: the adapter whose own tokenizer or template it uses, which may take seconds.
             release: as of `Worker.run`.
         """
-        if foreign:
-            return await self._foreign.run(call, release=release)
+        if foreign is not None:
+            return await self._foreign.run(foreign, call, release=release)
         if size <= QUICK:
             return call()
         return await (self._common if size < LARGE else self._large).run(call, release=release)
 
-    def _is_foreign(self, adapters: Sequence[AdapterRef]) -> bool:
-        return any(self._brings_prompts(ref) for ref in adapters)
+    def _foreign_of(self, adapters: Sequence[AdapterRef]) -> str | None:
+        return next((ref.name for ref in adapters if self._brings_prompts(ref)), None)
 
     def _brings_prompts(self, ref: AdapterRef) -> bool:
         try:

@@ -18,6 +18,8 @@ GENERATION = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", SENTENCEPIECE)
 """What a slow tokenizer has in the place of tokenizer.json."""
+_MAX_OBJECT_BYTES = 2**23
+"""Tokens and settings: parsing one holds up everybody, some 10 ms each MiB."""
 _IRRELEVANT = (
     "chat_template",
     "max_length",
@@ -41,6 +43,8 @@ def read_object(name: str, files: Mapping[str, bytes], file: str) -> dict[str, A
     """
     if file not in files:
         return {}
+    if len(files[file]) > _MAX_OBJECT_BYTES:
+        raise AdapterInvalid(name, [f"{file} has {len(files[file])} bytes, the limit is {_MAX_OBJECT_BYTES}"])
     try:
         found = json.loads(files[file])
     except (ValueError, RecursionError) as error:

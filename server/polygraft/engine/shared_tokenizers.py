@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
@@ -24,11 +24,20 @@ _NAMED = 5
 """Tokens that an error names."""
 
 
-class SharedTokenizers:
-    """The tokenizers in use, by the content of their files."""
+Read = Callable[[str, Mapping[str, bytes]], TextTokenizer]
+"""Makes a tokenizer of an adapter's name and its files; raises AdapterInvalid."""
 
-    def __init__(self, base: TextTokenizer) -> None:
+
+class SharedTokenizers:
+    """The tokenizers in use, by the content of their files.
+
+    Args:
+        read: in the place of `read_tokenizer`: tries the files somewhere else first.
+    """
+
+    def __init__(self, base: TextTokenizer, read: Read | None = None) -> None:
         self._base = base
+        self._tried = read
         self._vocabulary = BaseVocabulary(base)
         self._read: WeakValueDictionary[str, TextTokenizer] = WeakValueDictionary()
         self._like_base: dict[str, TextTokenizer] = {}
@@ -64,19 +73,20 @@ class SharedTokenizers:
         return found
 
     def _of_new(self, name: str, files: Mapping[str, bytes]) -> TextTokenizer:
+        read = self._tried or read_tokenizer
         listed = listed_tokens(name, files)
         if self._is_base(name, files):
             beside = {
                 file: content for file, content in files.items() if file not in (TOKENIZER, *VOCABULARIES)
             }
             # What the other files add shows on a skeleton in a millisecond; mostly it is nothing.
-            tokenizer = read_tokenizer(name, {**beside, TOKENIZER: self._vocabulary.skeleton})
+            tokenizer = read(name, {**beside, TOKENIZER: self._vocabulary.skeleton})
             if self._vocabulary.adds_nothing(tokenizer):
                 tokenizer = replace(tokenizer, backend=self._base.backend)
             else:
-                tokenizer = read_tokenizer(name, {**beside, TOKENIZER: self._vocabulary.whole})
+                tokenizer = read(name, {**beside, TOKENIZER: self._vocabulary.whole})
         else:
-            tokenizer = read_tokenizer(name, files)
+            tokenizer = read(name, files)
         if tokenizer.backend is not self._base.backend and self._vocabulary.equals(tokenizer):
             tokenizer = replace(tokenizer, backend=self._base.backend)
         self._check_listed(name, files, listed, tokenizer)

@@ -50,21 +50,27 @@ class Worker:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         done: Future[T] = Future()
-        self._calls.put(lambda: _complete(done, call))
-        try:
-            # A caller that is cancelled takes its call out of the queue, if it hasn't begun.
-            return await asyncio.wrap_future(done)
-        except asyncio.CancelledError:
-            if release is not None:
-                done.add_done_callback(lambda lost: _release(lost, release))
-            raise
+        self._calls.put(lambda: complete(done, call))
+        return await outcome(done, release)
 
     def _run(self) -> None:
         while True:
             self._calls.get()()
 
 
-def _complete(done: Future[T], call: Callable[[], T]) -> None:
+async def outcome(done: Future[T], release: Callable[[T], None] | None) -> T:
+    """What a call on another thread comes to; see `Worker.run`."""
+    try:
+        # A caller that is cancelled takes its call out of the queue, if it hasn't begun.
+        return await asyncio.wrap_future(done)
+    except asyncio.CancelledError:
+        if release is not None:
+            done.add_done_callback(lambda lost: _release(lost, release))
+        raise
+
+
+def complete(done: Future[T], call: Callable[[], T]) -> None:
+    """Run a call whose outcome somebody may wait for; returns whatever it raises."""
     if not done.set_running_or_notify_cancel():
         return
     try:

@@ -58,8 +58,6 @@ class WorkerTemplate:
         most_characters: of a text that can fit the context.
     """
 
-    in_process = False
-
     def __init__(
         self, whose: str, source: str, variables: Mapping[str, str], most_characters: int, workers: Workers
     ) -> None:
