@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from polygraft.adapters.adapterhub.form import ADAPTERHUB_WEIGHTS
+from polygraft.base.bitsandbytes import leave_unpacked
 from polygraft.layers.merging import dense_weight
 from tests.adapterhub.folders import compiled_for
 from tests.adapterhub.reference import adapted
@@ -69,6 +70,8 @@ def load_reference(model_folder: Path, adapter_folder: Path | None, precision: s
     if "quantization_config" in options:
         options["device_map"] = "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_folder, **options)
+    if "quantization_config" in options:
+        leave_unpacked(model)  # what its packed form can't hold
     if adapter_folder is not None and (adapter_folder / ADAPTERHUB_WEIGHTS).exists():
         # Its library needs another transformers; tests/adapterhub holds these hooks against it.
         context = adapted(model, *compiled_for(model_folder, adapter_folder))
