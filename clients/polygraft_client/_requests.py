@@ -41,7 +41,7 @@ class GenerateOptions(TypedDict, total=False):
     lora_path: LoraPath
     """How low-rank weights are applied."""
     temperature: float | None
-    """0 is greedy. Range [0, 100]."""
+    """0 is greedy, and so is what is below 1e-6. Range [0, 100]."""
     top_p: float | None
     """Keep the smallest set of tokens whose probability reaches this. Range (0, 1]."""
     top_k: int | None
@@ -51,7 +51,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     """All that the sampling noise depends on, beside the position. Range [0, 2^63)."""
     repetition_penalty: float | None
-    """Makes tokens of the prompt and the answer so far less likely above 1. Range (0, 100]."""
+    """Makes tokens of the prompt and the answer so far less likely above 1. Range [1e-6, 100]."""
     presence_penalty: float | None
     """Subtracted from the logits of tokens in the answer so far. Range [-2, 2]."""
     frequency_penalty: float | None

@@ -25,6 +25,7 @@ from polygraft.layers.low_rank import ENTRY, SCALING, WEIGHT_DTYPES, AdaptedLine
 from polygraft.layers.low_rank_bank import LowRankBank, Run, choose_operators
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import AttentionPlan, Segment, StepContext
+from polygraft.layers.wide_head import WideLinear
 
 # Beside the environment's packages, not among them: with triton there, torch imports it into every server,
 # which then takes 160 MB more.
@@ -216,6 +217,38 @@ def test_several_adapters_of_a_row_act_in_their_order(interpreted: ModuleType) -
     expected[41:] *= factors
     assert torch.allclose(out, expected, atol=1e-4, rtol=1e-5)
     assert torch.allclose(out, reference, atol=1e-4, rtol=1e-5)
+
+
+@TRITON
+@pytest.mark.parametrize("of_sum", [False, True])
+def test_a_scale_acts_before_the_low_rank_or_behind_it(interpreted: ModuleType, of_sum: bool) -> None:
+    layer = Layer(interpreted, 70, 140)
+    w, factors = weights(5, 70, 140, torch.bfloat16), torch.randn(140)
+    slot = layer.install(w, Scale(output=factors, of_sum=of_sum))
+    x = torch.randn(9, 70)
+    out, reference = layer.run(x, [(2, 9, slot)])
+    expected = layer.bare(x)
+    product, added = expected[2:] - layer.bare.bias, x[2:] @ w.product.T
+    changed = (product + added) * factors if of_sum else product * factors + added
+    expected[2:] = changed + layer.bare.bias
+    assert torch.allclose(out, expected, atol=1e-4, rtol=1e-5)
+    assert torch.allclose(out, reference, atol=1e-4, rtol=1e-5)
+
+
+@TRITON
+def test_a_heads_sums_stay_in_float32(interpreted: ModuleType) -> None:
+    layer = Layer(interpreted, 70, 140, torch.bfloat16)
+    layer.adapted.base_layer = WideLinear(layer.bare)
+    w = weights(5, 70, 140, torch.bfloat16)
+    x = torch.randn(9, 70).bfloat16()
+    segments = layer.bank.segments([(0, 9, layer.install(w))])
+    layer.step.begin(PLAN, segments, segments, 9)
+    with torch.inference_mode():
+        out = layer.adapted(x[None])[0]
+    layer.step.end()
+    exact = x.double() @ (layer.bare.weight.double() + w.product.double()).T + layer.bare.bias.double()
+    assert out.dtype == torch.float32
+    assert torch.allclose(out.double(), exact, atol=1e-4, rtol=1e-5)
 
 
 @TRITON

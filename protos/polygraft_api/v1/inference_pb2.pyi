@@ -356,7 +356,7 @@ class SamplingOptions(_message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy. Range [0, 100]. Default 0."""
+    """0 is greedy, and so is what is below 1e-6. Range [0, 100]. Default 0."""
     top_p: _builtins.float
     """Keep the smallest set of tokens whose probability reaches this. Range (0, 1]. Default 1."""
     top_k: _builtins.int
@@ -369,7 +369,7 @@ class SamplingOptions(_message.Message):
     """
     repetition_penalty: _builtins.float
     """Logits of tokens in the prompt or the answer so far are divided by this where they are
-    positive and multiplied where they are negative. Range (0, 100]. Default 1.
+    positive and multiplied where they are negative. Range [1e-6, 100]. Default 1.
     """
     presence_penalty: _builtins.float
     """Subtracted from the logits of tokens in the answer so far. Range [-2, 2]. Default 0."""
