@@ -157,3 +157,21 @@ async def test_many_streams_together_may_hold_so_much(model: Path, monkeypatch: 
         for stream in streams:
             stream.cancel()
         await served.until(lambda: served.handle._streams._unread == 0)
+
+
+async def test_an_output_larger_than_may_lie_unread_is_read_all_the_same(model: Path) -> None:
+    async with (
+        serving(model, max_unread_bytes=1000) as served,
+        grpc.aio.insecure_channel(served.address) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=[65] * 300),
+            stopping={"max_new_tokens": 1, "ignore_eos": True},
+            response={"echo": True, "top_logprobs": 20},
+        )
+        assert len((await stub.Generate(request)).logprobs) == 301
+        score = pb.ScoreRequest(
+            prompt="a", continuation_token_ids=[pb.TokenIds(ids=[66] * 300)], top_logprobs=20
+        )
+        assert len((await stub.Score(score)).scores[0].tokens) == 300

@@ -103,8 +103,8 @@ async def test_what_a_job_in_the_background_raises(
 
     end = doomed()
     await end.begin()
-    end.running.paused.clear()
     end.handle._engine_loop.post(lambda: end.engine.background.add(job()))
+    end.handle._engine_loop.post(end.running.paused.clear)
     await end.check_ended()
 
 

@@ -49,11 +49,19 @@ class Stream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    @property
+    def behind(self) -> bool:
+        """Whether its reader does something else, rather than waiting for what comes."""
+        return self._waiter is None
+
     async def take(self) -> RequestOutput:
         """What has come since the last call, as one output, when it is there."""
         while not self.unread:
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         before = self.unread.bytes
         output = self.unread.take()
         self._streams.weigh(self, self.unread.bytes - before)
@@ -102,12 +110,14 @@ class Streams:
             self._lying[stream] = None
         else:
             self._lying.pop(stream, None)
-        if more <= 0:
+        # However much comes at once: whoever waits for it takes it.
+        if more <= 0 or not stream.behind:
             return
         if stream.unread.bytes > self._max_unread:
             self._give_up(stream)
         elif self._unread > self._max_unread * TOGETHER:
-            self._give_up(max(self._lying, key=lambda lying: lying.unread.bytes))
+            behind = (lying for lying in self._lying if lying.behind)
+            self._give_up(max(behind, key=lambda lying: lying.unread.bytes))
 
     def _give_up(self, stream: Stream) -> None:
         stream.give_up(OutputUnread(f"{stream.unread.bytes} bytes of output lay unread, too many to keep"))
