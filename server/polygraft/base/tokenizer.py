@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
+from transformers.utils import cached_file
 
 from polygraft.panics import is_panic
 
@@ -131,7 +132,6 @@ def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> Text
         backend,
         special_tokens=dict(loaded.special_tokens_map),
         chat_templates={DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else dict(templates),
-        ends=named_ends(loaded.special_tokens_map),
         class_name=type(loaded).__name__,
         hashes=hashes,
     )
@@ -163,6 +163,7 @@ def tokenizer_of(
         },
         special_tokens=special_tokens,
         chat_templates=chat_templates,
+        ends=named_ends(special_tokens),
         class_name=class_name,
         hashes=hashes or {},
         encoder=encoder,
@@ -188,7 +189,6 @@ def load_tokenizer(folder: str) -> TextTokenizer:
     """
     # Here, since it imports torch, for which the process that tries adapters' tokenizers has no use.
     from transformers import AutoTokenizer
-    from transformers.utils import cached_file
 
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     contents = {file: _read(folder, file) for file in _VOCABULARIES}

@@ -48,7 +48,9 @@ class Preparation:
         self._common = Worker("prompts", max_waiting)
         self._large = Worker("large prompts", _MAX_LARGE)
         self._foreign = FairWorkers(
-            "prompts in adapters' own words", _FOREIGN_THREADS, max(1, max_waiting // _FOREIGN_SHARE)
+            "prompts of adapters' own tokenizers and templates",
+            _FOREIGN_THREADS,
+            max(1, max_waiting // _FOREIGN_SHARE),
         )
         self._requests: set[str] = set()
 
