@@ -178,10 +178,18 @@ def test_every_adapter_differs(case: Callable[[str, str, str], Case], architectu
     check_rows_differ(case(architecture, saved, "float32"))
 
 
+@pytest.mark.parametrize(
+    ("combined", "theirs"), [(CombinationType.LINEAR, "linear"), (CombinationType.STACK, "cat")]
+)
 @pytest.mark.parametrize("saved", FILES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_linear_combinations(
-    case: Callable[[str, str, str], Case], answers: Callable[[str, str], Answers], saved: str, precision: str
+def test_several_with_weights(
+    case: Callable[[str, str, str], Case],
+    answers: Callable[[str, str], Answers],
+    saved: str,
+    precision: str,
+    combined: CombinationType,
+    theirs: str,
 ) -> None:
     engine = case("llama", saved, precision).engine
     prompts = [prompt(row) for row in COMBINED_BEHIND]
@@ -191,13 +199,13 @@ def test_linear_combinations(
         model: Any = load_reference(files.model, files.store / COMBINED[0], precision)
         model.load_adapter(str(files.store / COMBINED[1]), COMBINED[1])
         names = ["default", COMBINED[1]]
-        model.add_weighted_adapter(names, list(WEIGHTS), "both", combination_type="linear")
+        model.add_weighted_adapter(names, list(WEIGHTS), "both", combination_type=theirs)
         model.set_adapter("both")
         with torch.inference_mode():
             return torch.stack([model.eval()(torch.tensor([p])).logits[0, -1].float() for p in prompts])
 
     refs = tuple(AdapterRef(name, weight=weight) for name, weight in zip(COMBINED, WEIGHTS, strict=True))
-    ours = forced_logits(engine, [(p, refs) for p in prompts], [CombinationType.LINEAR] * len(prompts))
+    ours = forced_logits(engine, [(p, refs) for p in prompts], [combined] * len(prompts))
     exact = expected("float32")
     if precision == "float32":
         assert (ours - exact).abs().max() < TOLERANCE
