@@ -1,5 +1,8 @@
 # Builds everything in one image and carries the virtual environment into a small one without a compiler.
-FROM python:3.11-slim-bookworm AS build
+# Pinned by the digest of its index, so that the same file makes the same image. It is 3.11.16 of September 2026; for a
+# newer one put here what `docker buildx imagetools inspect python:3.11-slim-bookworm` says.
+ARG PYTHON=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
+FROM ${PYTHON} AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
@@ -14,7 +17,7 @@ RUN python -m venv /opt/polygraft \
     # For every instruction set that a machine may have: the small image has no compiler.
     && /opt/polygraft/bin/python -m polygraft.layers.native.build --here
 
-FROM python:3.11-slim-bookworm
+FROM ${PYTHON}
 # torch's wheels bring their own OpenMP runtime, and the operators share it.
 # A volume takes its owner from the folder it is mounted on; without one it would be root's.
 RUN useradd --create-home --uid 10001 polygraft \

@@ -13,6 +13,8 @@ import pytest
 
 from tests.client.scripted import ScriptedServer
 
+from .conftest import Invoke
+
 EMOJI = "\N{PILE OF POO} done"
 
 
@@ -120,6 +122,22 @@ def test_an_empty_server_or_token_is_an_unset_one(said: ScriptedServer, how: str
     assert "authorization" not in said.script.metadata
     nobody = run("adapters", "list", "--server", "")
     assert b"127.0.0.1:50051" in nobody.stderr or nobody.returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [("serve",), ("adapters", "check", ".")])
+def test_no_folder_for_temporary_files(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(
+        "error: TMPDIR: no folder for temporary files can be written; set it to one"
+    )
+    assert result.stderr.count("\n") == 1
 
 
 def test_empty_variables_dont_reach_libraries() -> None:

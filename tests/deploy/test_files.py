@@ -60,6 +60,14 @@ def test_the_store_is_mounted_where_the_image_looks_and_only_to_be_read() -> Non
     assert f'"{next(path for path in mounts("server") if path.endswith("polygraft"))}"' in image
 
 
+def test_the_images_base_is_pinned_by_digest() -> None:
+    image = (DEPLOY.parent / "Dockerfile").read_text()
+    (base,) = re.findall(r"^ARG PYTHON=(.*)$", image, re.MULTILINE)
+    assert re.fullmatch(r"python:[\w.-]+@sha256:[0-9a-f]{64}", base)
+    stages = re.findall(r"^FROM (\S+)", image, re.MULTILINE)
+    assert stages == ["${PYTHON}"] * 2
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_what_is_mounted_exists(service: str) -> None:
     for source, read_only in mounts(service).values():

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from polygraft.cli import tables
+from polygraft.cli.environment import require_temporary_folder
 from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, Token, console, to_json
 from polygraft.cli.serve import settle
 from polygraft_client import Adapter, Client
@@ -117,6 +118,7 @@ def check(
     """Say without a server whether a folder can be served. Exit status: 0 if it fits, 1 if not."""
     given = {"model": model, "dtype": dtype, "adapter_dtype": adapter_dtype, "config": config}
     settings = settle(**{name: value for name, value in given.items() if value is not None})
+    require_temporary_folder()
     from polygraft.adapters.check import check_folder  # it imports torch
 
     report = check_folder(folder, settings)

@@ -26,6 +26,20 @@ def discard_output() -> None:
     os.close(nowhere)
 
 
+def require_temporary_folder() -> None:
+    """Raise ConfigError unless there is a folder for temporary files: torch can't be imported without."""
+    import tempfile
+
+    from polygraft.errors import ConfigError
+
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise ConfigError(
+            "TMPDIR", "no folder for temporary files can be written; set it to one, or mount a tmpfs at /tmp"
+        ) from None
+
+
 def _open_standard_streams() -> None:
     """Give closed ones the null device: the first socket would take their number, and get the log."""
     for number in range(3):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from polygraft.cli.environment import require_temporary_folder
 from polygraft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 def serve(context: typer.Context) -> None:
     """Serve a base model and its adapters over gRPC. `polygraft serve --help` shows all settings."""
     config = read_config(context.args)
+    require_temporary_folder()
     from polygraft.server import run  # it imports torch, which takes seconds that a wrong flag shouldn't cost
 
     raise typer.Exit(run(config))

@@ -41,7 +41,8 @@ def demo(
     if model == "default":
         from polygraft.base.default_model import ensure_default_model
 
-        ensure_default_model()  # here, and not in the server, for its progress bar
+        with _ended_by_sigterm():
+            ensure_default_model()  # here, and not in the server, for its progress bar
     command = serve_command("--model", model, "--adapters", str(adapters), "--kv-cache-bytes", kv_cache_bytes)
     out = console()
     with _ended_by_sigterm(), ServerProcess(command) as server:

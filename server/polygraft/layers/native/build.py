@@ -114,7 +114,9 @@ def load() -> ctypes.CDLL | None:
     except subprocess.CalledProcessError as error:
         log.warning("the C++ operators don't compile, the slower torch ones serve: %s", error.stderr.strip())
     except (OSError, ConfigError) as error:
-        log.warning("no C++ operators, the slower torch ones serve: %s", error)
+        log.warning(
+            "no C++ operators, the slower torch ones serve: %s (they are built into POLYGRAFT_CACHE)", error
+        )
     return None
 
 
