@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from polygraft.adapters.info import AdapterState
 from polygraft.engine.request import Request, RequestOutput
 from polygraft.errors import EngineDead, PolygraftError
+from tests.engine.stores import copy_of
 from tests.engine.test_async_engine import PROMPT, Running
 from tests.engines import greedy, make_engine
 
@@ -195,4 +197,20 @@ async def test_a_panic_while_a_request_is_prepared_is_that_requests_own(
         with pytest.raises(PolygraftError, match="SystemExit: out of order"):
             await running.collect(Request("r", long))
     assert len(await running.tokens(greedy("r", PROMPT, None, 3))) == 3
+    await running.handle.drain(10.0)
+
+
+async def test_a_panic_in_a_load_is_that_loads_own(
+    llama: Path, llama_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copy_of(llama_store, tmp_path / "store", "lora")
+    running = Running(make_engine(llama, store), 100)
+    running.handle.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(running.engine.adapters._prompts, "read", raiser(Panic))
+        with pytest.raises(PolygraftError, match="Panic: out of order"):
+            await running.handle.load_adapter("other", "lora")
+    assert running.handle.failure is None
+    assert (await running.handle.load_adapter("other", "lora")).state is AdapterState.READY
+    await running.settle()
     await running.handle.drain(10.0)

@@ -13,7 +13,7 @@ import pytest
 from polygraft.engine.engine import Engine
 from polygraft.engine.preparation import LARGE, QUICK, Preparation
 from polygraft.engine.request import AdapterRef, Chat, ChatMessage, Request, ScoreRequest
-from polygraft.errors import AdapterNotFound
+from polygraft.errors import AdapterNotFound, InvalidRequest
 from tests.engine.asking import check_clean
 
 OWN = "prompts of adapters' own tokenizers and templates"
@@ -63,6 +63,14 @@ async def test_who_prepares_it(name: str) -> None:
     prepare = preparation.score if isinstance(request, ScoreRequest) else preparation.generation
     assert await prepare(request) == (expected or threading.current_thread().name)  # type: ignore[arg-type]
     assert not len(preparation)
+
+
+async def test_more_than_one_request_may_have_tokenized() -> None:
+    preparation = Preparation(cast("Engine", Fake()), 10)
+    with pytest.raises(InvalidRequest, match=r"continuations: .* send fewer at a time"):
+        await preparation.score(ScoreRequest("r", "x" * 70_000, ("y",) * 256))
+    ids = ScoreRequest("r", (1,) * 70_000, ("y",) * 256)
+    assert await preparation.score(ids) == "large prompts"  # type: ignore[comparison-overlap]
 
 
 def test_texts_of_log_probabilities_are_found_step_by_step(

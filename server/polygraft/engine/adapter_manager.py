@@ -206,8 +206,16 @@ class AdapterManager:
                 merged=self._copies.info(adapter),
             )
             self.registry.finish_load(adapter, info)
-        except Exception as error:
-            # Whatever it was, it must not take the engine down, and somebody waits for the outcome.
+        except (GeneratorExit, SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as raised:
+            # Whatever it was, a panic in a library included, it must not take the engine down, and somebody
+            # waits for the outcome.
+            error = (
+                raised
+                if isinstance(raised, Exception)
+                else PolygraftError(f"{type(raised).__name__}: {raised}")
+            )
             if adapter is not None:
                 self._free(adapter)
             problems = error.problems if isinstance(error, AdapterInvalid) else printable_texts([str(error)])

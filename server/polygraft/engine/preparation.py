@@ -12,7 +12,7 @@ from polygraft.engine.request import AdapterRef, Chat, Request, ScoreRequest
 from polygraft.engine.scoring import ScoreJob
 from polygraft.engine.sequence import Generation
 from polygraft.engine.worker import Worker
-from polygraft.errors import AdapterNotFound
+from polygraft.errors import AdapterNotFound, InvalidRequest
 
 T = TypeVar("T")
 P = TypeVar("P", Generation, ScoreJob)
@@ -25,6 +25,8 @@ _MAX_LARGE = 32
 _FOREIGN_THREADS = 8
 _FOREIGN_SHARE = 4
 """What the prompts of one adapter with words of its own may take of the queue: a part in so many."""
+_MOST_SCORED = 2**24
+"""Characters that one request may have tokenized: they take some seconds."""
 _MESSAGE = 64
 """What a chat's message costs beside its text, in characters."""
 _ID = 0.25
@@ -67,10 +69,16 @@ class Preparation:
         return await self._prepare(request, _size(request.prompt), lambda: self._engine.prepare(request))
 
     async def score(self, request: ScoreRequest) -> ScoreJob:
-        """The same for continuations to score."""
+        """The same for continuations to score. Raises InvalidRequest as well if that is too much at once."""
         # Text is tokenized together with each of them.
         texts = sum(isinstance(continuation, str) for continuation in request.continuations)
         size = _size(request.prompt) * max(1, texts) + sum(map(_size, request.continuations))
+        if size > _MOST_SCORED:
+            raise InvalidRequest(
+                "continuations",
+                f"with the prompt before each they are {size:.0f} characters, more than {_MOST_SCORED}: "
+                "send fewer at a time",
+            )
         return await self._prepare(request, size, lambda: self._engine.prepare_score(request))
 
     async def _prepare(self, request: Request | ScoreRequest, size: float, prepare: Callable[[], P]) -> P:

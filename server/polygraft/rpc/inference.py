@@ -33,12 +33,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     Args:
         handle: the engine.
-        worker: converts what would hold the event loop up.
+        requests: converts those that would hold the event loop up.
+        answers: makes their messages; never refuses one that this servicer has begun.
     """
 
-    def __init__(self, handle: EngineHandle, worker: Worker) -> None:
+    def __init__(self, handle: EngineHandle, requests: Worker, answers: Worker) -> None:
         self._handle = handle
-        self._worker = worker
+        self._requests = requests
+        self._answers = answers
         self._numbers = itertools.count()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
@@ -61,7 +63,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         yield await answer.final_chunk()
 
     def _answer(self, request: pb.GenerateRequest) -> Answer:
-        return Answer(self._worker, want_ids=request.response.token_ids)
+        return Answer(self._answers, want_ids=request.response.token_ids)
 
     async def _chunks(
         self, request: pb.GenerateRequest, answer: Answer
@@ -84,7 +86,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _convert(self, message: Message, call: Callable[[], T]) -> T:
         if convert.elements(message) <= _QUICK_ELEMENTS:
             return call()
-        return await self._worker.run(call)
+        return await self._requests.run(call)
 
     def _ids(self) -> tuple[str, str]:
         """The call's id, and the engine's for it: the caller may choose a call's id and choose it again while
@@ -104,8 +106,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         count = sum(1 + entries(score.tokens) for score in output.scores)
         if count <= _QUICK_ENTRIES:
             return messages.scores(output, finished, call)
-        made = await self._worker.run(lambda: messages.scores(output, finished, call))
-        return await encode(self._worker, made, count * messages.ENTRY_BYTES)
+        made = await self._answers.run(lambda: messages.scores(output, finished, call))
+        return await encode(self._answers, made, count * messages.ENTRY_BYTES)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to token ids."""
@@ -114,8 +116,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         ids = await self._handle.tokenize(prompt, adapters)
         if len(ids) <= _QUICK_TOKENS:
             return pb.TokenizeResponse(token_ids=ids)
-        made = await self._worker.run(lambda: pb.TokenizeResponse(token_ids=ids))
-        return await encode(self._worker, made, len(ids) * messages.ID_BYTES)
+        made = await self._answers.run(lambda: pb.TokenizeResponse(token_ids=ids))
+        return await encode(self._answers, made, len(ids) * messages.ID_BYTES)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
         """Token ids to text."""

@@ -22,7 +22,7 @@ from polygraft_api.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inf
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 ADAPTERS = adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name
 _MAX_LARGE_MESSAGES = 64
-"""Most of them that wait to be parsed, or to be made."""
+"""Most of them that wait to be parsed."""
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
@@ -57,7 +57,8 @@ class RpcServer:
             token.get_secret_value() if token else None,
         )
         self._server = grpc.aio.server(interceptors=[interceptor], options=_options(config))
-        inference = InferenceServicer(handle, worker)
+        # Each call has one of them made at a time, so that none is refused.
+        inference = InferenceServicer(handle, worker, Worker("large answers", _most_calls(config)))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters = AdapterServicer(handle, config.max_message_bytes)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
