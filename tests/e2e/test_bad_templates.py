@@ -61,7 +61,6 @@ async def test_nobody_else_waits_for_it(live: Live, monkeypatch: pytest.MonkeyPa
         answer = await live.inference.Tokenize(pb.TokenizeRequest(chat=HI, adapter="good"))
         assert list(answer.token_ids) == byte_tokenizer()("<user>hi")["input_ids"]
     await live.inference.Generate(pb.GenerateRequest(chat=HI, adapter="good", stopping=ONE))
-    await live.inference.Generate(pb.GenerateRequest(prompt="text", adapter="bad", stopping=ONE))
     assert not any(call.done() for call in calls)
 
     while not all(call.done() for call in calls):
