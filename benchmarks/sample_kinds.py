@@ -21,10 +21,10 @@ from pathlib import Path
 
 from benchmarks.rounds import Figures, in_turn
 from benchmarks.suite.document import insert, table
-from polygraft.adapters.check import check_against
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.base.loader import inspect_without_weights
 from polygraft.cli.demo.launcher import ServerProcess, serve_command
+from polygraft.engine.check import check_against
 from polygraft_client import Client
 
 STORE = Path(__file__).resolve().parents[1] / "adapters"

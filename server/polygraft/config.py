@@ -119,6 +119,12 @@ class ServerConfig(BaseSettings):
         description="memory of linear combinations of adapters, such as 256MiB [default: a twentieth of what "
         "is free, at most 256MiB]",
     )
+    loading_bytes: Bytes = Field(
+        2**29,
+        gt=0,
+        description="memory that adapters may take together while they are being loaded, beside what stays "
+        "of them, such as 512MiB; others wait, and a larger one is loaded alone",
+    )
     kv_cache_bytes: Bytes | None = Field(
         None, gt=0, description="memory of the KV cache, such as 256MiB [default: a quarter of what is free]"
     )

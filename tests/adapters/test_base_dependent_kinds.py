@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from polygraft.adapters.check import check_against
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.adapters.osf import smaller_part
 from polygraft.base.spec import BaseSpec
+from polygraft.engine.check import check_against
 from polygraft.errors import AdapterInvalid
 from polygraft.layers.merging import dense_weight
 from tests.adapters.conftest import CheckRefused

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from polygraft.adapters.check import check_against
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.adapters.trained_biases import OnTrainedBias
 from polygraft.base.spec import BaseSpec
+from polygraft.engine.check import check_against
 from polygraft.errors import AdapterInvalid
 from polygraft.layers.merging import dense_weight
 from tests.adapters.conftest import CheckRefused

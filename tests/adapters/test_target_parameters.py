@@ -14,13 +14,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from polygraft.adapters.check import check_folder
 from polygraft.adapters.folder import WEIGHTS
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.adapters.primitives import ExpertLowRank
 from polygraft.base.loader import inspect_without_weights
 from polygraft.base.spec import BaseSpec
 from polygraft.config import ServerConfig
+from polygraft.engine.check import check_folder
 from polygraft.errors import AdapterInvalid
 from tests.adapters.specimen import Specimen, compile_folder
 from tests.architectures import MATRIX

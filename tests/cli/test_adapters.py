@@ -122,14 +122,15 @@ class Report:
     merged_only: bool = False
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ("its logits are finite",)
 
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A stand-in for the check, which imports torch."""
-    stand_in = ModuleType("polygraft.adapters.check")
+    stand_in = ModuleType("polygraft.engine.check")
     stand_in.check_folder = lambda folder, config: Report(str(folder), fits=config.model != "other")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "polygraft.adapters.check", stand_in)
+    monkeypatch.setitem(sys.modules, "polygraft.engine.check", stand_in)
     return stand_in
 
 

@@ -15,8 +15,9 @@ from polygraft.adapters.info import AdapterState
 from polygraft.adapters.store import AdapterStore
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
-from polygraft.engine.adapter_manager import LOADS_AT_ONCE, AdapterChange
+from polygraft.engine.adapter_manager import AdapterChange
 from polygraft.engine.engine import Engine
+from polygraft.engine.load_memory import LOADS_AT_ONCE
 from polygraft.engine.request import AdapterRef, Request, StoppingParams
 from polygraft.engine.step_result import StepResult
 from polygraft.errors import (
@@ -73,10 +74,10 @@ def test_a_large_store_is_loaded_a_few_at_a_time(
     on_the_way: list[int] = []
     read = AdapterStore.read
 
-    def counting(store: AdapterStore, name: str, source: str) -> AdapterFolder:
+    def counting(store: AdapterStore, name: str, source: str, most: int | None = None) -> AdapterFolder:
         states = [info.state for info in engine.adapters.registry.list()]
         on_the_way.append(states.count(AdapterState.LOADING))
-        return read(store, name, source)
+        return read(store, name, source, most)
 
     monkeypatch.setattr(AdapterStore, "read", counting)
     engine = Engine(load_base(str(llama)), ServerConfig(adapters=tmp_path, kv_cache_bytes=2**20))

@@ -105,6 +105,29 @@ def test_jobs_take_turns(log: Log) -> None:
     assert work.idle
 
 
+def test_a_small_job_beside_a_large_one_takes_twice_as_long_as_alone(log: Log) -> None:
+    work = BackgroundWork()
+    work.add(log.job("large", *[1.0] * 30))
+    work.run_idle(0.5)
+    work.add(log.job("small", *[0.01] * 200))
+    steps = 0
+    while "small199" not in log.done:
+        work.run_idle(0.1)
+        steps += 1
+    # It takes 2 s alone.
+    assert log.now <= 1.0 + 2 * 2.0 + 1.0
+
+
+def test_who_has_waited_gets_no_more_than_its_share_afterwards(log: Log) -> None:
+    work = BackgroundWork()
+    work.add(log.job("waits", *[0.1] * 100, needs_step=0))
+    work.add(log.job("works", *[0.1] * 100))
+    for _ in range(50):
+        work.run_idle(0.05)  # no step comes: the first one's turn is put off only once
+    waited = sum(name.startswith("waits") for name in log.done)
+    assert 20 <= waited <= 30
+
+
 def test_a_job_that_waits_for_a_step_goes_on_after_it(log: Log) -> None:
     work = BackgroundWork()
     work.add(log.job("a", 0.001, 0.001, needs_step=0))

@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 
-from polygraft.adapters.check import check_against
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.base.loader import inspect_without_weights
 from polygraft.base.spec import BaseSpec
+from polygraft.engine.check import check_against
 
 SAMPLES = Path(__file__).resolve().parents[2] / "adapters"
 NAMES = sorted(path.parent.name for path in SAMPLES.glob("*/recipe.py"))

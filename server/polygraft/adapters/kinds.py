@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -61,6 +62,7 @@ from polygraft.adapters.waveft import compile_waveft
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 
+T = TypeVar("T")
 Compiler = Callable[[FolderReader, BaseSpec], Generator[None, None, CompiledAdapter]]
 
 KINDS: Mapping[str, Compiler] = {
@@ -220,11 +222,11 @@ def _compiler(folder: AdapterFolder) -> Compiler:
     return compiler
 
 
-def run_to_end(job: Generator[None, None, CompiledAdapter]) -> CompiledAdapter:
-    """Run a compilation without interruption."""
+def run_to_end(job: Generator[None, None, T]) -> T:
+    """Run what comes in slices without interruption."""
     while True:
         try:
             next(job)
         except StopIteration as stop:
-            compiled: CompiledAdapter = stop.value
-            return compiled
+            result: T = stop.value
+            return result

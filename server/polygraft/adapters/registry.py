@@ -210,10 +210,16 @@ class AdapterRegistry:
 
     def get(self, name: str) -> AdapterInfo:
         """Raises AdapterNotFound."""
+        info = self.find(name)
+        if info is None:
+            raise AdapterNotFound(name, "not registered")
+        return info
+
+    def find(self, name: str) -> AdapterInfo | None:
+        """None if nothing is registered under the name."""
         with self._lock:
-            if name not in self._records:
-                raise AdapterNotFound(name, "not registered")
-            return self._snapshot(self._records[name])
+            record = self._records.get(name)
+            return None if record is None else self._snapshot(record)
 
     def current(self, name: str) -> Adapter:
         """The generation that a name means now, not pinned. Raises AdapterNotFound, AdapterUnavailable."""

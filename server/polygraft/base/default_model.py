@@ -46,6 +46,12 @@ Report = Callable[[str], None]
 """Called with a phase's name when it starts."""
 
 
+def fetched_default_model() -> Path | None:
+    """The folder of the default model, if it has been made already."""
+    folder = user_cache_dir() / "models" / FOLDER_NAME
+    return folder if folder.is_dir() else None
+
+
 def ensure_default_model(cache_dir: Path | None = None, *, progress: bool = True) -> Path:
     """Return the folder of the default model; make it first if it is missing (about half a minute).
 

@@ -119,7 +119,7 @@ def check(
     given = {"model": model, "dtype": dtype, "adapter_dtype": adapter_dtype, "config": config}
     settings = settle(**{name: value for name, value in given.items() if value is not None})
     require_temporary_folder()
-    from polygraft.adapters.check import check_folder  # it imports torch
+    from polygraft.engine.check import check_folder  # it imports torch
 
     report = check_folder(folder, settings)
     if as_json:

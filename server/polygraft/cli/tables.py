@@ -12,7 +12,7 @@ from rich.text import Text
 from polygraft_client import Adapter, AdapterState
 
 if TYPE_CHECKING:
-    from polygraft.adapters.check import CheckReport
+    from polygraft.engine.check import CheckReport
 
 _STYLES = {AdapterState.READY: "green", AdapterState.FAILED: "red"}
 
@@ -95,6 +95,7 @@ def check_report(report: CheckReport) -> Table:
         on_disk=decimal(report.disk_bytes) if report.disk_bytes else "",
         in_memory=decimal(report.compiled_bytes) if report.compiled_bytes else "",
         served=_MERGED_ONLY if report.merged_only else "",
+        loads_if="; ".join(report.unchecked),
     )
     _add_remarks(table, report.problems, report.warnings)
     return table

@@ -13,29 +13,30 @@ import torch
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.info import AdapterInfo, AdapterState
-from polygraft.adapters.kinds import AdapterLimits, compile_adapter
 from polygraft.adapters.names import NOT_A_NAME, is_name
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
 from polygraft.adapters.store import AdapterStore
 from polygraft.base.spec import BaseSpec
 from polygraft.engine.adapter_prompts import AdapterPrompts
+from polygraft.engine.adapter_rules import CANARY_TOKENS, AdapterRules
 from polygraft.engine.background import BackgroundWork, Job
 from polygraft.engine.canaries import Canaries
+from polygraft.engine.load_memory import LOADS_AT_ONCE, LoadMemory
 from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.scheduler import Scheduler
 from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, InvalidRequest, PolygraftError
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.base_dependent import resolve_against_base
+from polygraft.layers.memory import give_back
 from polygraft.layers.resolve_rows import resolve_token_rows
 from polygraft.printable import printable, printable_texts
 
 log = logging.getLogger(__name__)
 
-_CANARY_TOKENS = 8
 _LOGGED = 2000
 """Characters of a folder's problems in the log; the adapter's status has them all."""
-LOADS_AT_ONCE = 8
-"""Adapters of the store that are on their way: their canaries share steps, and their files fill memory."""
+_WORTH_GIVING_BACK = 2**25
+"""Bytes of weights that have been loaded before what was freed goes back to the system."""
 
 
 class AdapterChange(Enum):
@@ -53,7 +54,6 @@ class AdapterManager:
     """Registry, low-rank bank and shared prefixes, kept in step.
 
     Args:
-        context_length: virtual tokens must leave room in it.
         forget: called with every generation that is gone, before its weights are.
     """
 
@@ -68,8 +68,8 @@ class AdapterManager:
         canaries: Canaries,
         copies: MergedCopies,
         prompts: AdapterPrompts,
-        limits: AdapterLimits,
-        context_length: int,
+        rules: AdapterRules,
+        memory: LoadMemory,
         forget: Callable[[Adapter], None],
     ) -> None:
         self.registry = registry
@@ -78,8 +78,10 @@ class AdapterManager:
         self._bank = bank
         self._scheduler = scheduler
         self._background = background
-        self._limits = limits
-        self._context_length = context_length
+        self._rules = rules
+        self.memory = memory
+        self._on_the_way = 0
+        self._loaded_bytes = 0  # since memory was given back
         self._canaries = canaries
         self._copies = copies
         self._prompts = prompts
@@ -123,17 +125,24 @@ class AdapterManager:
             raise BaseModelError("the base's logits are not finite")
 
     def _load_from_store(self, name: str) -> Job:
-        yield None
         try:
+            # At once, so that it is the last names that there is no room for.
             self.registry.begin_load(name, name)
         except PolygraftError as error:
             self._pass_over(name, name, str(error))
             return
+        yield None
+        ticket = None
         try:
-            folder: AdapterFolder | PolygraftError = self.store.read(name, name)
+            size = self.store.size(name, name)
+            while (ticket := self.memory.take(size)) is None:
+                yield True
+            folder: AdapterFolder | PolygraftError = self.store.read(name, name, size)
         except (AdapterInvalid, InvalidRequest) as error:
             folder = error
         yield from self._load(name, name, folder, Future(), keep_failed=True)
+        if ticket is not None:
+            ticket.give_back()
 
     def load(
         self, name: str, source: str, folder: AdapterFolder, done: Future[AdapterInfo], *, reload: bool
@@ -149,7 +158,7 @@ class AdapterManager:
             outcome.add_done_callback(lambda first: _follow(first, done))
             return
         try:
-            current = next((info for info in self.registry.list() if info.name == name), None)
+            current = self.registry.find(name)
             if current is not None and current.state == AdapterState.READY:
                 if current.content_hash == folder.content_hash:
                     done.set_result(current)
@@ -176,32 +185,49 @@ class AdapterManager:
         *,
         keep_failed: bool,
     ) -> Job:
+        self._on_the_way += 1
+        yield from self._load_one(name, source, folder, done, keep_failed=keep_failed)
+        self._on_the_way -= 1
+        self._loaded_bytes += 0 if isinstance(folder, PolygraftError) else folder.disk_bytes
+        if self._on_the_way == 0 and self._loaded_bytes >= _WORTH_GIVING_BACK:
+            # The C library would keep what files, tensors and compilers have used.
+            self._loaded_bytes = 0
+            yield None
+            give_back()
+
+    def _load_one(
+        self,
+        name: str,
+        source: str,
+        folder: AdapterFolder | PolygraftError,
+        done: Future[AdapterInfo],
+        *,
+        keep_failed: bool,
+    ) -> Job:
         started = time.monotonic()
         adapter: Adapter | None = None
         try:
             if isinstance(folder, PolygraftError):
                 raise folder
-            compiled = yield from compile_adapter(folder, self._base, self._limits)
-            yield None
-            prompts = yield from self._prompts.reading(folder, compiled.vocabulary)
-            yield None
-            compiled = yield from resolve_token_rows(name, compiled, self._bank)
+            examined = yield from self._rules.examine(folder)
+            prompts = examined.prompts
+            compiled = yield from resolve_token_rows(name, examined.compiled, self._bank)
             compiled = yield from resolve_against_base(compiled, self._bank.modules)
-            self._check_room(name, compiled)
             slot = self._bank.install(compiled) if compiled.in_bank else 0
             adapter = self.registry.new_adapter(name, compiled.without_layer_weights(), slot)
-            self._check_copy(adapter)
+            if compiled.merged_only:
+                self._rules.check_copy(name, compiled, self._copies.bytes_for(adapter))
             if prompts is not None:
                 self._prompts.add(adapter, prompts)
             warnings = yield from self._canary(adapter, _own_tokens(compiled))
             info = ready_info(
                 adapter,
                 source,
-                modules=compiled.modules or (len(self._base.attention) if compiled.prefix else 0),
+                modules=examined.modules,
                 disk_bytes=folder.disk_bytes,
                 content_hash=folder.content_hash,
                 load_seconds=time.monotonic() - started,
-                warnings=(*compiled.warnings, *(() if prompts is None else prompts.warnings), *warnings),
+                warnings=(*examined.warnings, *warnings),
                 own_prompts=prompts is not None and prompts.is_own,
                 merged=self._copies.info(adapter),
             )
@@ -235,40 +261,6 @@ class AdapterManager:
         self._events.append((AdapterChange.CHANGED, info))
         done.set_result(info)
 
-    def _check_room(self, name: str, compiled: CompiledAdapter) -> None:
-        pool = self._scheduler.pool
-        canary = _CANARY_TOKENS + len(compiled.invocation)
-        if canary > self._context_length:
-            raise AdapterInvalid(
-                name, [f"{len(compiled.invocation)} invocation tokens don't fit the context"]
-            )
-        if compiled.virtual_tokens >= self._context_length - canary:
-            raise AdapterInvalid(
-                name,
-                [
-                    f"{compiled.virtual_tokens} virtual tokens leave no room in the context of "
-                    f"{self._context_length}"
-                ],
-            )
-        needed = pool.blocks_for(compiled.virtual_tokens) + pool.blocks_for(canary)
-        if needed > pool.num_blocks:
-            raise AdapterInvalid(
-                name,
-                [f"{compiled.virtual_tokens} virtual tokens don't fit the KV cache of "
-                 f"{pool.num_blocks * pool.block_size} tokens (--kv-cache-bytes)"],
-            )  # fmt: skip
-
-    def _check_copy(self, adapter: Adapter) -> None:
-        """Raise AdapterInvalid for one that is served merged only and of which there can't be a copy."""
-        if adapter.compiled.merged_only and not self._copies.fits(adapter):
-            raise AdapterInvalid(
-                adapter.name,
-                [
-                    f"{adapter.compiled.kind} is served merged only, and a merged copy takes "
-                    f"{self._copies.bytes_for(adapter)} bytes, --merged-bytes allows {self._copies.budget}"
-                ],
-            )
-
     def _canary(self, adapter: Adapter, tokens: Sequence[int]) -> Generator[bool | None, None, list[str]]:
         """Run a few tokens with the adapter and without; returns warnings, raises AdapterInvalid.
 
@@ -277,7 +269,7 @@ class AdapterManager:
         """
         known = self._base.vocabulary_size
         canary = [*tokens, *(token % (adapter.compiled.vocabulary or known) for token in self._usual)]
-        canary = [*canary[:_CANARY_TOKENS], *adapter.compiled.invocation]
+        canary = [*canary[:CANARY_TOKENS], *adapter.compiled.invocation]
         logits = yield from self._canary_logits(canary, adapter)
         if not torch.isfinite(logits).all():
             raise AdapterInvalid(adapter.name, ["its logits are not finite"])
@@ -294,7 +286,7 @@ class AdapterManager:
     @property
     def _usual(self) -> list[int]:
         """The tokens that canaries have unless an adapter has rows of its own."""
-        return [(31 + 7919 * i) % self._base.vocabulary_size for i in range(_CANARY_TOKENS)]
+        return [(31 + 7919 * i) % self._base.vocabulary_size for i in range(CANARY_TOKENS)]
 
     def _canary_logits(
         self, tokens: list[int], adapter: Adapter | None
@@ -342,7 +334,7 @@ class AdapterManager:
 def _own_tokens(compiled: CompiledAdapter) -> list[int]:
     """Some tokens that an adapter has rows of its own for."""
     own = (rows.ids for rows in compiled.token_rows if rows.ids is not None)
-    return [token for ids in own for token in ids[: _CANARY_TOKENS // 2].tolist()]
+    return [token for ids in own for token in ids[: CANARY_TOKENS // 2].tolist()]
 
 
 def _follow(first: Future[AdapterInfo], second: Future[AdapterInfo]) -> None:

@@ -12,12 +12,11 @@ from collections.abc import Generator
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
-from polygraft.base.loader import Base
 from polygraft.base.tokenizer import TextTokenizer
 from polygraft.engine.aside import aside
 from polygraft.engine.chat_template import ChatTemplate, LocalTemplate
 from polygraft.engine.prompt_files import EndTokens, chat_template, end_tokens
-from polygraft.engine.prompts import Prompts
+from polygraft.engine.prompts import Prompts, TextBase
 from polygraft.engine.sandbox.pool import Workers
 from polygraft.engine.sandbox.reader import TokenizerReader
 from polygraft.engine.sandbox.serving import WorkerTemplate
@@ -28,7 +27,7 @@ from polygraft.engine.shared_tokenizers import SharedTokenizers
 class AdapterPrompts:
     """The prompts of the base and of every resident adapter. May be asked from any thread."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: TextBase) -> None:
         self.base = Prompts.of_base(base)
         self._base = base
         self._workers = Workers()

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.info import AdapterInfo, AdapterState, NearToken
 from polygraft.adapters.names import check_name
 from polygraft.adapters.nearest import nearest_tokens
@@ -21,6 +22,7 @@ from polygraft.engine.engine import Engine
 from polygraft.engine.engine_loop import EngineLoop
 from polygraft.engine.engine_thread import EngineThread
 from polygraft.engine.handle import ModelInfo, Observer
+from polygraft.engine.load_memory import LoadQueue, Ticket
 from polygraft.engine.preparation import Preparation
 from polygraft.engine.request import AdapterRef, Chat, Request, RequestOutput, ScoreRequest
 from polygraft.engine.step_result import StepResult
@@ -69,6 +71,7 @@ class AsyncEngine:
             engine.config.step_timeout,
             lambda problem: self._call(self._fail, EngineDead(problem)),
         )
+        self._loads = LoadQueue(engine.adapters.memory)
         self._stopped = False
         self._ended: Future[None] | None = None
 
@@ -179,11 +182,36 @@ class AsyncEngine:
     async def _load(self, name: str, source: str, *, reload: bool) -> AdapterInfo:
         self._check_open()
         check_name(name)
-        # Reading blocks on the disk and holds no core; what follows runs between steps.
-        folder = await asyncio.to_thread(self._engine.adapters.store.read, name, source)
-        return await self._command(
-            lambda done: self._engine.adapters.load(name, source, folder, done, reload=reload)
-        )
+        adapters = self._engine.adapters
+        size = await asyncio.to_thread(adapters.store.size, name, source)
+        ticket = await self._loads.enter(size)
+        try:
+            self._check_open()
+            # Reading blocks on the disk and holds no core; what follows runs between steps.
+            folder = await asyncio.to_thread(adapters.store.read, name, source, size)
+            command = self._loading(name, source, folder, ticket, reload=reload)
+            del folder
+            return await self._command(command)
+        except asyncio.CancelledError:
+            # A load that has begun goes on without its caller, and gives its room back at its end.
+            if not ticket.handed_over:
+                self._loads.leave(ticket)
+            raise
+        except BaseException:
+            self._loads.leave(ticket)
+            raise
+
+    def _loading(
+        self, name: str, source: str, folder: AdapterFolder, ticket: Ticket, *, reload: bool
+    ) -> Callable[[Future[AdapterInfo]], None]:
+        """The command that loads what has been read, and gives the room for it back."""
+        ticket.handed_over = True
+
+        def load(done: Future[AdapterInfo]) -> None:
+            done.add_done_callback(lambda _: self._call(self._loads.leave, ticket))
+            self._engine.adapters.load(name, source, folder, done, reload=reload)
+
+        return load
 
     async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
         """See `EngineHandle.unload_adapter`."""

@@ -6,8 +6,9 @@ parsing, checking and compiling adapters happen here and not on threads of their
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import time
-from collections import deque
 from collections.abc import Generator
 
 Job = Generator[bool | None, None, None]
@@ -22,17 +23,33 @@ IDLE_SECONDS = 0.02
 
 
 class BackgroundWork:
-    """Runs jobs in turn within a time budget."""
+    """Runs jobs in turn within a time budget.
+
+    Whose turn it is goes by the time that they have had: one with long slices gets fewer of them, so that a
+    small job beside a large one takes twice as long as alone, and not as long as the large one.
+    """
 
     def __init__(self) -> None:
-        self._ready: deque[Job] = deque()
-        self._after_step: list[Job] = []
-        self._resting: list[Job] = []
+        self._ready: list[tuple[float, int, Job]] = []  # a heap, by the time that a job has had
+        self._after_step: list[tuple[float, Job]] = []
+        self._resting: list[tuple[float, Job]] = []
+        self._order = itertools.count()
+        self._had = 0.0
+        """Time that the job has had whose turn was last: a new one begins with as much."""
         self._credit = 0.0
 
     def add(self, job: Job) -> None:
         """Queue a job; it must handle its own errors."""
-        self._ready.append(job)
+        self._put(self._had, job)
+
+    def _put(self, had: float, job: Job) -> None:
+        heapq.heappush(self._ready, (had, next(self._order), job))
+
+    def _put_back(self, jobs: list[tuple[float, Job]]) -> None:
+        """Let jobs go on that have waited; what they haven't used meanwhile they don't get afterwards."""
+        for had, job in jobs:
+            self._put(max(had, self._had), job)
+        jobs.clear()
 
     @property
     def has_work(self) -> bool:
@@ -51,20 +68,17 @@ class BackgroundWork:
 
     def wake_resting(self) -> None:
         """The server has been idle for a while: let the jobs go on that have waited for it."""
-        self._ready.extend(self._resting)
-        self._resting.clear()
+        self._put_back(self._resting)
 
     def run_after_step(self, step_seconds: float) -> None:
         """Spend the share that a step allows; what a long slice overdraws is paid back by later steps."""
-        self._ready.extend(self._after_step)
-        self._after_step.clear()
+        self._put_back(self._after_step)
         self._credit = min(self._credit, 0.0) + STEP_SHARE * step_seconds
         self._credit -= self._run(self._credit)
 
     def run_idle(self, seconds: float = IDLE_SECONDS) -> None:
         """Spend time that no request wants."""
-        self._ready.extend(self._after_step)
-        self._after_step.clear()
+        self._put_back(self._after_step)
         self._credit = 0.0
         self._run(seconds)
 
@@ -72,15 +86,19 @@ class BackgroundWork:
         started = time.perf_counter()
         spent = 0.0
         while self._ready and spent < seconds:
-            job = self._ready.popleft()
+            self._had, _, job = heapq.heappop(self._ready)
             try:
                 needs_step = next(job)
             except StopIteration:
-                pass
+                needs_step, ended = None, True
             else:
-                if needs_step is None:
-                    self._ready.append(job)
-                else:
-                    (self._after_step if needs_step else self._resting).append(job)
-            spent = time.perf_counter() - started
+                ended = False
+            before, spent = spent, time.perf_counter() - started
+            had = self._had + spent - before
+            if ended:
+                continue
+            if needs_step is None:
+                self._put(had, job)
+            else:
+                (self._after_step if needs_step else self._resting).append((had, job))
         return spent

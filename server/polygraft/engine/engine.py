@@ -17,6 +17,7 @@ from polygraft.base.loader import Base, load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.adapter_manager import AdapterChange, AdapterManager
 from polygraft.engine.adapter_prompts import AdapterPrompts
+from polygraft.engine.adapter_rules import AdapterRules, Room
 from polygraft.engine.answers import Answers
 from polygraft.engine.background import BackgroundWork
 from polygraft.engine.block_pool import BlockPool
@@ -27,6 +28,7 @@ from polygraft.engine.handle import Occupancy
 from polygraft.engine.intake import Intake
 from polygraft.engine.kv_cache import KVCache
 from polygraft.engine.linear_combinations import LinearCombinations
+from polygraft.engine.load_memory import LoadMemory
 from polygraft.engine.machine import Machine
 from polygraft.engine.memory_plan import plan_for, size
 from polygraft.engine.merge_commands import DEVIATION_TEXTS, MergeCommands
@@ -122,6 +124,8 @@ class Engine:
             most=config.max_adapters,
             dtype=limits.dtype or torch.float32,
         )
+        room = Room(base.context_length, config.block_size, pool.num_blocks, self.copies.budget)
+        rules = AdapterRules(base.spec, limits, room, self.prompts.reading)
         self.adapters = AdapterManager(
             base.spec,
             AdapterStore(config.adapters, config.max_adapter_bytes),
@@ -132,8 +136,8 @@ class Engine:
             canaries,
             self.copies,
             self.prompts,
-            limits,
-            base.context_length,
+            rules,
+            LoadMemory(config.loading_bytes),
             self._forget,
         )
         most = min(base.context_length, pool.num_blocks * pool.block_size // 2)

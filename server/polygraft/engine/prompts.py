@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from polygraft.base.loader import Base
+from polygraft.base.spec import BaseSpec
 from polygraft.base.tokenizer import TextTokenizer
 from polygraft.engine.chat_template import ChatTemplate, LocalTemplate
 from polygraft.engine.logprobs import TokenTexts
 from polygraft.engine.request import Chat
 from polygraft.engine.text_stream import TextStream
 from polygraft.errors import ContextLengthExceeded, InvalidRequest
+
+
+class TextBase(Protocol):
+    """What reading and answering needs of a base model; its weights aren't part of it."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Its tokenizer."""
+
+    @property
+    def spec(self) -> BaseSpec:
+        """Its names and shapes."""
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a request."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends an answer."""
 
 
 class Prompts:
@@ -49,7 +70,7 @@ class Prompts:
         self.texts = TokenTexts(tokenizer)
 
     @classmethod
-    def of_base(cls, base: Base) -> Prompts:
+    def of_base(cls, base: TextBase) -> Prompts:
         """The base model's own."""
         tokenizer = base.tokenizer
         source = tokenizer.chat_template

@@ -1,4 +1,4 @@
-"""Checks a folder against a base model without a server."""
+"""Checks a folder against a base model without a server, by the rules that a server's loads go by."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from pathlib import Path
 import torch
 
 from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.kinds import AdapterLimits, run_to_end
 from polygraft.adapters.limits import adapter_limits
 from polygraft.adapters.primitives import LowRank
 from polygraft.adapters.store import read_folder
-from polygraft.base.loader import compute_dtype, inspect_without_weights
+from polygraft.base.default_model import fetched_default_model
+from polygraft.base.loader import base_config, compute_dtype, context_limit, inspect_without_weights
+from polygraft.base.model_folder import DEFAULT, locate
 from polygraft.base.spec import BaseSpec
+from polygraft.base.tokenizer import TextTokenizer, load_tokenizer
 from polygraft.config import ServerConfig
+from polygraft.engine.adapter_prompts import AdapterPrompts
+from polygraft.engine.adapter_rules import AdapterRules, Room
 from polygraft.errors import AdapterInvalid, InvalidRequest
 
 
@@ -30,6 +35,7 @@ class CheckReport:
         merged_only: whether it would be served on a merged copy alone.
         share_of_base: parameters relative to the base's.
         problems: why it doesn't fit; empty if it does.
+        unchecked: what only a server can tell, which may still refuse it.
     """
 
     folder: str
@@ -48,6 +54,7 @@ class CheckReport:
     merged_only: bool = False
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
 
 def check_folder(folder: Path, config: ServerConfig) -> CheckReport:
@@ -58,20 +65,43 @@ def check_folder(folder: Path, config: ServerConfig) -> CheckReport:
     """
     base = inspect_without_weights(config.model)
     dtype = compute_dtype(config.model, config.dtype, config.device)
-    return check_against(folder, base, adapter_limits(config, dtype), dtype)
+    limit, _ = context_limit(base_config(config.model))
+    merged = config.merged_bytes if config.quantization == "none" else None
+    room = Room(min(limit, config.max_context_length or limit), config.block_size, None, merged)
+    return check_against(
+        folder, base, adapter_limits(config, dtype), dtype, room, local_tokenizer(config.model)
+    )
 
 
 def check_against(
-    folder: Path, base: BaseSpec, limits: AdapterLimits, dtype: torch.dtype = torch.float32
+    folder: Path,
+    base: BaseSpec,
+    limits: AdapterLimits,
+    dtype: torch.dtype = torch.float32,
+    room: Room | None = None,
+    tokenizer: TextTokenizer | None = None,
 ) -> CheckReport:
-    """Check an adapter's folder against a base's spec; `dtype` is what the base computes in."""
+    """Check an adapter's folder against a base's spec.
+
+    Args:
+        dtype: what the base computes in.
+        room: None for a context of any length.
+        tokenizer: the base's, if it is at hand.
+    """
     name = Path(os.path.abspath(folder)).name
+    room = room or Room(2**31, 16)
+    read = None
+    if tokenizer is not None:
+        read = AdapterPrompts(_Texts(tokenizer, base, room.context_length)).reading
+    rules = AdapterRules(base, limits, room, read)
     try:
         files = read_folder(name, folder, limits.compiled_bytes)
-        compiled = run_to_end(compile_adapter(files, base, limits))
+        examined = run_to_end(rules.examine(files))
+        rules.check_copy(name, examined.compiled, _least_copy(examined.compiled, base, dtype))
     except (AdapterInvalid, InvalidRequest) as error:
         problems = error.problems if isinstance(error, AdapterInvalid) else (str(error),)
         return CheckReport(str(folder), False, base.parameters, problems=problems)
+    compiled = examined.compiled
     ranks = Counter(compiled.ranks)
     return CheckReport(
         folder=str(folder),
@@ -79,7 +109,7 @@ def check_against(
         base_parameters=base.parameters,
         kind=compiled.kind,
         primitives=compiled.primitives,
-        modules=compiled.modules or (len(base.attention) if compiled.prefix else 0),
+        modules=examined.modules,
         rank=compiled.rank,
         ranks=dict(sorted(ranks.items())),
         virtual_tokens=compiled.virtual_tokens,
@@ -88,8 +118,36 @@ def check_against(
         disk_bytes=files.disk_bytes,
         compiled_bytes=_with_weights(compiled, base, dtype).compiled_bytes,
         merged_only=compiled.merged_only,
-        warnings=compiled.warnings,
+        warnings=examined.warnings,
+        unchecked=rules.unchecked(files, compiled),
     )
+
+
+def _least_copy(compiled: CompiledAdapter, base: BaseSpec, dtype: torch.dtype) -> int:
+    """Bytes that a merged copy takes at least, where the base isn't quantized."""
+    shapes = [base.linears[name] for name in {*compiled.low_rank, *compiled.dense}]
+    return sum(shape.in_features * shape.out_features for shape in shapes) * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """What reading an adapter's tokenizer and template needs of the base. Its own ends are of no account."""
+
+    tokenizer: TextTokenizer
+    spec: BaseSpec
+    context_length: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def local_tokenizer(model: str) -> TextTokenizer | None:
+    """A base's tokenizer if it is on this machine: nothing is fetched to check an adapter."""
+    folder = locate(model) if model != DEFAULT else fetched_default_model()
+    if folder is None or not Path(folder).is_dir():
+        return None
+    try:
+        return load_tokenizer(str(folder))
+    except (OSError, ValueError):
+        return None
 
 
 def _with_weights(compiled: CompiledAdapter, base: BaseSpec, dtype: torch.dtype) -> CompiledAdapter:
