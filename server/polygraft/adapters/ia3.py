@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.patterns import Form, Matching
 from polygraft.adapters.primitives import Scale
-from polygraft.adapters.reader import FolderReader
+from polygraft.adapters.reader import FolderReader, shown
 from polygraft.adapters.targets import BAD_PATTERN, target_modules
 from polygraft.base.spec import BaseSpec
 
@@ -22,6 +22,9 @@ _PREFIX = "base_model.model."
 def compile_ia3(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
     """Compile an (IA)^3 folder; yields between modules. Problems are noted in the reader."""
     feedforward = reader.option("feedforward_modules", (str, list), [])
+    if isinstance(feedforward, list) and not all(isinstance(name, str) for name in feedforward):
+        reader.problems.append(f"feedforward_modules must hold names: {shown(feedforward)}")
+        feedforward = []
     reader.ignore("init_ia3_weights", "fan_in_fan_out")
     scales: dict[str, Scale] = {}
     for module in target_modules(reader, base):

@@ -137,7 +137,7 @@ class Engine:
             self.copies,
             self.prompts,
             rules,
-            LoadMemory(config.loading_bytes),
+            LoadMemory(min(config.loading_bytes, max(1, self.plan.adapters // 4))),
             self._forget,
         )
         most = min(base.context_length, pool.num_blocks * pool.block_size // 2)
