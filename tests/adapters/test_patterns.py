@@ -100,17 +100,17 @@ def test_backtracking_ends(pattern: str) -> None:
         # Not found, be it at once or because it would take too long.
         with contextlib.suppress(BadPattern):
             assert matching.match(Form.KEY, pattern, "a" * 200) is None
-    assert time.thread_time() - began < 10
+    assert time.thread_time() - began < 20
 
 
 def test_patterns_that_take_long_each_end_together() -> None:
-    several = [rf"(?:\w|\w\w|\w\w\w|{n})+!" for n in range(MAX_PATTERNS)]
+    several = [rf"(?:\w|\w\w|\w\w\w|{n})+[!?]" for n in range(MAX_PATTERNS)]
     found = KeyPatterns(several, Form.KEY, Matching())
     began = time.thread_time()
     with pytest.raises(BadPattern, match="too long"):
         for n in range(1000):
             found.first("a" * 17 + f"{n}")
-    assert time.thread_time() - began < 10
+    assert time.thread_time() - began < 20
 
 
 def test_too_many_that_are_no_names() -> None:

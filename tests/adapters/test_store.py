@@ -16,7 +16,7 @@ from polygraft.adapters import open_folder as open_folder_module
 from polygraft.adapters.folder import CONFIG, TOKENIZER, WEIGHTS
 from polygraft.adapters.open_folder import OpenFolder
 from polygraft.adapters.store import AdapterStore
-from polygraft.errors import AdapterInvalid, InvalidRequest, PolygraftError
+from polygraft.errors import AdapterInvalid, ConfigError, InvalidRequest, PolygraftError
 from tests.adapters.specimen import Specimen
 from tests.engine.stores import strengthen
 
@@ -98,6 +98,11 @@ def test_names_are_those_of_visible_folders(intact: Path) -> None:
         (intact.parent / name).mkdir()
     (intact.parent / "README.md").write_text("text")
     assert AdapterStore(intact.parent, ROOM).names() == ["deep", "one"]
+
+
+def test_a_store_that_cant_be_listed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--adapters: .* can't be listed: No such file"):
+        AdapterStore(tmp_path / "gone", ROOM).names()
 
 
 HOSTILE = st.one_of(

@@ -87,7 +87,7 @@ def test_small_configurations_cost_little(
         adapter.tensors[f"base_model.model.{module}.lora_B.weight"] = torch.ones(shape.out_features, 4)
     spent, error = slices(adapter.save(tmp_path / "a"), large)
     # Generous, since other processes take turns on the same cores; it was a minute and more.
-    assert sum(spent) < 8
+    assert sum(spent) < 15
     assert max(spent) < 1.5
     assert expected in str(error or "")
     assert bool(expected) == (error is not None)

@@ -24,9 +24,9 @@ MAX_REPEATS = 10_000
 MAX_PATTERNS = 512
 """Patterns of one option that are no plain names."""
 _MATCH_SECONDS = 0.05
-_OPTION_SECONDS = 0.1
+_OPTION_SECONDS = 0.2
 """For all patterns of an option on one name."""
-_LOAD_SECONDS = 2.0
+_LOAD_SECONDS = 5.0
 _GROUPS = 32
 
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\?\.)+\$?")
@@ -165,13 +165,16 @@ class KeyPatterns:
                 found = patterns.get(_with_dots(span, places))
                 if found is not None and (best is None or found < best):
                     best = found
-        before = self._matching.left
+        spent = 0.0
         for at, pattern in self._general:
             if best is not None and at > best[0]:
                 break
+            self._matching.compile(self._form, pattern)  # once, and not part of the time for a name
+            before = self._matching.left
             if self._matching.match(self._form, pattern, name):
                 return pattern
-            if before - self._matching.left > _OPTION_SECONDS:
+            spent += before - self._matching.left
+            if spent > _OPTION_SECONDS:
                 raise BadPattern("they take too long")
         return None if best is None else best[1]
 

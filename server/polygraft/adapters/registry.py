@@ -154,6 +154,12 @@ class AdapterRegistry:
                     del self._records[name]
             return failed
 
+    @property
+    def loading(self) -> bool:
+        """Whether any load is on its way."""
+        with self._lock:
+            return any(record.loading for record in self._records.values())
+
     def pass_over(self, name: str, source: str, why: str) -> AdapterInfo:
         """List a folder that isn't loaded at all, with the reason; whoever asks for it learns it."""
         with self._lock:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from polygraft.adapters.folder import AdapterFolder, folder_bytes, read_open_folder
 from polygraft.adapters.open_folder import FolderChanged, OpenFolder, OutsideStore, open_folder
-from polygraft.errors import AdapterInvalid, InvalidRequest
+from polygraft.errors import AdapterInvalid, ConfigError, InvalidRequest
 
 T = TypeVar("T")
 _TRIES = 5
@@ -33,16 +33,18 @@ class AdapterStore:
         self._max_bytes = max_bytes
 
     def names(self) -> list[str]:
-        """What may be adapters: sub-folders and links; hidden ones and Python's are none."""
+        """What may be adapters: sub-folders and links; hidden ones and Python's are none.
+
+        Raises:
+            ConfigError: the store can't be listed.
+        """
         if self._root is None:
             return []
-        with os.scandir(self._root) as entries:
-            return sorted(
-                entry.name
-                for entry in entries
-                if not entry.name.startswith((".", "_"))
-                and (os.path.isdir(entry.path) or _leads_nowhere(entry))
-            )
+        try:
+            with os.scandir(self._root) as entries:
+                return sorted(entry.name for entry in entries if _may_be_adapter(entry))
+        except OSError as error:
+            raise ConfigError("--adapters", f"{self._root} can't be listed: {error.strerror}") from None
 
     def size(self, name: str, source: str) -> int:
         """Bytes of the files that `read` would read; it raises as that does."""
@@ -100,8 +102,11 @@ def _why(error: OSError, source: str) -> str:
     return f"the folder can't be opened: {source[:200]}: {error.strerror}"
 
 
-def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
-    return entry.is_symlink() and not os.path.exists(entry.path)
+def _may_be_adapter(entry: os.DirEntry[str]) -> bool:
+    if entry.name.startswith((".", "_")):
+        return False
+    leads_nowhere = entry.is_symlink() and not os.path.exists(entry.path)
+    return os.path.isdir(entry.path) or leads_nowhere
 
 
 def read_folder(name: str, folder: Path, max_bytes: int) -> AdapterFolder:

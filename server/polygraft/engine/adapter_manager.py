@@ -125,12 +125,12 @@ class AdapterManager:
             raise BaseModelError("the base's logits are not finite")
 
     def _load_from_store(self, name: str) -> Job:
-        try:
-            # At once, so that it is the last names that there is no room for.
-            self.registry.begin_load(name, name)
-        except PolygraftError as error:
-            self._pass_over(name, name, str(error))
-            return
+        # At once, so that it is the last names that there is no room for.
+        while (no_room := self._begin_load(name)) is not None:
+            if not self.registry.loading:
+                self._pass_over(name, name, str(no_room))
+                return
+            yield True  # one that is on its way may fail, and leave its place
         yield None
         ticket = None
         try:
@@ -143,6 +143,14 @@ class AdapterManager:
         yield from self._load(name, name, folder, Future(), keep_failed=True)
         if ticket is not None:
             ticket.give_back()
+
+    def _begin_load(self, name: str) -> PolygraftError | None:
+        """Register a folder of the store as loading; why it can't be now."""
+        try:
+            self.registry.begin_load(name, name)
+        except PolygraftError as error:
+            return error
+        return None
 
     def load(
         self, name: str, source: str, folder: AdapterFolder, done: Future[AdapterInfo], *, reload: bool
