@@ -119,20 +119,25 @@ def test_a_template_is_tried_once(store: Store, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_engine_starts_whatever_is_in_the_store(llama: Path, llama_store: Path, tmp_path: Path) -> None:
-    copy_of(llama_store, tmp_path, "lora")
-    copy_of(llama_store, tmp_path / "aside", "lora")
-    for name, content in (
-        ("panics", tokenizer_json(normalizer={"type": "Precompiled", "precompiled_charsmap": "AQAAAAA="})),
-        ("prepends", tokenizer_json(normalizer={"type": "Prepend", "prepend": "b" * 10**8})),
-    ):
-        (tmp_path / "aside" / "lora").rename(tmp_path / name)
-        (tmp_path / name / "tokenizer.json").write_text(content)
+    panics = {"type": "Precompiled", "precompiled_charsmap": "AQAAAAA="}
+    padding = {
+        "strategy": {"Fixed": 2**36}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>",
+    }  # fmt: skip
+    for name, parts in {
+        "panics": {"normalizer": panics},
+        "prepends": {"normalizer": {"type": "Prepend", "prepend": "b" * 10**8}},
+        "pads": {"padding": padding},
+    }.items():
         copy_of(llama_store, tmp_path / "aside", "lora")
-    (tmp_path / "aside" / "lora" / "adapter_config.json").unlink()
+        (tmp_path / "aside" / "lora").rename(tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(tokenizer_json(**parts))
+    (tmp_path / "aside").rmdir()
     engine = make_engine(llama, tmp_path)
-    states = {info.name: info.state for info in engine.adapters.registry.list()}
-    assert states["lora"] is AdapterState.READY
-    assert states["panics"] is states["prepends"] is AdapterState.FAILED
+    states = {info.name: info.state.value for info in engine.adapters.registry.list()}
+    assert states == {"panics": "FAILED", "prepends": "FAILED", "pads": "READY"}
+    prompts = engine.prompts.of(engine.intake.resolve([AdapterRef("pads")]))
+    assert list(prompts.token_ids("hi")) == byte_tokenizer()("hi")["input_ids"]
 
 
 @pytest.mark.parametrize(
