@@ -250,7 +250,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another model's": (lambda f: edit_tensors(f, other_model), "has shape [4, 48], expected [4, 64]"),
     "no such target": (
-        lambda f: edit_config(f, target_modules=["q_proj", "v_proj", "down_proj", "nowhere"]),
+        lambda f: edit_config(f, target_modules=["nowhere"]),
         "target 'nowhere' matches no module",
     ),
     "unserved option": (lambda f: edit_config(f, use_qalora=True), "use_qalora=True isn't served"),
