@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from polygraft.engine import prefix_cache
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.engine.engine import Engine
 from polygraft.engine.request import (
@@ -165,6 +166,19 @@ def test_the_prompt_is_computed_once(llama: Path) -> None:
         assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (300, 3)
         check_clean(engine)
     assert rows == {True: 100 + 2 * 4, False: 300}
+
+
+def test_the_keys_of_a_long_prompt_are_computed_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digested: list[bytes] = []
+    digest = prefix_cache._digest
+    monkeypatch.setattr(prefix_cache, "_digest", lambda data: digested.append(data) or digest(data))
+    engine = make_engine(llama)
+    digested.clear()
+    ending_alike = [(1, 2, 3), (1, 2), (4,)]
+    engine.generate([ask(prompt=list(range(40, 200)), continuations=ending_alike)])
+    # Ten full blocks, and what stands for the weights.
+    assert len(digested) == 10 + 1
+    check_clean(engine)
 
 
 def test_the_likeliest_and_the_texts(engine: Engine) -> None:

@@ -50,6 +50,7 @@ class ScoreSequence(Sequence):
         acts_from = job.stack.acts_from(context)
         self.acts_from = NEVER if acts_from is None else acts_from
         self.job = job
+        self.context = context
         self.context_tokens = len(context)
         self.continuation = continuation
         self.cached_tokens: int | None = None
@@ -66,6 +67,14 @@ class ScoreSequence(Sequence):
     def logits_from(self) -> int:
         """Behind the prompt's last token."""
         return self.context_tokens - 1
+
+    def share_keys(self, other: ScoreSequence, block_size: int) -> None:
+        """Take over the keys of the prompt's full blocks from a sequence that has the same prompt.
+
+        Of a long prompt with hundreds of continuations, computing them takes as long as a step.
+        """
+        if self.copy is other.copy and self.context == other.context:
+            self.keys = other.keys[: self.context_tokens // block_size]
 
     def take(self, logits: torch.Tensor, texts: TokenTexts) -> None:
         """Note the logits [rows, vocabulary] behind its next tokens, and put texts to what they tell."""
@@ -141,6 +150,7 @@ class Scoring:
             job.stack.pin()
             job.running.append(sequence)
             self._paths.queue(sequence)
+            sequence.share_keys(job.sequences[0], self._scheduler.pool.block_size)
             self._scheduler.add(sequence)
 
     def take(self, sequence: ScoreSequence, logits: torch.Tensor) -> None:
