@@ -271,6 +271,19 @@ def test_decoders_run_in_the_server_and_are_bounded(base: TextTokenizer) -> None
     assert "3000 characters" in problems_of(parts_of(long), own)[0]
 
 
+def test_a_vocabulary_is_not_much_larger_than_the_bases(
+    base: TextTokenizer, read: Callable[..., TextTokenizer]
+) -> None:
+    """The server parses it, and no other thread goes on meanwhile."""
+    vocabulary = {f"{at} {'x' * 1000}": at for at in range(4200)}
+    large = Tokenizer(models.WordLevel(vocabulary, unk_token=f"0 {'x' * 1000}"))
+    own = parts_of(base.backend)
+    assert "4 MiB more than the base's" in problems_of(parts_of(large), own)[0]
+    assert not problems_of(parts_of(large), parts_of(large))
+    with pytest.raises(AdapterInvalid, match="4 MiB more than the base's"):
+        read(large.to_str())
+
+
 def test_models_that_try_every_length(base: TextTokenizer) -> None:
     for model, suspect in (
         (models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]", max_input_chars_per_word=100), False),

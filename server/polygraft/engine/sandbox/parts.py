@@ -26,6 +26,9 @@ _LONGEST_TOKEN = 2048
 """Characters of a token. Those of real vocabularies have some hundreds at most, runs of white space
 mostly."""
 _LONGEST_TRIED = 256
+_MOST_MORE_BYTES = 2**22
+"""By how much a tokenizer's JSON may be larger than the base's. The server parses it, which stops every
+thread for 0.2 s each MiB; 4 MiB are some 70,000 tokens more than the base has."""
 
 _PLAIN_NORMALIZERS = {
     "NFC", "NFD", "NFKC", "NFKD", "Nmt", "BertNormalizer", "Lowercase", "Strip", "StripAccents", "ByteLevel",
@@ -43,9 +46,13 @@ Parts = dict[str, Any]
 def parts_of(tokenizer: Tokenizer) -> Parts:
     """What a tokenizer consists of beside its vocabulary, as its file says it; None for a part it hasn't.
 
-    `linear` and `longest` say of the vocabulary what matters for its time and memory.
+    `linear`, `longest` and `bytes` say of the vocabulary what matters for its time and memory.
     """
-    found: Parts = {"linear": _is_linear(tokenizer), "longest": longest_token(tokenizer)}
+    found: Parts = {
+        "linear": _is_linear(tokenizer),
+        "longest": longest_token(tokenizer),
+        "bytes": len(tokenizer.to_str().encode()),
+    }
     for name in (*ENCODING, DECODING):
         part = getattr(tokenizer, name)
         found[name] = None if part is None else json.loads(part.__getstate__())
@@ -81,6 +88,12 @@ def problems_of(own: Parts, base: Parts) -> list[str]:
     if own[DECODING] != base[DECODING] and not _is_plain(DECODING, own[DECODING]):
         problems.append(
             "its decoder isn't the base's, and isn't made of parts whose time and memory are bounded"
+        )
+    most = int(base["bytes"]) + _MOST_MORE_BYTES
+    if own["bytes"] > most:
+        problems.append(
+            f"it has {own['bytes']} bytes as a tokenizer.json without white space, the limit is {most}, "
+            f"{_MOST_MORE_BYTES // 2**20} MiB more than the base's"
         )
     limit = max(_LONGEST_TOKEN, int(base["longest"]))
     if own["longest"] > limit:
