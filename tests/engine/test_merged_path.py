@@ -423,6 +423,47 @@ def test_an_adapter_can_be_unloaded_while_it_is_merged(llama: Path, llama_store:
     settle(engine)
 
 
+def test_an_adapter_can_be_gone_when_whoever_asked_for_its_copy_is_told(
+    llama: Path, llama_store: Path
+) -> None:
+    engine = make_engine(llama, llama_store)
+    adapter = engine.adapters.registry.current("lora")
+    done: Future[AdapterInfo] = Future()
+    engine.merging.update("lora", True, done)
+    while (copy := engine.copies.peek(adapter)) is None or not copy.ready:
+        engine.background._run(1e-9)
+    assert not done.done()
+    gone: Future[AdapterInfo] = Future()
+    engine.adapters.unload("lora", gone, wait=True)
+    assert gone.done()
+    while engine.has_work:
+        engine.step()
+    with pytest.raises(AdapterUnavailable, match="given up while it was being merged"):
+        done.result()
+    assert engine.copies.bytes == 0
+    settle(engine)
+
+
+def test_an_adapter_can_be_unloaded_while_its_copy_is_measured(llama: Path, llama_store: Path) -> None:
+    for steps in range(1, 8):
+        engine = make_engine(llama, llama_store)
+        update(engine, "lora", merged=True)
+        adapter = engine.adapters.registry.current("lora")
+        engine.background.wake_resting()
+        for _ in range(steps):
+            engine.background.run_idle(1e-9)
+            if batch := engine._schedule():
+                engine._postprocess(batch, engine.runner.run(batch))
+        gone: Future[AdapterInfo] = Future()
+        engine.adapters.unload("lora", gone, wait=True)
+        while engine.has_work or not gone.done():
+            engine.background.wake_resting()
+            engine.step()
+        assert engine.copies.bytes == 0
+        assert engine.copies.needs_deviation(adapter)
+        settle(engine)
+
+
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_merge_that_fails_half_way_changes_nothing_for_others(
     llama: Path, llama_store: Path, monkeypatch: pytest.MonkeyPatch, after: int

@@ -75,7 +75,7 @@ class MergeCommands:
         self.collect()
         if copy.state is MergeState.FAILED:
             done.set_exception(ResourceExhausted(f"adapter {name!r} is not merged: {copy.problem}"))
-        elif not copy.ready:
+        elif not self._is_kept(copy):
             done.set_exception(AdapterUnavailable(name, "given up while it was being merged"))
         else:
             done.set_result(self._registry.get(name))
@@ -102,10 +102,13 @@ class MergeCommands:
             for text in self._texts:
                 while not self._is_idle():
                     yield False
-                if not copy.ready or copy.forgotten or not self._copies.holds(copy):
-                    return  # the next copy of this adapter is measured instead
                 several = len(text) - _SKIPPED
+                # Between the two as well, the adapter may be unloaded or replaced, and its slot be another's.
+                if not self._is_kept(copy):
+                    return  # the next copy of this adapter is measured instead
                 merged = yield from self._canaries.logits(text, adapter, positions=several, copy=copy)
+                if not self._is_kept(copy):
+                    return
                 unmerged = yield from self._canaries.logits(text, adapter, positions=several)
                 difference = (merged - unmerged).abs()
                 largest = max(largest, float(difference.max()))
@@ -115,9 +118,13 @@ class MergeCommands:
                 positions += several
         finally:
             self._measuring.discard(adapter.generation)
-        self._copies.set_deviation(
-            adapter, Deviation(largest, total / values, agreeing / positions, positions)
-        )
+        if self._is_kept(copy):
+            self._copies.set_deviation(
+                adapter, Deviation(largest, total / values, agreeing / positions, positions)
+            )
+
+    def _is_kept(self, copy: MergedCopy) -> bool:
+        return copy.ready and not copy.forgotten and self._copies.holds(copy)
 
     def take_changed(self) -> list[AdapterInfo]:
         """Adapters whose copies have changed since the last call."""
