@@ -21,8 +21,7 @@ from polygraft_client._transport import AsyncTransport
 class AsyncClient:
     """Talks to one server from one event loop, that of its first call; see `Client` for arguments and errors.
 
-    On any other loop, and outside of one, its methods raise UsageError: `asyncio.run` makes a new loop
-    each time.
+    On any other loop, or outside of one, its methods raise UsageError. Each `asyncio.run` makes a new loop.
 
     Cancelling a task that waits for a call cancels the call, and the server frees what it holds.
     """
@@ -115,8 +114,8 @@ class AsyncClient:
         adapters: AdapterRefs = (),
         timeout: float | None = None,
     ) -> Model:
-        """What is being served: the base model, its limits and its defaults. The vocabulary's size, the end
-        tokens and whether there is a chat template are those of requests with these adapters."""
+        """The model being served, its limits and its defaults. Its vocabulary size, end tokens and whether it
+        has a chat template are those of requests with these adapters."""
         return await self._transport.run(_calls.model(adapter, adapters), timeout)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> Health:

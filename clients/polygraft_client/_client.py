@@ -28,7 +28,7 @@ class Client:
     Args:
         address: HOST:PORT of the gRPC server.
         token: for servers that ask for one; without `credentials` it travels in plain text. White space
-            around it, as a file has at its end, is taken off.
+            around it, such as a line break at a file's end, is stripped.
         timeout: seconds for each call that doesn't give its own; None waits as long as it takes.
         credentials: for TLS, such as `grpc.ssl_channel_credentials()`; None is plain text.
         retries: further tries that gRPC makes, after short waits, while the server is unavailable;
@@ -145,8 +145,8 @@ class Client:
         adapters: AdapterRefs = (),
         timeout: float | None = None,
     ) -> Model:
-        """What is being served: the base model, its limits and its defaults. The vocabulary's size, the end
-        tokens and whether there is a chat template are those of requests with these adapters."""
+        """The model being served, its limits and its defaults. Its vocabulary size, end tokens and whether it
+        has a chat template are those of requests with these adapters."""
         return self._transport.run(_calls.model(adapter, adapters), timeout)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> Health:

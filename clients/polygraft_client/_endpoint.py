@@ -1,4 +1,4 @@
-"""Where a server is and how a client talks to it; what can't be used is refused before anything is sent."""
+"""Where a server is and how a client talks to it, checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:
 """Targets that gRPC reads itself."""
 
 _LONGEST_SECONDS = 1e9
-"""A longer wait overflows in gRPC, and would be over at once."""
+"""A longer timeout overflows in gRPC and would expire at once."""
 
-# Calls that change nothing may be sent again after a lost connection or to a draining server. A load
-# or unload may have happened already, and the second answer would be another one.
+# Calls that change nothing may be repeated after a lost connection or a draining server. A load or unload
+# isn't: it may have happened already, and a second one would be answered differently.
 _RETRIED = [
     {"service": "polygraft.v1.InferenceService"},
     {"service": "polygraft.v1.AdapterService", "method": "GetAdapter"},
@@ -34,11 +34,11 @@ class Endpoint:
 
     Args:
         address: HOST:PORT, or a target that gRPC knows by its scheme, such as `unix:/path` or `dns:///host:1`.
-        token: sent with every call as `authorization: Bearer TOKEN`; white space around it is taken off, and
-            an empty one is none.
-        timeout: seconds for a call that doesn't say, or None.
+        token: sent with every call as `authorization: Bearer TOKEN`; white space around it is stripped, and
+            an empty one counts as none.
+        timeout: seconds for a call that gives none, or None.
         credentials: for TLS; None is plain text.
-        retries: further tries that gRPC makes after UNAVAILABLE, from 0 to 4.
+        retries: how often gRPC repeats a call after UNAVAILABLE, from 0 to 4.
 
     Raises:
         InvalidRequest: one of them can't be used; the token isn't repeated.
@@ -61,7 +61,7 @@ class Endpoint:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes along with every call."""
+        """Sent with every call."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
     @property
@@ -72,7 +72,7 @@ class Endpoint:
             ("grpc.service_config", json.dumps(self._service_config())),
         ]
         if _is_loopback(self.address):
-            # grpc takes http_proxy from the environment, which can't lead to this machine itself
+            # grpc takes http_proxy from the environment, and a proxy can't reach this machine's own loopback
             options.append(("grpc.enable_http_proxy", 0))
         return options
 

@@ -2,7 +2,7 @@
 
 PolygraftError
 ├── InvalidRequest          the arguments can't be expressed in the contract; nothing was sent
-├── UsageError              the client is closed, or on another event loop than its own; nothing was sent
+├── UsageError              the client is closed or used on another event loop; nothing was sent
 ├── ConnectError            the server can't be reached, or the connection broke; names the address
 ├── DeadlineExceeded        `timeout` seconds have passed
 ├── Cancelled               the call was cancelled: a stream closed here, or a request aborted there
@@ -43,7 +43,7 @@ class InvalidRequest(PolygraftError, ValueError):
 
 
 class UsageError(PolygraftError, RuntimeError):
-    """The client can't be used now: it is closed, or on another event loop than its own; nothing was sent."""
+    """The client can't be used: it is closed, or on another event loop than its own. Nothing was sent."""
 
 
 class ConnectError(PolygraftError):

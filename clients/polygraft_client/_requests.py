@@ -41,7 +41,7 @@ class GenerateOptions(TypedDict, total=False):
     lora_path: LoraPath
     """How low-rank weights are applied."""
     temperature: float | None
-    """0 is greedy, and so is what is below 1e-6. Range [0, 100]."""
+    """0 and anything below 1e-6 is greedy. Range [0, 100]."""
     top_p: float | None
     """Keep the smallest set of tokens whose probability reaches this. Range (0, 1]."""
     top_k: int | None

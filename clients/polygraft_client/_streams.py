@@ -133,5 +133,5 @@ class AsyncStream(_Progress):
         await self.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(RuntimeError):  # its loop is closed, and the call is gone with it
+        with contextlib.suppress(RuntimeError):  # its loop is closed, and the call went with it
             self._call.cancel()

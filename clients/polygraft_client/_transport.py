@@ -46,7 +46,7 @@ class Transport:
         except grpc.RpcError as error:
             raise error_from_rpc(error, self.endpoint.address) from error
         except ValueError as error:
-            # Closed by another thread between the check and the call, which is how grpc says it.
+            # grpc raises this if another thread closed the channel between the check and the call.
             self._open_channel()
             raise error
 
@@ -75,7 +75,7 @@ class Transport:
 
 
 class AsyncTransport:
-    """Sends calls on one event loop: the one of the first call."""
+    """Sends calls on one event loop, that of the first call."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -105,11 +105,11 @@ class AsyncTransport:
         self._closed = True
         if self._channel is not None and self._loop is asyncio.get_running_loop():
             await self._channel.close()
-        # On another loop there is nothing to wait for: the calls went with the loop that they were on.
+        # On another loop there is nothing to wait for: the calls ended with their own loop.
         self._channel = None
 
     def _open_channel(self) -> grpc.aio.Channel:
-        """The channel, made at the first call: it belongs to the event loop that it is made on."""
+        """The channel, made at the first call, since it belongs to the event loop that it is made on."""
         loop = running_loop()
         if self._closed:
             raise UsageError(CLOSED)

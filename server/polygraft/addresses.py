@@ -1,4 +1,4 @@
-"""Where the server listens: addresses are read, looked up and tried before anything slow begins."""
+"""Where the server listens. Addresses are parsed, resolved and bound before anything slow begins."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Self
 from polygraft.errors import ConfigError
 
 OFF = "off"
-"""What turns the metrics endpoint off, in place of an address."""
+"""Given in place of an address to turn the metrics endpoint off."""
 
 PRIVILEGED = 1024
-"""Ports below it need a privilege."""
+"""Ports below this one need privileges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Address:
     """HOST:PORT as it was given; port 0 lets the system choose one.
 
     Args:
-        flag: the setting that it comes from, for errors.
+        flag: the setting that it was given in, for errors.
         host: a name, or an IPv4 or IPv6 address without brackets.
     """
 
@@ -37,7 +37,7 @@ class Address:
         """Read HOST:PORT. The port follows the last colon, so an IPv6 host may do without brackets.
 
         Raises:
-            ConfigError: it isn't of that form.
+            ConfigError: the text isn't of that form.
         """
         host, colon, port = text.strip().rpartition(":")
         if not colon or not (port.isascii() and port.isdigit()):
@@ -62,12 +62,12 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def with_port(self, port: int) -> Address:
-        """The same host with the port that the system chose."""
+        """The same host with another port."""
         return Address(self.flag, self.host, port)
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach it; a name other than localhost may lead anywhere."""
+        """Whether only this machine can reach it. Names other than localhost may resolve to anything."""
         if self.host == "localhost":
             return True
         try:
@@ -76,7 +76,7 @@ class Address:
             return False
 
     def resolve(self) -> list[Address]:
-        """The numeric addresses that the host stands for and that this machine has, at least one.
+        """The host's numeric addresses that belong to this machine, at least one.
 
         Raises:
             ConfigError: the name can't be resolved, or none of its addresses is this machine's.
@@ -86,7 +86,7 @@ class Address:
         except (OSError, UnicodeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(self.flag, f"can't resolve {self.host!r}: {why}") from error
-        # "localhost" often has an IPv6 address where the machine has no IPv6.
+        # "localhost" often resolves to an IPv6 address on machines without IPv6.
         hosts = [host for host in dict.fromkeys(str(target[0]) for *_, target in found) if _is_own(host)]
         if not hosts:
             raise ConfigError(self.flag, f"can't listen on {self}: {self.host} is no address of this machine")
@@ -94,13 +94,13 @@ class Address:
 
 
 class Reservation:
-    """Ports that are kept from other processes until the servers themselves listen on them.
+    """Keeps ports from other processes until the servers listen on them.
 
-    A port 0 isn't kept, since the system chooses one later.
+    Port 0 isn't kept, since the system chooses the port later.
 
     Raises:
-        ConfigError: an address is malformed, unknown, not this machine's, taken, not allowed, or the same as
-            another's.
+        ConfigError: an address is malformed, unknown, not this machine's, taken or not allowed, or two
+            settings give the same one.
     """
 
     def __init__(self, settings: Mapping[str, str]) -> None:
@@ -123,7 +123,7 @@ class Reservation:
             raise
 
     def release(self) -> None:
-        """Let go of the ports; whoever listens on them does it at once."""
+        """Release the ports. Listen on them right afterwards, before another process can."""
         while self._sockets:
             self._sockets.pop().close()
 
@@ -137,7 +137,7 @@ class Reservation:
 
 
 def listening_error(address: Address, error: OSError) -> ConfigError:
-    """Say precisely why an address can't be listened on, and what to do."""
+    """An error that says why the server can't listen on an address, and what to do."""
     match error.errno:
         case errno.EADDRINUSE:
             why = "the port is taken; stop what listens there, or choose another port"
@@ -151,9 +151,9 @@ def listening_error(address: Address, error: OSError) -> ConfigError:
 
 
 def _bound(address: Address, wanted: Address) -> socket.socket:
-    """A socket that holds the port, without listening: nobody's connection is to wait for it."""
-    # First in a way that leaves it to nobody else; connections of a server that has just ended may stand
-    # against that, but not against the second way, which is the servers' own.
+    """A socket that holds the port without listening, so that no connection waits on it."""
+    # First without SO_REUSEADDR, which keeps everybody else out. Lingering connections of a server that has
+    # just ended can prevent that, but not the second try, with the option that the servers use themselves.
     for reuse in (False, True):
         holder = socket.socket(_family(address.host), socket.SOCK_STREAM)
         try:
@@ -167,7 +167,7 @@ def _bound(address: Address, wanted: Address) -> socket.socket:
                 continue
             raise listening_error(wanted, error) from error
         return holder
-    raise AssertionError("the second way returns or raises")
+    raise AssertionError("the second try returns or raises")
 
 
 def _target(address: Address) -> tuple[str, int]:
@@ -186,7 +186,7 @@ def _is_ipv6(host: str) -> bool:
 
 
 def _is_own(host: str) -> bool:
-    """Whether this machine has the address; other reasons not to get it are for whoever binds the port."""
+    """Whether this machine has the address. Any other obstacle shows when the port is bound."""
     try:
         with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
             probe.bind((host, 0))
@@ -196,7 +196,7 @@ def _is_own(host: str) -> bool:
 
 
 def _overlap(one: Address, other: Address) -> bool:
-    """Whether two numeric addresses can't both be listened on; gRPC's 0.0.0.0 is IPv6's too."""
+    """Whether two numeric addresses can't both be listened on. gRPC's 0.0.0.0 covers IPv6 too."""
     if not one.port or one.port != other.port:
         return False
     return one.host == other.host or any(

@@ -52,7 +52,7 @@ class _ConfigFile(PydanticBaseSettingsSource):
             settings = tomllib.loads(Path(path).read_bytes().decode())
         except OSError as error:
             raise ConfigError("--config", f"can't read {path}: {error.strerror}") from error
-        except ValueError as error:  # neither TOML nor UTF-8
+        except ValueError as error:  # not TOML, or not UTF-8
             raise ConfigError("--config", f"{path} isn't TOML: {error}") from error
         return {name: value for name, value in settings.items() if value != ""}
 
@@ -60,7 +60,7 @@ class _ConfigFile(PydanticBaseSettingsSource):
 class ServerConfig(BaseSettings):
     """All settings of `polygraft serve`. Flags beat environment variables, these beat the TOML file.
 
-    A variable or a key of the file that is empty is as if it weren't there.
+    An empty variable or an empty value in the file counts as unset.
     """
 
     model_config = SettingsConfigDict(
@@ -135,7 +135,7 @@ class ServerConfig(BaseSettings):
     max_step_ms: float = Field(
         1000.0,
         ge=0,
-        description="milliseconds that a step is to take, of long prompts and scores above all; 0 is any",
+        description="target milliseconds per step; bounds long prompts and scores. 0 is no bound",
     )
     max_context_length: int | None = Field(
         None, ge=2, description="most tokens of one request [default: the model's own limit]"
@@ -150,10 +150,10 @@ class ServerConfig(BaseSettings):
     )
     max_message_bytes: Bytes = Field(4 * 2**20, gt=0, description="largest gRPC message")
     max_unread_bytes: Bytes = Field(
-        2**20, gt=0, description="memory of output that a stream's reader hasn't taken; beyond it ends"
+        2**20, gt=0, description="memory of a stream's unread output; beyond it the stream ends"
     )
     unread_timeout: float = Field(
-        60.0, gt=0, description="seconds after which a stream ends whose reader takes nothing"
+        60.0, gt=0, description="seconds after which a stream ends if its client reads nothing"
     )
     step_timeout: float = Field(
         300.0,
@@ -165,7 +165,7 @@ class ServerConfig(BaseSettings):
         30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get after SIGTERM"
     )
     threads: int | None = Field(
-        None, ge=1, description="compute threads [default: one per core that it may use]"
+        None, ge=1, description="compute threads [default: one per core that the process may use]"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
 
@@ -189,7 +189,7 @@ class ServerConfig(BaseSettings):
     @field_validator("admin_token")
     @classmethod
     def _fit_for_a_header(cls, token: SecretStr | None) -> SecretStr | None:
-        """Take the white space off that a file or `echo` leaves; what is left must travel as a header."""
+        """Strip the white space that a file or `echo` leaves; the rest must be sendable as a header."""
         if token is None:
             return None
         bare = token.get_secret_value().strip()

@@ -1,7 +1,7 @@
-"""What SIGTERM and SIGINT do until the server takes them itself: end the process at once.
+"""Handles SIGTERM and SIGINT until the server does so itself: they end the process at once.
 
-The kernel throws a signal away that process 1 of a container has no handler for, so the handlers are there
-before anything slow is imported. Nothing that takes long may be imported here.
+The kernel drops signals that process 1 of a container has no handler for, so the handlers are installed
+before anything slow is imported. Nothing slow may be imported here.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from types import FrameType
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
 ENDED, FORCED = 0, 1
-"""Exit statuses: of a server that was told to end before it was ready, and of one that was told so twice."""
+"""Exit statuses after one signal before the server was ready, and after two."""
 
 CHILDREN_SECONDS = 1.0
-"""What child processes, such as a compiler or pip, get to end by themselves."""
+"""How long child processes, such as a compiler or pip, get to end by themselves."""
 
 _POLL_SECONDS = 0.02
 
 
 def end_early() -> None:
-    """Let each of the signals end the process quickly, with its children. Called on the main thread alone."""
+    """Make each signal end the process and its children quickly. Call only on the main thread."""
     for number in CAUGHT:
         signal.signal(number, _end)
 
 
 def force_from_now() -> None:
-    """Let a signal that comes while the process ends force it, where `end_early` had been called."""
+    """If `end_early` was called, make a signal during shutdown end the process immediately."""
     for number in CAUGHT:
         if signal.getsignal(number) is _end:
             signal.signal(number, _force)
@@ -41,8 +41,8 @@ def force_from_now() -> None:
 
 @contextlib.contextmanager
 def as_before() -> Iterator[None]:
-    """Put the handlers back that were there, after somebody else's."""
-    if threading.current_thread() is not threading.main_thread():  # nobody can set them there
+    """Restore the current handlers afterwards, whatever is installed inside."""
+    if threading.current_thread() is not threading.main_thread():  # handlers can't be set there
         yield
         return
     before = {number: signal.getsignal(number) for number in CAUGHT}
@@ -58,8 +58,8 @@ def _end(number: int, frame: FrameType | None) -> None:
         signal.signal(caught, _force)
     _say(f"{signal.Signals(number).name}: ending before the server is ready\n")
     end_children(CHILDREN_SECONDS)
-    # Threads are loading or computing, and unwinding them would take as long as they need. Nothing is lost:
-    # whatever is written to disk appears whole or not at all.
+    # Unwinding would wait for threads that load or compute. Nothing is lost: files appear on disk complete or
+    # not at all.
     _flush()
     os._exit(ENDED)
 
@@ -82,11 +82,11 @@ def end_children(patience: float) -> None:
 
 
 def descendants(parent: int, proc: Path = Path("/proc")) -> list[int]:
-    """Process ids of a process's children and of theirs; none where there is no /proc."""
+    """Ids of all descendants of a process; none if there is no /proc."""
     by_parent: dict[int, list[int]] = {}
     for stat in proc.glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            # The name is in parentheses and may hold anything, spaces and parentheses too.
+            # The name is in parentheses and may contain anything, spaces and parentheses included.
             by_parent.setdefault(int(_fields(stat)[1]), []).append(int(stat.parent.name))
     found: list[int] = []
     waiting = [parent]
@@ -98,7 +98,7 @@ def descendants(parent: int, proc: Path = Path("/proc")) -> list[int]:
 
 
 def _runs(process: int) -> bool:
-    """Whether it hasn't ended yet, also if nobody has asked for its status."""
+    """Whether a process still runs; a zombie doesn't."""
     try:
         return _fields(Path(f"/proc/{process}/stat"))[0] not in ("Z", "X")
     except OSError:
@@ -106,18 +106,18 @@ def _runs(process: int) -> bool:
 
 
 def _fields(stat: Path) -> list[str]:
-    """What follows the name: state, parent and so on."""
+    """The fields after the name: state, parent and so on."""
     return stat.read_text(errors="replace").rpartition(")")[2].split()
 
 
 def _say(text: str) -> None:
-    """Write past Python's streams: the handler may have interrupted somebody who writes to them."""
+    """Write past Python's streams, since the handler may have interrupted a write to them."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        # RuntimeError: the handler has interrupted a write to this very stream.
+        # RuntimeError: the handler interrupted a write to this very stream.
         with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
             stream.flush()

@@ -8,14 +8,14 @@ PolygraftError
 │   └── ContextLengthExceeded    prompt plus output don't fit the context
 ├── NotSupported                 in the contract, not served
 ├── ChatTemplateFailed           a chat template can't render a chat; names its owner and line
-├── TokenizerFailed              a tokenizer can't make tokens of a text, or text of tokens
+├── TokenizerFailed              a tokenizer can't encode a text or decode tokens
 ├── AdapterError                 about one adapter; names it
 │   ├── AdapterNotFound
 │   ├── AdapterExists            the name is taken by other content
 │   ├── AdapterInvalid           the folder can't be served exactly; lists everything that is wrong
 │   └── AdapterUnavailable       known, but its state forbids the call
 ├── ResourceExhausted            the queue, the cache or the memory is full; try again later
-├── OutputUnread                 nobody takes an answer's output; it is given up
+├── OutputUnread                 nobody reads a stream's output, so it was dropped
 ├── Draining                     the server is shutting down
 ├── Unauthenticated              no valid token where one is needed
 └── EngineDead                   the engine failed; the log holds the cause
@@ -28,13 +28,13 @@ from collections.abc import Collection
 from polygraft.printable import Texts, printable
 
 _MOST = 4096
-"""Characters of an error's text that quotes what somebody sent."""
+"""Limit in characters of an error text that quotes what a caller sent."""
 
 
 class PolygraftError(Exception):
     """The root of the tree. `reason` is a stable upper-case code for programs.
 
-    Errors about what a caller or a folder brought along quote it in a printable form.
+    Errors quote what a caller sent or a folder contains in printable form.
     """
 
     reason = "INTERNAL"
@@ -106,12 +106,12 @@ class NotSupported(PolygraftError):
 
 
 class ChatTemplateFailed(PolygraftError):
-    """A chat template is wrong, can't cope with a chat, or takes more than it may.
+    """A chat template is broken, fails on a chat, or exceeds its limits.
 
     Args:
         whose: "the model" or "adapter 'name'".
         problem: what is wrong, a sentence's end behind a colon.
-        line: of the template, counted from 1; None where it isn't known.
+        line: of the template, counted from 1; None if unknown.
     """
 
     reason = "CHAT_TEMPLATE_FAILED"
@@ -124,7 +124,7 @@ class ChatTemplateFailed(PolygraftError):
 
 
 class TokenizerFailed(PolygraftError):
-    """A tokenizer can't make tokens of a text or text of tokens, or takes more than it may.
+    """A tokenizer can't encode a text or decode tokens, or exceeds its limits.
 
     Args:
         problem: what is wrong, a sentence's end behind a colon.
@@ -169,8 +169,8 @@ class AdapterInvalid(AdapterError):
 
     Args:
         name: the adapter's name.
-        problems: what is wrong, one sentence each; never empty. Of very many the first are kept, and how
-            many more there are; `total` counts them all.
+        problems: what is wrong, one sentence each; never empty. Only the first are kept, with a count of the
+            rest; `total` counts them all.
     """
 
     reason = "ADAPTER_INVALID"
@@ -205,7 +205,7 @@ class ResourceExhausted(PolygraftError):
 
 
 class OutputUnread(PolygraftError):
-    """Nobody took a stream's output, which was given up to free its memory."""
+    """Nobody read a stream's output, which was dropped to free its memory."""
 
     reason = "OUTPUT_UNREAD"
 

@@ -1,4 +1,4 @@
-"""Panics of Rust: what a library raises that isn't an `Exception`, though it is an error like any other."""
+"""Rust panics: errors that libraries raise as something other than an `Exception`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 def is_panic(error: BaseException) -> bool:
     """Whether a library written in Rust has panicked.
 
-    pyo3 derives its PanicException from BaseException, so that `except Exception` lets it through, and has no
-    module from which it could be imported.
+    pyo3's PanicException derives from BaseException, so `except Exception` doesn't catch it, and it can't be
+    imported from any module.
     """
     return type(error).__name__ == "PanicException" and not isinstance(error, Exception)

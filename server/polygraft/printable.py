@@ -1,7 +1,7 @@
-"""Text from strangers (files, names, fields of requests) as it may stand in a log, an error or a listing.
+"""Makes untrusted text (files, names, fields of requests) safe for a log, an error or a listing.
 
-A name that holds a line break could forge a line of the log, one with terminal codes could hide it, and one
-of a hundred megabytes could fill a message: whatever is shown goes through here first.
+A name with a line break could forge a log line, one with terminal codes could hide a line, and one of a
+hundred megabytes could fill a message. So whatever is shown goes through here first.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 MAX_TEXTS = 50
-"""Most texts of a list that are kept; how many more there were is said instead of the rest."""
+"""How many texts of a list are kept; the rest is only counted."""
 MAX_CHARACTERS = 500
-"""Most characters of one of them."""
+"""Limit of one text."""
 
 
 def printable(text: str, limit: int = MAX_CHARACTERS) -> str:
-    """At most `limit` characters in one line: what can't be printed is escaped, the rest is cut off."""
+    """The text in one line: what can't be printed is escaped, what exceeds `limit` characters is cut off."""
     shown = text[: limit + 1]
     if not shown.isprintable():
         shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
@@ -23,12 +23,12 @@ def printable(text: str, limit: int = MAX_CHARACTERS) -> str:
 
 
 def printable_texts(texts: Collection[str]) -> tuple[str, ...]:
-    """The first `MAX_TEXTS` of them, each printable, and how many more there are."""
+    """The first `MAX_TEXTS` texts, each printable, and a count of the rest."""
     return Texts(texts).told()
 
 
 class Texts(list[str]):
-    """A list that keeps the first `MAX_TEXTS` texts, in a printable form, and counts the others."""
+    """A list that keeps the first `MAX_TEXTS` texts in printable form and counts the rest."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class Texts(list[str]):
         self.extend(texts)
 
     def append(self, text: str) -> None:
-        """Keep one more, or count it."""
+        """Keep one more text, or count it."""
         if len(self) < MAX_TEXTS:
             super().append(printable(text))
         else:
             self.left_out += 1
 
     def extend(self, texts: Iterable[str]) -> None:
-        """Keep more, or count them."""
+        """Keep more texts, or count them."""
         for text in texts:
             self.append(text)
 
@@ -53,9 +53,9 @@ class Texts(list[str]):
 
     @property
     def total(self) -> int:
-        """How many there have been."""
+        """How many texts have been added."""
         return len(self) + self.left_out
 
     def told(self) -> tuple[str, ...]:
-        """What is kept, and how much was left out."""
+        """The kept texts, and a count of the rest."""
         return (*self, f"and {self.left_out} more") if self.left_out else tuple(self)

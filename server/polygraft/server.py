@@ -37,7 +37,7 @@ def run(config: ServerConfig) -> int:
     addresses = {"--listen": config.listen}
     if config.metrics:
         addresses["--metrics"] = config.metrics
-    # A port that can't be had is to be known now, and not after the model has been loaded.
+    # Reports a port that can't be had now, not after the model has been loaded.
     _limit_openmp()
     with Reservation(addresses) as ports:
         from polygraft.engine.engine import Engine  # imports torch, which takes seconds
@@ -55,7 +55,7 @@ def run(config: ServerConfig) -> int:
 
 
 def _limit_openmp() -> None:
-    """Tell OpenMP, before it is loaded, of a limit of processor time, which it doesn't look for itself."""
+    """Tell OpenMP the CPU quota before it is loaded, since it doesn't look for one itself."""
     cores = Machine().cores()
     if cores.count < cores.allowed:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores.count))
@@ -85,8 +85,7 @@ async def _serve(config: ServerConfig, engine: Engine, thread: EngineThread, res
 
 
 def _leave(status: int) -> NoReturn:
-    """End the process at once: a thread that hangs in an operator must not keep it, so that a supervisor can
-    start another."""
+    """End the process at once, so that a supervisor can restart it even if a thread hangs in an operator."""
     logging.shutdown()
     with contextlib.suppress(OSError):  # nobody reads it
         sys.stdout.flush()

@@ -50,7 +50,7 @@ def compile_adalora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
         if a is None or b is None or e is None or rank == 0:
             continue
         scaling = (alpha if alpha > 0 else rank) / (initial + _EPSILON)
-        # E is a factor for each rank, so it is folded in; A times it is computed in float32.
+        # E has a factor per rank and is folded into A, in float32.
         kept_a, kept_b = reader.keep(a * e, module), reader.keep(b, module, scaling=scaling)
         if kept_a is not None and kept_b is not None:
             primitives[module] = LowRank(kept_a, kept_b, scaling=scaling)

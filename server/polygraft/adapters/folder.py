@@ -49,13 +49,13 @@ MAX_TOKENIZER_BYTES = 2**26
 
 
 MAX_HEADER_BYTES = 2**22
-"""Of the weights' file: names and shapes of its tensors."""
+"""Limit of the weights file's header, which has its tensors' names and shapes."""
 MAX_TENSORS = 2**15
-"""Experts' LoRAs that are saved one by one have more, and aren't served anyway."""
+"""Only LoRAs that are saved expert by expert have more, and those aren't served anyway."""
 
 
 class Weights:
-    """The bytes of a weights file. In memory rather than mapped: a file that shrinks under a mapping kills
+    """The bytes of a weights file. They are read rather than mapped, since a mapped file that shrinks kills
     the process."""
 
     def __init__(self, content: bytes) -> None:
@@ -63,7 +63,7 @@ class Weights:
         self.size = len(content)
 
     def take(self) -> bytes:
-        """The bytes, which aren't kept here any longer: beside the tensors they would be there twice."""
+        """The bytes, which aren't kept here: beside the tensors they would be in memory twice."""
         content, self._content = self._content, None
         assert content is not None, "taken already"
         return content
@@ -93,8 +93,8 @@ class AdapterFolder:
         return self.weights.size
 
     def take_tensors(self) -> dict[str, torch.Tensor]:
-        """The file's tensors; may be called once. Raises AdapterInvalid if it isn't whole, or too large."""
-        # Here, since the process that tries tokenizers knows files' names and has no use for torch.
+        """The file's tensors; may be called once. Raises AdapterInvalid if it is truncated or too large."""
+        # Imported here because it imports torch, which the workers that import this module don't need.
         from safetensors.torch import load as load_safetensors
 
         content = self.weights.take()
@@ -114,10 +114,10 @@ class AdapterFolder:
 
 @contextmanager
 def untrusted(name: str, what: str) -> Iterator[None]:
-    """Refuse an adapter for whatever goes wrong while something of its folder is parsed.
+    """Refuse an adapter for whatever goes wrong while part of its folder is parsed.
 
-    Libraries fail at hostile input with errors of any kind, RecursionError, OverflowError and MemoryError
-    among them, and those in Rust with panics, which aren't even of the class Exception.
+    On hostile input libraries raise errors of any kind, RecursionError, OverflowError and MemoryError
+    included, and Rust libraries panic, which isn't even an Exception.
 
     Raises:
         AdapterInvalid: with the reason.
@@ -128,8 +128,8 @@ def untrusted(name: str, what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         why = str(error).strip() or type(error).__name__
-        # It may be a fault of ours as well.
-        log.warning("adapter %s is refused for an unexpected error", name, exc_info=error)
+        # It may also be a bug of ours.
+        log.warning("adapter %s is refused because of an unexpected error", name, exc_info=error)
         raise AdapterInvalid(name, [f"{what} can't be read: {why}"]) from None
 
 
@@ -185,9 +185,8 @@ def parse_config(name: str, raw: bytes) -> dict[str, Any]:
     """A folder's configuration. Raises AdapterInvalid if it is none."""
     try:
         config = json.loads(raw)
-        json.dumps(
-            config
-        )  # the hash is of this, and a value that is nested too deep fails here at the latest
+        # The hash is taken of this, so values that are nested too deep must fail here.
+        json.dumps(config)
     except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a number of 5000 digits
         raise AdapterInvalid(name, [f"{CONFIG} is not JSON: {error}"]) from None
     if not isinstance(config, dict):
@@ -196,7 +195,7 @@ def parse_config(name: str, raw: bytes) -> dict[str, Any]:
 
 
 def read_file(name: str, path: Path, max_bytes: int) -> bytes:
-    """A file's content, wherever it is, if it is a file of at most so many bytes; else raises AdapterInvalid.
+    """The content of a file, wherever it is. Raises AdapterInvalid if it isn't a file, or is too large.
 
     Args:
         name: the adapter's, for the error.

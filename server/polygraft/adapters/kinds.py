@@ -121,7 +121,7 @@ class AdapterLimits:
         virtual_tokens: most of them.
         compiled_bytes: of memory.
         dtype: what adapters are kept in; None keeps the file's (float16 becomes float32).
-        seconds: of processor time to compile it.
+        seconds: of CPU time for compiling it.
     """
 
     rank: int = 256
@@ -137,7 +137,7 @@ def compile_adapter(
     """Compile a folder of any kind, in slices: it yields where it may be interrupted.
 
     Raises:
-        AdapterInvalid: with everything that is wrong; or it takes too long, or a library fails at it.
+        AdapterInvalid: with everything that is wrong; or compiling takes too long, or a library fails.
     """
     job = _compile(folder, base, limits)
     spent = 0.0

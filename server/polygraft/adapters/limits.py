@@ -1,4 +1,4 @@
-"""What the server's settings allow each adapter; `adapters check` and the engine ask here alike."""
+"""The limits that the server's settings put on each adapter, for both `adapters check` and the engine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from polygraft.config import ServerConfig
 
 
 def adapter_limits(config: ServerConfig, base: torch.dtype) -> AdapterLimits:
-    """The limits and the type that adapters are kept in, beside a base that computes in `base`."""
-    # Rounded no coarser than the base's own products are; a float32 base gets what the file holds.
+    """The limits, and the type that adapters are kept in, for a base that computes in `base`."""
+    # No coarser than the base's own products; on a float32 base, the file's own type.
     auto = torch.bfloat16 if base == torch.bfloat16 else None
     dtypes = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
     return AdapterLimits(

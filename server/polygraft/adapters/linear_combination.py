@@ -129,7 +129,7 @@ def _check_targets(first: Adapter, settings: Sequence[LoraSettings]) -> None:
 
 
 def combined_bytes(members: Members, dtype: torch.dtype) -> int:
-    """Memory that the combination's matrices take in a type."""
+    """Memory that the combination's matrices take in this type."""
     sizes: dict[str, int] = {}
     for adapter, _ in members:
         for module, matrices in _matrices(adapter.compiled).items():
@@ -144,8 +144,8 @@ def combine(
     """The combination of adapters that `check_linear` lets pass; yields between modules.
 
     Args:
-        read: an adapter's matrices for a module; its scaling is taken from its settings.
-        dtype: what the sums, which are computed in float32, are kept in.
+        read: returns an adapter's matrices for a module; the scaling comes from its settings.
+        dtype: of the result; sums are computed in float32.
 
     Raises:
         InvalidRequest: the sums aren't finite.
@@ -174,7 +174,7 @@ def combine(
 
 
 def _factors(product: float) -> tuple[float, float]:
-    """Of A and of B, for a weight times a scaling."""
+    """The factors on A and B for a weight times a scaling."""
     factor = math.sqrt(abs(product))
     return math.copysign(factor, product), factor
 

@@ -1,9 +1,9 @@
 """A folder inside a store, opened once: every file is read from that folder and never from outside the store.
 
-Stores change while they are read: git-sync and Kubernetes swap a link to a whole new tree, and whoever can
-write may swap a file for a link that leads out. A path that was checked says nothing about what is opened
-under it a moment later. So paths are resolved first, and then opened part by part from the store's own
-descriptor, following no link: what was checked is what is read, or nothing is.
+Stores change while they are read: git-sync and Kubernetes swap a link to a whole new tree, and anyone with
+write access may replace a file with a link that leads out. Checking a path says nothing about what is opened
+under it a moment later. So a path is resolved first and then opened component by component from the store's
+descriptor, following no link: either what was checked is read, or nothing is.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class OutsideStore(Exception):
 
 
 class FolderChanged(Exception):
-    """Something was swapped between two looks at it; another try may find it at rest."""
+    """Something changed while it was being read; another attempt may succeed."""
 
 
 class FileUnreadable(Exception):
-    """A file can't be read, with the reason as a sentence that begins with its name."""
+    """A file can't be read; the message is a sentence that begins with its name."""
 
 
 class OpenFolder:
@@ -48,7 +48,7 @@ class OpenFolder:
         self._seen: dict[str, tuple[int, ...]] = {}
 
     def has(self, file: str) -> bool:
-        """Whether there is anything of that name, be it a link that leads nowhere."""
+        """Whether there is anything of that name, even a dangling link."""
         try:
             os.stat(file, dir_fd=self._folder, follow_symlinks=False)
         except OSError:
@@ -56,7 +56,7 @@ class OpenFolder:
         return True
 
     def size(self, file: str) -> int:
-        """Bytes of a file; 0 for what can't be opened, which reading tells."""
+        """Bytes of a file; 0 if it can't be opened, since reading it will report that."""
         try:
             with self._open(file) as descriptor:
                 return os.fstat(descriptor).st_size
@@ -67,7 +67,7 @@ class OpenFolder:
         """A file's content.
 
         Raises:
-            FileUnreadable: it isn't a file of at most so many bytes.
+            FileUnreadable: it isn't a regular file, or has more than `max_bytes`.
             OutsideStore, FolderChanged.
         """
         try:
@@ -84,7 +84,7 @@ class OpenFolder:
             raise FileUnreadable(f"{file} can't be read: {error.strerror}") from None
 
     def check_unchanged(self) -> None:
-        """Raise FolderChanged if a file that was read is another one now, or has other content."""
+        """Raise FolderChanged if a file that was read has been replaced or modified."""
         for file, mark in self._seen.items():
             try:
                 now = _mark(os.stat(file, dir_fd=self._folder))
@@ -98,7 +98,7 @@ class OpenFolder:
         try:
             descriptor = os.open(file, _FLAGS | _AT_ONCE, dir_fd=self._folder)
         except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.EMLINK):  # EMLINK: FreeBSD's word for a link
+            if error.errno not in (errno.ELOOP, errno.EMLINK):  # FreeBSD reports a link as EMLINK
                 raise
             target = resolved(self._path / file, self._root_path)
             with _walked(self._root, target.relative_to(self._root_path).parts, _AT_ONCE) as descriptor:
@@ -115,8 +115,8 @@ def open_folder(root: Path, source: Sequence[str]) -> Iterator[OpenFolder]:
     """Open a folder of a store.
 
     Args:
-        root: the store as it was given, be it a link; where that leads is looked up now.
-        source: the parts of the folder's path below it.
+        root: the store as it was given; if it is a link, it is resolved now.
+        source: the components of the folder's path below it.
 
     Raises:
         OutsideStore, FolderChanged.
@@ -135,7 +135,7 @@ def open_folder(root: Path, source: Sequence[str]) -> Iterator[OpenFolder]:
 
 
 def resolved(path: Path, root: Path) -> Path:
-    """A path without links. Raises OutsideStore if it isn't below `root`, OSError if it leads in a circle."""
+    """A path without links. Raises OutsideStore if it isn't below `root`, OSError for a loop of links."""
     try:
         found = Path(os.path.realpath(path))
     except (OSError, ValueError):
@@ -148,11 +148,11 @@ def resolved(path: Path, root: Path) -> Path:
 
 
 def read_descriptor(descriptor: int, file: str, max_bytes: int) -> bytes:
-    """The content of an open file, no more memory than which is reserved for it.
+    """The content of an open file. Reads no more than the file's size, however it grows meanwhile.
 
     Raises:
-        FileUnreadable: it is no file, or a larger one.
-        FolderChanged: it has become longer or shorter meanwhile.
+        FileUnreadable: it isn't a regular file, or is too large.
+        FolderChanged: its length changed meanwhile.
     """
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
@@ -168,10 +168,10 @@ def read_descriptor(descriptor: int, file: str, max_bytes: int) -> bytes:
 
 @contextmanager
 def _walked(start: int, parts: Sequence[str], flags: int) -> Iterator[int]:
-    """Open a path that has no links, part by part.
+    """Open a path without links, component by component.
 
     Raises:
-        FolderChanged: it has a link now.
+        FolderChanged: a component is a link now.
         OSError.
     """
     current = os.dup(start)
@@ -181,7 +181,7 @@ def _walked(start: int, parts: Sequence[str], flags: int) -> Iterator[int]:
             try:
                 below = os.open(part, _FLAGS | (flags if last else _FOLDER), dir_fd=current)
             except OSError as error:
-                # What is no folder because it is a link is told by either error.
+                # A link in place of a folder gives either error.
                 linked = error.errno in (errno.ELOOP, errno.EMLINK) or (
                     error.errno == errno.ENOTDIR and _is_link(part, current)
                 )
@@ -203,5 +203,5 @@ def _is_link(part: str, folder: int) -> bool:
 
 
 def _mark(status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file's content from another's without reading it."""
+    """Distinguishes a file's content from another's without reading it."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

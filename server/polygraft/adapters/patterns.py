@@ -1,8 +1,8 @@
-"""Regular expressions from an adapter's configuration, matched within limits, and most of them not at all.
+"""Matches regular expressions from an adapter's configuration within limits.
 
-A pattern comes from the folder: one that backtracks without end would hold up every request, one with a
-count in braces takes memory by it, and a thousand of them on a thousand modules are a million matches. Most
-patterns of a configuration are plain names of modules, though, which are looked up; only others are matched.
+Patterns come from the folder and aren't trusted: one that backtracks without end would hold up every request,
+a count in braces takes memory in proportion, and a thousand patterns on a thousand modules are a million
+matches. But most patterns are plain module names, which are looked up; only the others are matched.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import regex
 T = TypeVar("T")
 
 MAX_PATTERN = 4096
-"""Characters of a pattern."""
+"""Limit of a pattern, in characters."""
 MAX_REPEATS = 10_000
-"""Largest product of the counts in a pattern: the library repeats in memory what is counted."""
+"""Largest product of a pattern's counts: the library copies in memory what is repeated."""
 MAX_PATTERNS = 512
-"""Patterns of one option that are no plain names."""
+"""Limit of one option's patterns that aren't plain names."""
 _MATCH_SECONDS = 0.05
 _OPTION_SECONDS = 0.2
-"""For all patterns of an option on one name."""
+"""For matching all patterns of one option against one name."""
 _LOAD_SECONDS = 5.0
 _GROUPS = 32
 
@@ -40,7 +40,7 @@ class BadPattern(ValueError):
 
 
 class Form(Enum):
-    """Where in a module's name PEFT looks for a pattern, as the expression that it makes of it."""
+    """Where PEFT searches a module's name for a pattern, as the expression that it builds for this."""
 
     WHOLE = "{}"
     KEY = r"(.*\.)?({})$"  # of rank and alpha patterns
@@ -50,19 +50,19 @@ class Form(Enum):
     LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
     def around(self, pattern: str) -> str:
-        """The expression, to be matched from the name's start."""
+        """The expression to match from the name's start."""
         return self.value.replace("{}", pattern)
 
 
 class Matching:
-    """The matching of one load: what it has compiled, and the time that it has taken."""
+    """Matches one load's patterns, and bounds the time that this takes in total."""
 
     def __init__(self, seconds: float = _LOAD_SECONDS) -> None:
         self._left = seconds
         self._compiled: dict[tuple[Form, str], regex.Pattern[str]] = {}
 
     def match(self, form: Form, pattern: str, name: str) -> regex.Match[str] | None:
-        """What of a name matches. Raises BadPattern."""
+        """Match a pattern against a name. Raises BadPattern."""
         compiled = self._compiled.get((form, pattern)) or self.compile(form, pattern)
         match = compiled.fullmatch if form is Form.WHOLE else compiled.match
         return self._timed(lambda: match(name, timeout=min(_MATCH_SECONDS, max(self._left, 0.001))))
@@ -76,7 +76,7 @@ class Matching:
 
     @property
     def left(self) -> float:
-        """Seconds that are left of the load's."""
+        """Seconds that the load has left."""
         return self._left
 
     def _timed(self, work: Callable[[], T]) -> T:
@@ -94,7 +94,7 @@ class Matching:
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuse what would take memory or time to compile, and what PEFT's own library reads in another way.
+    """Refuse patterns that are expensive to compile, and those that PEFT's library (`re`) reads differently.
 
     Raises:
         BadPattern.
@@ -105,7 +105,7 @@ def check_pattern(pattern: str) -> None:
     for braces in _BRACES.finditer(_ESCAPED.sub("x", pattern)):
         count = _COUNT.fullmatch(braces[1])
         if count is None:
-            raise BadPattern(f"{braces[0]!r} in it is no count")
+            raise BadPattern(f"{braces[0]!r} in it isn't a count")
         digits = max(count[1], count[2] or "", key=lambda number: (len(number), number))
         repeats *= max(1, int(digits[:9] or 0))
     if repeats > MAX_REPEATS:
@@ -114,15 +114,15 @@ def check_pattern(pattern: str) -> None:
 
 def _compile(form: Form, pattern: str) -> regex.Pattern[str]:
     whole = form.around(pattern)
-    re.compile(whole)  # what only the other library takes has no meaning in PEFT
+    re.compile(whole)  # PEFT uses re, so a pattern that only regex accepts has no meaning
     return regex.compile(whole)
 
 
 class KeyPatterns:
-    """Patterns of one option, and which of them is the first that fits a module's name.
+    """Finds the first of an option's patterns that matches a module's name.
 
     Args:
-        form: where they are looked for; not LAYER.
+        form: where a pattern must match; not LAYER.
 
     Raises:
         BadPattern: there are too many.
@@ -131,15 +131,15 @@ class KeyPatterns:
     def __init__(self, patterns: Iterable[str], form: Form, matching: Matching) -> None:
         self._form = form
         self._matching = matching
-        # By length, and by which of its characters are dots that stand for any one: the places, and by what
-        # is left of a name with dots there, the first pattern.
+        # Plain patterns by length, then by the positions of their unescaped dots, which match any character,
+        # then by their text: the first such pattern.
         self._plain: dict[int, dict[tuple[int, ...], dict[str, tuple[int, str]]]] = {}
         self._general: list[tuple[int, str]] = []
         for at, pattern in enumerate(patterns):
             if not self._add_plain(at, pattern):
                 self._general.append((at, pattern))
         if len(self._general) > MAX_PATTERNS:
-            raise BadPattern(f"{len(self._general)} of them are no plain names, the limit is {MAX_PATTERNS}")
+            raise BadPattern(f"{len(self._general)} of them aren't plain names, the limit is {MAX_PATTERNS}")
 
     def _add_plain(self, at: int, pattern: str) -> bool:
         if self._form in (Form.ANYWHERE, Form.LAYER, Form.WHOLE) or _PLAIN.fullmatch(pattern) is None:
@@ -158,7 +158,7 @@ class KeyPatterns:
         return True
 
     def first(self, name: str) -> str | None:
-        """The first pattern that fits. Raises BadPattern."""
+        """The first pattern that matches. Raises BadPattern."""
         best: tuple[int, str] | None = None
         for span in self._spans(name):
             for places, patterns in self._plain.get(len(span), {}).items():
@@ -179,7 +179,7 @@ class KeyPatterns:
         return None if best is None else best[1]
 
     def _spans(self, name: str) -> Iterator[str]:
-        """The parts of a name that a pattern may be equal to."""
+        """The parts of a name that a plain pattern may equal."""
         starts = [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
         for start in starts[1:] if self._form is Form.ENDING else starts:
             yield name[start:]
@@ -188,7 +188,7 @@ class KeyPatterns:
 
 
 class OptionByModule:
-    """An option with exceptions by pattern, such as `rank_pattern`."""
+    """An option with values by pattern, such as `rank_pattern`."""
 
     def __init__(self, values: Mapping[str, Any], form: Form, matching: Matching) -> None:
         self._values = values
@@ -198,11 +198,11 @@ class OptionByModule:
 
     @property
     def values(self) -> Collection[Any]:
-        """All that there are, whether or not a module has them."""
+        """All values, whether or not a module has them."""
         return self._values.values()
 
     def of(self, module: str, default: Any) -> Any:
-        """What the first pattern that fits the module's name says. Raises BadPattern."""
+        """The value of the first pattern that matches the module's name. Raises BadPattern."""
         if self._patterns is None:
             self._patterns = KeyPatterns(self._values, self._form, self._matching)
         key = self._patterns.first(module)
@@ -218,7 +218,7 @@ def _with_dots(text: str, places: tuple[int, ...]) -> str:
 
 
 def endings(name: str) -> Iterator[str]:
-    """A module's name, and what is left of it after each dot: what PEFT compares names of targets with."""
+    """A module's name and its rest after each dot, which PEFT compares targets with."""
     yield name
     while "." in name:
         name = name.partition(".")[2]

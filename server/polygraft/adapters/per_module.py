@@ -56,12 +56,12 @@ class ModuleSettings:
         scaling: float,
         bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A and B of one type, as they are but for that; None after noting that what they add isn't finite.
+        """A and B in one type, otherwise unchanged; None after noting that what they add isn't finite.
 
-        A module's two matrices have one type, whatever the file's have; the wider one holds both.
+        A module's two matrices must share a type, even if the file's don't: the wider one.
 
         Args:
-            scaling: what is multiplied by it afterwards, in float32.
+            scaling: applied later in float32.
             bias: scaled already.
         """
         dtype = torch.promote_types(a.dtype, b.dtype)

@@ -13,9 +13,9 @@ import torch
 class LowRank:
     """Adds `scaling * (x @ A.T) @ B.T + bias` to a module's output.
 
-    The scaling stays apart, since A and B mostly have the 16 bits of the file they come from: B times a
-    scaling that is no power of two doesn't fit in them. Kinds that compute A or B anyway do so in float32.
-    `FolderReader.keep` rounds what they compute once on a base in bfloat16, and on others not at all.
+    The scaling is kept apart, since A and B usually have their file's 16 bits, in which B times a scaling
+    that isn't a power of two doesn't fit. Kinds that compute A or B do so in float32; `FolderReader.keep`
+    rounds the result once on a bfloat16 base, and not at all on others.
 
     Args:
         a: [rank, in_features]
@@ -25,7 +25,7 @@ class LowRank:
             (DoRA); it becomes a scale when the base's weights are at hand.
         through_base: b is [in_features, rank] and stands for W b, W being the base's weight (HRA); likewise.
         of_base: what completes it when the base's weights are at hand, or None; likewise.
-        scaling: a number that float32 holds.
+        scaling: must be finite in float32.
     """
 
     a: torch.Tensor
@@ -99,7 +99,7 @@ class Scale:
         input: [in_features] or None.
         output: [out_features] or None.
         after_bias: whether the output is scaled with the module's bias in it.
-        of_sum: whether the output is scaled with the product of a `LowRank` in it, but for that one's bias.
+        of_sum: whether the scale applies to the output plus a `LowRank`'s product, but not to its bias.
     """
 
     input: torch.Tensor | None = None
@@ -153,7 +153,7 @@ class Dense(ABC):
 @dataclass(frozen=True, slots=True)
 class Kron:
     """Adds `x @ kron(w1, w2).T` to a module's output, never multiplied out; the scaling is folded into w1,
-    which is in float32 on every base.
+    which is float32 on every base.
 
     Args:
         w1: float32 [o1, i1]

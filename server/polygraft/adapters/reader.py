@@ -31,15 +31,15 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 4
 _SHORT.maxdict = _SHORT.maxlist = 20
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
-"""Looks at no more of a value than it shows: one may be a megabyte, or nested a thousand deep."""
+"""Reads no more of a value than it shows, since one may be a megabyte long or nested a thousand deep."""
 
 
 MAX_ENTRIES = 2**15
-"""Of a list or an object in the configuration."""
+"""Limit of a list or an object in the configuration."""
 
 
 def stays_finite(tensor: torch.Tensor, scaling: float) -> bool:
-    """Whether float32 holds a scaling, and what it makes of a tensor that isn't empty."""
+    """Whether a scaling and a nonempty tensor times that scaling are finite in float32."""
     factor = torch.tensor(scaling, dtype=torch.float32).abs()
     return bool((factor * max(1.0, float(tensor.abs().max()))).isfinite())
 
@@ -71,7 +71,7 @@ class FolderReader:
         self.matching = Matching()
         """Matches the configuration's patterns."""
         self.choice: Any = None
-        """What `targets.choose` has made of the targeting options."""
+        """Set by `targets.choose`: what the targeting options mean."""
         self._config = dict(folder.config)
         self._kind = self._config.get("peft_type")
         self._tensors = folder.take_tensors()
@@ -201,7 +201,7 @@ class FolderReader:
 
         Args:
             dtype: another type to keep it in.
-            scaling: what is multiplied by it afterwards, in float32, which must be finite as well.
+            scaling: applied later in float32; the product must be finite too.
         """
         kept = tensor.to(dtype or self._dtype or torch.float32).contiguous()
         if not torch.isfinite(kept).all() or not stays_finite(kept, scaling):

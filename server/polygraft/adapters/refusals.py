@@ -1,9 +1,9 @@
-"""Which options and kinds aren't served, and why: what an error tells beside "isn't served".
+"""Which options and kinds aren't served, and why, for error messages.
 
-A kind is refused because no compiler is registered for it. Of the options that no compiler took, those are
-refused that PEFT 0.21 knows for the kind, and those that are known to change what is computed. All others
-PEFT drops when it loads a folder (`from_peft_type` in peft/config.py), and so they are dropped here, with a
-warning. Tests keep the tables complete, by PEFT's own lists.
+A kind is refused if no compiler is registered for it. An option that no compiler took is refused if PEFT 0.21
+knows it for the kind, or if it is known to change what is computed. PEFT drops all others when it loads a
+folder (`from_peft_type` in peft/config.py), and so does Polygraft, with a warning. Tests keep the tables
+complete, by PEFT's own lists.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ UNSERVED: Mapping[str, frozenset[str]] = {
     "MULTITASK_PROMPT_TUNING": _OF_PROMPTS,
     "CPT": _OF_PROMPTS,
 }  # fmt: skip
-"""By kind, the options that PEFT knows and no compiler takes."""
+"""By kind: options that PEFT knows and no compiler takes."""
 
 _CHANGES: Mapping[str, str] = {
     "enable_lora": "before PEFT 0.4 it adapted parts of a fused module, by weights of another shape",
@@ -75,17 +75,17 @@ _CHANGES: Mapping[str, str] = {
     "lora_nums": "HydraLoRA weighs several B for each token, which no primitive does",
     "num_experts": "it weighs several LoRAs for each token, which no primitive does",
 }
-"""Options of other libraries, and of PEFT's past, that change what is computed; PEFT drops them."""
+"""Options of other libraries and of older PEFT that change what is computed, although PEFT drops them."""
 
 
 def judge_option(kind: object, key: str) -> tuple[bool, str]:
-    """What becomes of an option that no compiler took, and why ("" where nothing is known).
+    """Whether to refuse an option that no compiler took, and why ("" if unknown).
 
     Args:
         kind: its peft_type; another library's folder has none.
 
     Returns:
-        whether it is refused, not dropped as PEFT does.
+        whether to refuse it rather than drop it as PEFT does, and the reason.
     """
     if key in _CHANGES:
         return True, _CHANGES[key]

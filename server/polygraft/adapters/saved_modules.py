@@ -112,7 +112,7 @@ def take_norm(reader: FolderReader, base: BaseSpec, module: str, prefix: str) ->
 def _named_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
     """Take the option; the modules that it names."""
     endings = reader.option("modules_to_save", list, [])
-    # Any end of a name, not only whole parts of it. By the order of the option, as PEFT goes through it.
+    # As in PEFT, any suffix of a name matches, not only whole components, and the option's order counts.
     order = {ending: at for at, ending in enumerate(endings) if isinstance(ending, str) and ending}
     named: dict[str, list[str]] = {}
     for name in (*base.linears, *base.others):
@@ -123,7 +123,7 @@ def _named_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
         if not isinstance(ending, str) or not ending:
             reader.problems.append(f"modules_to_save must hold names: {shown(ending)}")
         elif ending not in named:
-            # As PEFT does: classes of other tasks have modules that a language model lacks.
+            # As PEFT does: model classes for other tasks have modules that a language model lacks.
             reader.warnings.append(f"modules_to_save: {shown(ending)} matches no module of the base")
     found = [name for ending in sorted(named, key=order.__getitem__) for name in named[ending]]
     reader.saved = tuple(ending for ending in endings if isinstance(ending, str))

@@ -51,8 +51,8 @@ def target_modules(reader: FolderReader, base: BaseSpec, also: Collection[str] =
 def find_targets(
     reader: FolderReader, base: BaseSpec, also: Collection[str] = (), *, required: bool = True
 ) -> Targets:
-    """Take the targeting options and return what they target, noting targets that can't be served. What is
-    in `modules_to_save` is no target. As in PEFT, one of several that doesn't exist is worth a warning.
+    """Take the targeting options and return the targets, noting those that can't be served. Modules in
+    `modules_to_save` are no targets. As in PEFT, a target that doesn't exist is a warning if others do.
 
     Args:
         also: modules other than linear ones that the kind is served on.
@@ -83,14 +83,14 @@ def find_targets(
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the targeting options mean on a base, whatever the kind is served on.
+    """What the targeting options mean on a base, whichever modules the kind supports.
 
     Args:
         is_empty: they name nothing.
-        is_bad: they can't be understood, which has been noted.
+        is_bad: they are invalid, which has been noted.
         named, kept, by_pattern: as in `Targets`.
-        found: of those that are named, what the other options leave.
-        missing: targets that name nothing.
+        found: the named modules that the other options leave.
+        missing: targets that match nothing.
     """
 
     is_empty: bool = False
@@ -103,8 +103,8 @@ class Choice:
 
 
 def choose(reader: FolderReader, base: BaseSpec) -> Generator[None, None, None]:
-    """Take the targeting options and leave in `reader.choice` what they mean, in slices: it yields where it
-    may be interrupted. The work is linear in the options, and in the base's modules."""
+    """Take the targeting options and store what they mean in `reader.choice`. Works in slices: it yields
+    where it may be interrupted. The work is linear in the options and in the base's modules."""
     targets = reader.option("target_modules", (str, list), None)
     excluded = reader.option("exclude_modules", (str, list), [])
     layers = reader.option("layers_to_transform", (int, list), None)
@@ -176,7 +176,7 @@ def _chosen(
             kept.add(name)
         if wanted:
             named.append(name)
-            # A module that is named in full is targeted in any layer.
+            # A module named in full is a target whatever its layer.
             if left_in and (in_layers or is_target.in_full(name)) and saved.first(name) is None:
                 found.append(name)
     return Choice(
@@ -209,11 +209,11 @@ class _Named:
         return found
 
     def in_full(self, name: str) -> bool:
-        """Whether a list has the whole name."""
+        """Whether a list contains the whole name."""
         return name in self._names
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
-        """What names none of these, which have all been asked for."""
+        """Targets that match none of these names; call it after asking about all of them."""
         if self._pattern is not None:
             return [] if self._matched else [self._pattern]
         known = {ending for name in names for ending in endings(name)}
@@ -221,7 +221,7 @@ class _Named:
 
 
 class _Layers:
-    """What `layers_to_transform` and `layers_pattern` leave in.
+    """The layers that `layers_to_transform` and `layers_pattern` include.
 
     Args:
         layers: None or an empty list for all.

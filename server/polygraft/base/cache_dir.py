@@ -14,21 +14,21 @@ VARIABLE = "POLYGRAFT_CACHE"
 
 
 def cache_dir() -> Path:
-    """`POLYGRAFT_CACHE`, or the platform's cache directory for this user; an empty variable is an unset one.
+    """`POLYGRAFT_CACHE`, or the platform's cache directory for this user; an empty variable counts as unset.
 
     Raises:
-        ConfigError: none of them is there, since the user has no home.
+        ConfigError: there is neither, since the user has no home.
     """
     if override := os.environ.get(VARIABLE):
         return Path(override).expanduser()
-    # A home that isn't known would become a folder named ~ in the working directory.
+    # platformdirs would turn an unknown home into a folder named ~ in the working directory.
     if not os.environ.get("XDG_CACHE_HOME") and not os.environ.get("HOME"):
         return _home() / ".cache" / "polygraft"
     return Path(platformdirs.user_cache_dir("polygraft"))
 
 
 def _home() -> Path:
-    """The home in the system's list of users, for want of HOME."""
+    """The home in the system's user database, for when HOME isn't set."""
     try:
         return Path(pwd.getpwuid(os.getuid()).pw_dir)
     except KeyError:

@@ -1,4 +1,4 @@
-"""The default model's configuration, so that a check of an adapter needs none of its 270 MB."""
+"""The default model's configuration, so that checking an adapter needn't download its 270 MB."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from polygraft.base.default_model import HUB_ID
 
 
 def default_config() -> LlamaConfig:
-    """What `convert` writes into the model's folder, as far as shapes and types depend on it.
+    """The part of what `convert` writes into the model's folder that determines shapes and types.
 
-    The GGUF is known by its hash, so its configuration can't change unnoticed.
+    The GGUF is pinned by its hash, so its configuration can't change unnoticed.
     """
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],

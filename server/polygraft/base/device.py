@@ -1,4 +1,4 @@
-"""Whether torch has the device that `--device` asks for, found out before anything is loaded."""
+"""Checks that torch has the device of `--device`, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ FLAG = "--device"
 
 
 def check_device(name: str) -> str:
-    """The device as torch calls it.
+    """The device by torch's name for it.
 
     Raises:
-        ConfigError: there is no such device, here or at all.
+        ConfigError: torch knows no such device, or this machine has none.
     """
     try:
         device = torch.device(name)

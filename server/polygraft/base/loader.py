@@ -38,7 +38,7 @@ class Base:
     """A loaded base model. The engine wraps its modules in place; nothing else may run it.
 
     Args:
-        name: as given to `--model`; of a folder its own name alone, since clients see it.
+        name: as given to `--model`; for a folder only its own name, since clients see it.
         context_length: most positions that are exact.
         parameters: of the whole model, counted before quantization packs them.
         weight_bytes: of all weights as they are held, shared ones once.
@@ -90,7 +90,7 @@ def load_base(
     device = check_device(device)
     attention.register()
     disable_progress_bar()
-    logging.getLogger("huggingface_hub").handlers.clear()  # its lines would come a second time
+    logging.getLogger("huggingface_hub").handlers.clear()  # otherwise its lines appear twice
     folder = resolve_model(model)
     config = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), model)
     compute = _compute_dtype(dtype, config, device)
@@ -144,7 +144,7 @@ def load_base(
     if tokenizer.size > spec.vocabulary_size:
         notes += (
             f"the tokenizer has ids up to {tokenizer.size - 1}, and there are embeddings for "
-            f"{spec.vocabulary_size} tokens: requests that hold others are refused",
+            f"{spec.vocabulary_size} tokens: requests with others are refused",
         )
     if max_context_length is not None:
         if max_context_length > limit:
@@ -165,7 +165,7 @@ def load_base(
 
 
 def base_config(model: str) -> Any:
-    """The base's configuration: the default model's is known, a hub id's is read from the hub alone.
+    """The base's configuration: the default model's is built in, others are read without their weights.
 
     Raises:
         BaseModelError: no such model.
@@ -177,7 +177,7 @@ def base_config(model: str) -> Any:
 
 
 def compute_dtype(model: str, dtype: str = "auto", device: str = "cpu") -> torch.dtype:
-    """What a base would compute in under these settings of `load_base`. Raises: as base_config."""
+    """The type that a base computes in under these settings of `load_base`. Raises: as base_config."""
     return _compute_dtype(dtype, base_config(model), device)
 
 
@@ -234,8 +234,8 @@ def _compute_dtype(dtype: str, config: Any, device: str) -> torch.dtype:
 
 
 def _eos_token_ids(model: PreTrainedModel, folder: str, tokenizer: TextTokenizer) -> tuple[int, ...]:
-    """All that the folder names as the end of an answer: in its generation_config.json, its tokenizer's files
-    and its config.json, where an architecture's default doesn't count."""
+    """All end tokens that the folder names, in generation_config.json, the tokenizer's files and config.json.
+    An architecture's default in config.json doesn't count."""
     raw, _ = PreTrainedConfig.get_config_dict(folder)
     named: list[Any] = [model.generation_config.eos_token_id if model.generation_config else None]
     parts = [raw, *(raw.get(part) for part in ("text_config", "decoder", "generator"))]

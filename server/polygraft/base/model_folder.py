@@ -16,16 +16,16 @@ def resolve_model(model: str) -> str:
     """A folder or hub id for `--model`; fetches and converts the default model on first use.
 
     Raises:
-        BaseModelError: as `locate`, or the default model can't be had.
+        BaseModelError: as `locate`, or the default model can't be fetched or converted.
     """
     return str(ensure_default_model()) if model == DEFAULT else locate(model)
 
 
 def locate(model: str) -> str:
-    """The folder, or the hub id where no folder has that name and it could be one.
+    """The folder, or the hub id if there is no such folder and the name could be one.
 
     Raises:
-        BaseModelError: it can only be a path, and there is no model at its end.
+        BaseModelError: it can only be a path, and there is no model there.
     """
     folder = Path(model).expanduser() if model.startswith("~") else Path(model)
     try:
@@ -47,7 +47,7 @@ def locate(model: str) -> str:
 
 
 def could_be_hub_id(model: str) -> bool:
-    """Whether it is NAME or OWNER/NAME and not written as a path."""
+    """Whether it has the form NAME or OWNER/NAME and isn't written as a path."""
     parts = model.split("/")
     return len(parts) <= 2 and all(parts) and parts[0] not in ("~", ".", "..")
 

@@ -37,7 +37,7 @@ def pack_linears(
     """Replace plain linear modules in place.
 
     Modules quantized by others stay as they are, and so does a tied partner: the embedding keeps a copy. The
-    head's outputs are in float32 from here on, whatever computes them.
+    head's outputs are float32 from here on, whatever computes them.
 
     Args:
         groups: names of modules that read the same input.
@@ -62,7 +62,7 @@ def pack_linears(
             if weight.device.type != "cpu" or weight.dtype not in DTYPES:
                 continue
             how = quantization.get(name, "none")
-            # oneDNN's products of 16 bits give 16 bits, and the head's sums are to stay as they are.
+            # oneDNN rounds products of 16-bit operands to 16 bits, and the head's sums must stay in float32.
             wide = name == head and weight.dtype != torch.float32
             if kernels is None and how != "none":
                 assert how == "int8"
@@ -92,7 +92,7 @@ def _head(model: nn.Module) -> str | None:
 
 
 def _widen(model: nn.Module, head: str) -> None:
-    """Have torch's own product give float32, where it is what computes the head."""
+    """Make a head that torch computes return float32."""
     module = model.get_submodule(head)
     if type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16):
         model.set_submodule(head, WideLinear(module))

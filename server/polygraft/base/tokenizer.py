@@ -1,4 +1,4 @@
-"""A tokenizer as it is served: what a text becomes depends on the text alone."""
+"""A tokenizer as it is served: a text's tokens depend on the text alone."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from polygraft.panics import is_panic
 
 T = TypeVar("T")
 DEFAULT_TEMPLATE = "default"
-"""The one of several chat templates that transformers takes unless it is told another."""
+"""Of several chat templates, the one that transformers uses by default."""
 SPECIAL_TOKENS = "special_tokens_map.json"
 _END_ROLES = ("eos_token", "eot_token")
-"""Special tokens that end an answer: of the sequence, and of a turn."""
+"""Special tokens that end an answer: at the end of the sequence, and of a turn."""
 _PROBE = "a b"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class TextTokenizer:
-    """The core of a tokenizer and what its files say beside it. Thread-safe: nothing changes it.
+    """A tokenizers `Tokenizer` and what its files say beside it. Thread-safe, since it never changes.
 
     Args:
-        backend: encodes and decodes; it neither truncates nor pads nor drops merges at random, whatever its
-            file says.
-        size: its largest id and one.
-        longest: characters of its longest token.
+        backend: encodes and decodes. It never truncates, pads or drops merges at random, whatever its file
+            says.
+        size: its largest id plus one.
+        longest: length of its longest token, in characters.
         hidden: texts of the tokens that decoding leaves out, by id.
         special_tokens: texts of the special tokens by role, such as "bos_token"; chat templates see them.
-        chat_templates: by name; `DEFAULT_TEMPLATE` is the one that is used.
+        chat_templates: by name; `DEFAULT_TEMPLATE` is used.
         ends: texts of the special tokens that end an answer.
-        class_name: transformers' class for it.
+        class_name: its class in transformers.
         hashes: SHA-256 in hexadecimal of the vocabulary's files that it was read from, by file name.
-        encoder: makes ids of a text, with special tokens or without, in the backend's place: where the
-            backend's time and memory aren't known to be bounded.
+        encoder: encodes a text, with special tokens or without, in place of a backend whose time and memory
+            aren't known to be bounded.
         warnings: what an operator should know.
     """
 
@@ -58,7 +58,7 @@ class TextTokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The template of a chat; None if there is none, or several and none of them is the default."""
+        """The default chat template, or None."""
         return self.chat_templates.get(DEFAULT_TEMPLATE) or None
 
     def special_id(self, role: str) -> int | None:
@@ -74,12 +74,12 @@ class TextTokenizer:
 
         Raises:
             ValueError: the tokenizer fails on this text.
-            TokenizerFailed: it takes more time or memory than it may.
-            ResourceExhausted: there is no process for it now, where it needs one.
+            TokenizerFailed: it exceeds its limit of time or memory.
+            ResourceExhausted: it needs a worker, and none is free.
         """
         if self.encoder is not None:
             return self.encoder(text, special)
-        # One text as well: only a batch is encoded with the interpreter's lock released.
+        # As a batch, even of one: only batches release the interpreter's lock.
         [encoding] = contained(lambda: self.backend.encode_batch_fast([text], add_special_tokens=special))
         ids: list[int] = encoding.ids
         return ids
@@ -91,10 +91,10 @@ class TextTokenizer:
 
 
 def contained(call: Callable[[], T]) -> T:
-    """Call into a tokenizer's core, where the content of its file decides which texts and tokens it fails on.
+    """Call into the tokenizers library, which may fail on any text or token that a file's author chose.
 
     Raises:
-        ValueError: it raised, or panicked, which would otherwise pass every `except Exception`.
+        ValueError: it raised or panicked. A panic would otherwise pass every `except Exception`.
     """
     try:
         return call()
@@ -109,16 +109,16 @@ def contained(call: Callable[[], T]) -> T:
 def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> TextTokenizer:
     """Take over a tokenizer that transformers has loaded; nothing else may use it afterwards.
 
-    Its files may hold settings for training: a length to truncate or pad to, and a probability (dropout) of
-    skipping merges. transformers' own calls switch the first two off and on in the shared core, so that a
-    request's tokens would depend on who came before; all are switched off here, once.
+    Its files may hold settings for training: truncation, padding, and a probability of skipping merges
+    (dropout). transformers' own calls switch the first two on and off in the shared backend, so a request's
+    tokens would depend on the requests before it. All three are switched off here, once.
 
     Args:
         loaded: a fast tokenizer of transformers.
         hashes: see `TextTokenizer`.
 
     Raises:
-        ValueError: it isn't a fast tokenizer, or it fails on the simplest text or leaves texts out.
+        ValueError: it isn't a fast tokenizer, fails on the simplest text, or drops or repeats text.
     """
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -152,7 +152,7 @@ def tokenizer_of(
     hashes: Mapping[str, str] | None = None,
     encoder: Callable[[str, bool], list[int]] | None = None,
 ) -> TextTokenizer:
-    """A tokenizer of its parts; the arguments are `TextTokenizer`'s."""
+    """A tokenizer made of its parts; the arguments are `TextTokenizer`'s."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
     return TextTokenizer(
         backend,
@@ -171,7 +171,7 @@ def tokenizer_of(
 
 
 def _templates(post_processor: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
-    """What a post-processor makes of one text, piece by piece, wherever that is written down."""
+    """The templates for a single text in a post-processor, nested ones included."""
     if post_processor["type"] == "TemplateProcessing":
         yield post_processor["single"]
     for part in post_processor.get("processors", ()):
@@ -185,16 +185,16 @@ def load_tokenizer(folder: str) -> TextTokenizer:
         folder: a local one, or a hub id.
 
     Raises:
-        OSError, ValueError: there is none, or none that is served.
+        OSError, ValueError: there is none, or it can't be served.
     """
-    # Here, since it imports torch, for which the process that tries adapters' tokenizers has no use.
+    # Imported here because it imports torch, which the workers that try adapters' tokenizers don't need.
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     contents = {file: _read(folder, file) for file in _VOCABULARIES}
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items() if content}
     tokenizer = text_tokenizer(loaded, hashes)
-    # transformers passes over this file where the tokens are listed elsewhere.
+    # transformers ignores this file if the tokens are listed elsewhere.
     special = json.loads(_read(folder, SPECIAL_TOKENS) or "{}")
     if not isinstance(special, dict):
         raise ValueError(f"{SPECIAL_TOKENS} must hold an object")
@@ -202,14 +202,14 @@ def load_tokenizer(folder: str) -> TextTokenizer:
 
 
 def named_ends(special_tokens: Mapping[str, Any]) -> tuple[str, ...]:
-    """Texts of what a file with special tokens by role names as ends of an answer."""
+    """Texts of the end tokens among special tokens by role, as a file lists them."""
     found = (special_tokens.get(role) for role in _END_ROLES)
     texts = (token.get("content") if isinstance(token, dict) else token for token in found)
     return tuple(text for text in texts if isinstance(text, str) and text)
 
 
 def _read(folder: str, file: str) -> bytes | None:
-    """A file beside a tokenizer that is loaded already; None if there is none."""
+    """A file of a tokenizer that has been loaded already, or None."""
     path = cached_file(
         folder,
         file,

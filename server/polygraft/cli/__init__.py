@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command that the process's arguments name, and exit."""
     if sys.argv[1:2] == ["serve"]:
-        # Before everything else: as process 1 of a container, a signal without a handler is lost.
+        # First of all: process 1 of a container loses signals that it has no handler for.
         from polygraft.early_signals import end_early
 
         end_early()

@@ -105,13 +105,13 @@ def check(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The base model: default, a local folder or a hub id; only its configuration is read."
+            help="The base model: default, a local folder or a hub id. Only its configuration is read."
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="As serve takes it.")] = None,
     adapter_dtype: Annotated[str | None, typer.Option(help="As serve takes it.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="The server's TOML file; its variables count as well.")
+        Path | None, typer.Option(help="The server's TOML file. Its environment variables count too.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -27,9 +27,9 @@ class Commands(TyperGroup):
         extra["standalone_mode"] = False
         try:
             status = super().main(*args, **extra)
-            sys.stdout.flush()  # here, where a failure can still be told
+            sys.stdout.flush()  # here, where a failure can still be reported
         except BrokenPipeError:
-            # Whoever read the output has seen enough, as `head` does. Typer does the same before this.
+            # The reader, such as `head`, has seen enough. Typer exits likewise when it gets the error first.
             discard_output()
             status = FAILED
         except Exception as error:

@@ -1,6 +1,6 @@
-"""Makes the process's surroundings sound before a command runs: streams, encodings, empty variables.
+"""Repairs the process's environment before a command runs: streams, encodings, empty variables.
 
-Only what the interpreter has loaded anyway is imported here.
+Imports only modules that the interpreter has loaded anyway.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def prepare() -> None:
 
 
 def discard_output() -> None:
-    """Let what is still buffered for standard output go nowhere, since nobody reads it any more."""
+    """Send what is still buffered for standard output to the null device: nobody reads it any more."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
 
 
 def require_temporary_folder() -> None:
-    """Raise ConfigError unless there is a folder for temporary files: torch can't be imported without."""
+    """Raise ConfigError unless there is a folder for temporary files: torch can't be imported without one."""
     import tempfile
 
     from polygraft.errors import ConfigError
@@ -41,26 +41,26 @@ def require_temporary_folder() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Give closed ones the null device: the first socket would take their number, and get the log."""
+    """Open closed ones on the null device: otherwise the first socket gets their number, and the log."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def _print_whatever_it_is() -> None:
-    """Escape what a console's encoding lacks, such as an emoji, instead of losing the answer."""
+    """Escape characters that the console's encoding lacks, such as emoji, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _drop_empty_variables() -> None:
-    """An empty variable means an unset one, to libraries too: an empty HOME would make / the home."""
+    """Unset empty variables, for libraries too: an empty HOME would make / the home."""
     for name in [*os.environ]:
         if os.environ[name] == "" and (name in _EMPTY_IS_UNSET or name.startswith("POLYGRAFT_")):
             del os.environ[name]

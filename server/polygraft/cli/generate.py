@@ -138,7 +138,7 @@ def generate(
 
 
 def _standard_input() -> str:
-    """All of it, which is UTF-8 whatever the console's encoding is."""
+    """All of it. It is UTF-8 whatever the console's encoding."""
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:

@@ -87,7 +87,7 @@ def to_json(value: Any, *, indent: int | None = 2) -> str:
             return value.isoformat()
         return dataclasses.asdict(value)
 
-    # Escapes of JSON's own where the console lacks characters: Python's would break it.
+    # Where the console lacks characters, JSON's own escapes: Python's would break the JSON.
     shows_all = (sys.stdout.encoding or "").lower().startswith("utf")
     return json.dumps(value, default=plain, ensure_ascii=not shows_all, indent=indent)
 

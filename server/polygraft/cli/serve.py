@@ -44,10 +44,10 @@ def read_config(arguments: Sequence[str]) -> ServerConfig:
 
 
 def settle(**given: Any) -> ServerConfig:
-    """Settle the server's settings for a command that doesn't serve: what is given, variables, the file.
+    """The server's settings for a command that doesn't serve, from arguments, environment and file.
 
     Raises:
-        ConfigError: as read_config, but what involves several settings isn't checked.
+        ConfigError: as read_config, except for checks that involve several settings.
     """
     from polygraft.config import ServerConfig
 
@@ -57,7 +57,7 @@ def settle(**given: Any) -> ServerConfig:
 
 @contextmanager
 def _named_by_flag() -> Iterator[None]:
-    """Turn what pydantic raises into ConfigError."""
+    """Turn pydantic's errors into ConfigError with the flag's name."""
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
@@ -70,7 +70,7 @@ def _named_by_flag() -> Iterator[None]:
 
 
 def _without_empty(arguments: Sequence[str]) -> list[str]:
-    """The arguments without flags that have an empty value: `--adapters "$UNSET"`, `--adapters=$UNSET`."""
+    """Drop flags with an empty value, such as `--adapters "$UNSET"` or `--adapters=$UNSET`."""
     kept: list[str] = []
     for argument in arguments:
         if argument == "" and kept and kept[-1].startswith("--") and "=" not in kept[-1]:

@@ -19,7 +19,7 @@ class Int8Linear(nn.Module):
 
     Args:
         weight: [out_features, in_features]; not kept.
-        wide: outputs are in float32, as the head's are, instead of the type of the rows.
+        wide: outputs are float32, as the head's, rather than of the rows' type.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, wide: bool = False) -> None:

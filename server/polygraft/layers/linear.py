@@ -59,7 +59,7 @@ class LinearGroup:
         biases: [out_features] each, or None.
         quantization: how the weights are kept.
         double: as `FourBitPanels` says.
-        wide: outputs are in float32, as the head's are, instead of the type of the weights.
+        wide: outputs are float32, as the head's, rather than of the weights' type.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from polygraft.layers.panels import unpack
 
 
 class PackedAdapter(NamedTuple):
-    """What an adapter has for one module; absent tensors are None.
+    """An adapter's tensors for one module; absent ones are None.
 
     Args:
         a: [rank, in_features], or in panels as `panels.pack` makes them.
@@ -88,10 +88,10 @@ class PackedAdapter(NamedTuple):
         return x
 
     def applied(self, x: torch.Tensor, out: torch.Tensor, weight: float) -> torch.Tensor:
-        """Outputs [rows, out_features] with all of it in, float32, for x float32 [rows, in_features].
+        """`out` [rows, out_features] with the adapter applied, float32, for x float32 [rows, in_features].
 
         Args:
-            weight: of what it adds.
+            weight: on what it adds.
         """
         width, out = out.shape[-1], out.float()
         scale = None if self.out_scale is None else self.out_scale[:width]

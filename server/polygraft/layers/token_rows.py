@@ -105,7 +105,7 @@ class AdaptedEmbedding(nn.Module):
             self._own[slot] = own
         if low_rank is not None:
             device = self.base_layer.weight.device
-            # Each token's in one run.
+            # Transposed copies, so that each token's numbers are contiguous.
             a, b = low_rank.a.t().to(device).clone().t(), low_rank.b.t().to(device).clone().t()
             self._low_rank[slot] = replace(low_rank, a=a, b=b)
 

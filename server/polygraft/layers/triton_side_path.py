@@ -6,10 +6,10 @@ is known of their speed, and no tile has been tuned.
 
 Shrink computes `h = weight scaling x A^T`, expand scales the outputs and adds `h B^T + weight bias` to them,
 for rows in segments that use one adapter each; segments that share rows are in separate calls, one after the
-other. A program has one tile of rows of one segment and finds its adapter's weights by the address and rank
-in the module's table, the same that the C++ operator reads (native/side_path.h's `Entry`): no weights are
-gathered, nothing is padded to the largest rank, and rows of no adapter are in no tile. Segments and the two
-products are Punica's SGMV (arXiv 2310.18547), ranks that differ within a step are S-LoRA's MBGMM (arXiv
+other. A program handles one tile of one segment's rows and finds its adapter's weights by address and rank in
+the module's table, the one that the C++ operator reads (native/side_path.h's `Entry`): no weights are
+gathered, nothing is padded to the largest rank, and rows without an adapter are in no tile. Segments and the
+two products are Punica's SGMV (arXiv 2310.18547), ranks that differ within a step are S-LoRA's MBGMM (arXiv
 2311.03285), weights by their addresses in a tensor are vLLM's (vllm/lora/ops/triton_ops).
 
 Import this module only where the kernels are to run; `low_rank_bank.choose_operators` does.

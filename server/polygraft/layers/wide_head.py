@@ -1,8 +1,8 @@
 """The output head's product in torch, with its sums in float32.
 
-torch rounds a product to the type of what it multiplies, so a model in bfloat16 gives logits of 16 on a grid
-of 0.125: tokens tie that shouldn't, and log-probabilities are off by as much. Where our own operator computes
-the head, `LinearGroup` keeps the sums as they are; this does it elsewhere.
+torch rounds a product to its operands' type, so in bfloat16 logits of about 16 lie on a grid of 0.125: tokens
+tie that shouldn't, and log-probabilities are off by as much. Where our own operator computes the head,
+`LinearGroup` keeps the sums in float32; this module does so elsewhere.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 _PIECE = 2**20
-"""Weights that are widened at a time: they stay in a core's cache."""
+"""Weights widened at a time: few enough to stay in a core's cache."""
 
 
 class WideLinear(nn.Linear):
-    """A linear module of 16 bits whose outputs are in float32.
+    """A linear module with 16-bit weights and float32 outputs.
 
     Args:
-        plain: what it is made of, and shares the parameters with.
+        plain: the module that it replaces and shares parameters with.
     """
 
     def __init__(self, plain: nn.Linear) -> None:
-        # On meta, so that no memory is taken for parameters that are replaced right away.
+        # On the meta device: the parameters are replaced right away and should take no memory.
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.weight, self.bias = plain.weight, plain.bias
 
@@ -43,7 +43,7 @@ def wide_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if rows.is_cuda:
         out = torch.mm(rows, weight.t(), out_dtype=torch.float32)
     else:
-        # A CPU's products of 16 bits give 16 bits, so the weights are widened, a piece at a time.
+        # On a CPU, products of 16-bit operands are rounded to 16 bits, so the weights are widened piecewise.
         out = torch.empty(len(rows), len(weight), dtype=torch.float32, device=x.device)
         rows = rows.float()
         step = max(1, _PIECE // weight.shape[1])

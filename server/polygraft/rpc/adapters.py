@@ -35,7 +35,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     def __init__(self, handle: EngineHandle, message_bytes: int = 4 * 2**20) -> None:
         self._handle = handle
-        # With room for the token and the fields' tags, and small enough to be made within a few milliseconds.
+        # Leaves room for the page token and the fields' tags, and is built within a few milliseconds.
         self._page_bytes = min(message_bytes // 2, _PAGE_BYTES)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:  # noqa: N802
@@ -90,7 +90,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         )
 
     def _page(self, infos: Sequence[AdapterInfo]) -> list[pb.Adapter]:
-        """As many of them as one message holds, at least one: their problems and warnings may be long."""
+        """As many adapters as one message holds, at least one. Their problems and warnings may be long."""
         page: list[pb.Adapter] = []
         size = 0
         for info in infos:

@@ -1,4 +1,4 @@
-"""A generation's messages, and what they cost to make."""
+"""Builds a generation's messages, off the event loop if they are large."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from polygraft_api.v1 import inference_pb2 as pb
 M = TypeVar("M", bound=Message)
 
 _QUICK_ENTRIES = 500
-"""Log-probabilities whose messages the event loop makes itself: some 2 ms."""
+"""Up to so many log-probabilities the event loop builds the messages itself, in some 2 ms."""
 _QUICK_BYTES = 65_536
-"""Bytes, roughly, that it serializes itself."""
+"""Up to about so many bytes it serializes itself."""
 
 
 def entries(tokens: tuple[TokenLogprob, ...]) -> int:
-    """How many messages log-probabilities become."""
+    """How many messages these log-probabilities become."""
     return sum(1 + len(token.top) for token in tokens)
 
 
 class Answer:
-    """Collects a generation's outputs: each becomes a chunk, and all of them the final message.
+    """Turns each of a generation's outputs into a chunk, and all of them into the final message.
 
     Args:
-        worker: makes and serializes what would hold the event loop up.
+        worker: builds and serializes messages that would block the event loop.
         want_ids: whether token ids are sent.
     """
 
@@ -36,12 +36,12 @@ class Answer:
         self._worker = worker
         self._want_ids = want_ids
         self._texts: list[str] = []
-        # What is collected lies where it is sent from: a copy at the end would cost as much again.
+        # Collected in the message that is sent, since a copy at the end would cost as much again.
         self._last = pb.GenerateStreamResponse()
         self._bytes = 0
 
     async def chunk(self, output: RequestOutput) -> pb.GenerateStreamResponse:
-        """The message of one output; the last of a generation is `final`'s."""
+        """The message of one output. The last one also holds the final message; see `finish`."""
         chunk = self._last if output.finished is not None else pb.GenerateStreamResponse()
         whole = self._last.final
         chunk.text = output.text
@@ -82,12 +82,12 @@ class Answer:
 
 
 async def encode(worker: Worker, message: M, size: int) -> M:
-    """The message, or what it is serialized to where that would hold the event loop up.
+    """The message, or its bytes, if serializing it would block the event loop.
 
-    Servicers return the result as if it were the message; the interceptor sends bytes as they are.
+    Servicers return either as if it were the message; the interceptor sends bytes as they are.
 
     Args:
-        size: how large it is, roughly, in bytes.
+        size: of the message, roughly, in bytes.
     """
     if size <= _QUICK_BYTES:
         return message

@@ -15,7 +15,7 @@ class Calls:
     """Knows every call in flight. `refusal` is what new ones get instead of being let in.
 
     Args:
-        most: calls of one connection or of many that may be in flight; None is any number.
+        most: calls in flight over all connections; None is any number.
     """
 
     def __init__(self, most: int | None = None) -> None:

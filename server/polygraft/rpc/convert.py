@@ -111,13 +111,13 @@ def tokenize_request(
 def detokenize_request(
     message: pb.DetokenizeRequest, model: ModelInfo
 ) -> tuple[tuple[int, ...], tuple[AdapterRef, ...]]:
-    """The ids to turn into text, and the adapters whose way it is. Raises InvalidRequest."""
+    """The ids to decode, and the adapters whose tokenizer does it. Raises InvalidRequest."""
     _check_room("token_ids", len(message.token_ids), "token ids", model)
     return tuple(message.token_ids), adapter_refs(message)
 
 
 def elements(message: Message) -> int:
-    """How many elements of a message are converted one by one; costs next to nothing."""
+    """How many elements of a message are converted one by one, which is cheap to count."""
     match message:
         case pb.ScoreRequest():
             own = len(message.continuations) + len(message.continuation_token_ids)
@@ -130,7 +130,7 @@ def elements(message: Message) -> int:
 
 
 def _check_room(field: str, count: int, what: str, model: ModelInfo) -> None:
-    """Refuse what the context can't hold, before anything is done with it: raises ContextLengthExceeded."""
+    """Raise ContextLengthExceeded for more than the context can hold, before any other work."""
     if count > model.context_length:
         raise ContextLengthExceeded(field, f"{count} {what}, the context holds {model.context_length} tokens")
 
@@ -155,7 +155,7 @@ def _input(message: pb.GenerateRequest | pb.ScoreRequest, model: ModelInfo) -> s
 def _chat(chat: pb.Chat, model: ModelInfo) -> Chat:
     if not chat.messages:
         raise InvalidRequest("chat.messages", "must not be empty")
-    # Templates give every message a token at least.
+    # Templates turn every message into at least one token.
     _check_room("chat.messages", len(chat.messages), "messages", model)
     for index, turn in enumerate(chat.messages):
         if not turn.role:
@@ -212,7 +212,7 @@ def _sampling(options: pb.SamplingOptions, model: ModelInfo) -> SamplingParams:
     _check("sampling.top_p", 0 < top_p <= 1, "in (0, 1]", top_p)
     _check("sampling.min_p", 0 <= min_p <= 1, "in [0, 1]", min_p)
     _check("sampling.seed", seed < 2**63, "in [0, 2^63)", seed)
-    # With less, logits that differ would all become as large as float32 is.
+    # A smaller one would turn different logits into float32's largest number.
     _check("sampling.repetition_penalty", 1e-6 <= repetition <= 100, "in [1e-6, 100]", repetition)
     _check("sampling.presence_penalty", -2 <= presence <= 2, "in [-2, 2]", presence)
     _check("sampling.frequency_penalty", -2 <= frequency <= 2, "in [-2, 2]", frequency)

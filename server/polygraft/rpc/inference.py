@@ -23,7 +23,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
 _QUICK_ELEMENTS = 500
-"""Messages of a chat, or continuations, that the event loop converts itself: some 2 ms."""
+"""Up to so many messages of a chat, or continuations, the event loop converts itself, in some 2 ms."""
 _QUICK_TOKENS = 8_192
 _QUICK_ENTRIES = 500
 
@@ -33,8 +33,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     Args:
         handle: the engine.
-        requests: converts those that would hold the event loop up.
-        answers: makes their messages; never refuses one that this servicer has begun.
+        requests: converts requests that would block the event loop.
+        answers: builds answers; its queue has room for every call that this servicer has begun.
     """
 
     def __init__(self, handle: EngineHandle, requests: Worker, answers: Worker) -> None:
@@ -68,7 +68,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _chunks(
         self, request: pb.GenerateRequest, answer: Answer
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        """All chunks but the last, which `answer` has then, with the whole."""
+        """All chunks but the last. Afterwards `answer` has that one, and the whole."""
         call, unique = self._ids()
         model = self._handle.model
         domain = await self._convert(request, lambda: convert.generate_request(request, unique, model))

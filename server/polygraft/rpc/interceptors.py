@@ -34,9 +34,9 @@ _log = logging.getLogger("polygraft.rpc")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _QUICK_BYTES = 65_536
-"""Messages up to this size are parsed by the event loop itself, in 1 ms."""
+"""The event loop parses messages up to this size itself, in 1 ms."""
 _STATUS_SECONDS = 5.0
-"""How long an error may take to leave."""
+"""How long sending an error may take."""
 _TRAVEL = 0.02
 """Seconds that a message takes at most, between machines that are near each other."""
 
@@ -48,16 +48,16 @@ class CallObserver(Protocol):
         """A call ended; `method` is one of the contract's, as /package.Service/Method."""
 
     def stream_unread(self, limit: str) -> None:
-        """A stream was ended since nobody read it: its output lay there for too long a "time"."""
+        """A stream was ended because its output was unread for too long; `limit` is "time"."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the contract's methods; of health and reflection it looks at the messages' size alone.
+    """Wraps the contract's methods; for health and reflection it only checks the messages' size.
 
     Args:
         calls: where calls in flight are kept.
         limits: on the size of messages.
-        worker: parses the large ones.
+        worker: parses large messages.
         writes: sends the messages of streams.
         observer: is told about each call's end.
         admin_token: what AdapterService asks for; None asks for nothing.
@@ -157,7 +157,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - the one place where errors become statuses
-            # A panic in Rust is no Exception: gRPC would never answer. A SystemExit would end the loop.
+            # A Rust panic isn't an Exception, and gRPC would never answer. A SystemExit would end the loop.
             code = code_of(error)
             await self._abort(details.method, context, name, error)
         finally:
@@ -177,7 +177,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with asyncio.timeout(_STATUS_SECONDS):
                 await context.abort(code, status.message, trailers)
         except TimeoutError:
-            # It waits behind output that nobody reads. gRPC keeps it for whoever may still come; we don't.
+            # The status is queued behind output that nobody reads. gRPC would keep waiting; we don't.
             raise asyncio.CancelledError from None
         raise AssertionError("abort raises")
 
@@ -185,7 +185,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if self._calls.refusal is not None:
             raise self._calls.refusal.with_traceback(None)  # one object for all: frames would pile up
         if not method.startswith(_ADMIN_PREFIX):
-            # Each holds its message in memory. AdapterService is let in, since it may be what mends things.
+            # Each call keeps its message in memory. AdapterService is exempt, since it may fix the overload.
             most = self._calls.most
             if most is not None and len(self._calls) > most:
                 raise ResourceExhausted(f"{most} other calls are in flight, which is the limit")
@@ -202,7 +202,7 @@ def _serializer(handler: grpc.RpcMethodHandler[Any, Any]) -> Callable[[Any], byt
     assert serialize is not None, "generated handlers have one"
 
     def pass_bytes(response: Any) -> bytes:
-        # A servicer has large answers serialized beside the loop.
+        # Servicers have large answers serialized off the event loop.
         return response if isinstance(response, bytes) else serialize(response)
 
     return pass_bytes

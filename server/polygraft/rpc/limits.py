@@ -1,4 +1,4 @@
-"""How large the messages of a method may be, where that is less than the server's own limit."""
+"""Size limits for messages of methods that need less than the server's own limit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from polygraft.engine.handle import ModelInfo
 from polygraft.errors import InvalidRequest
 
 _SMALL = 16 * 1024
-"""For names, paths and tokens of pages."""
+"""For names, paths and page tokens."""
 _ROOM = 64 * 1024
-"""For all fields but the one that grows with the context."""
+"""For all fields except the one that grows with the context."""
 _BYTES_PER_ID = 6
-"""A token id takes at most so many, with a tag of its own."""
+"""At most, with a tag of its own."""
 
 _DETOKENIZE = "/polygraft.v1.InferenceService/Detokenize"
 _GET_MODEL = "/polygraft.v1.InferenceService/GetModel"
@@ -18,13 +18,13 @@ _SMALL_SERVICES = ("/polygraft.v1.AdapterService/", "/grpc.health.v1.Health/", "
 
 
 class MessageLimits:
-    """What the messages of each method could need at most, looked at before they are parsed."""
+    """Checks messages against the most that their method could need, before they are parsed."""
 
     def __init__(self, model: ModelInfo) -> None:
         self._model = model
 
     def check(self, method: str, size: int) -> None:
-        """Raise InvalidRequest for a message of more bytes than its method has a use for."""
+        """Raise InvalidRequest for a message of more bytes than its method could need."""
         limit = self._of(method)
         if limit is not None and size > limit:
             raise InvalidRequest("request", f"{size} bytes, {method} takes at most {limit}")

@@ -12,9 +12,9 @@ from polygraft_api.v1 import adapters_pb2 as apb
 from polygraft_api.v1 import inference_pb2 as pb
 
 ID_BYTES = 3
-"""What a token id takes in a message, roughly."""
+"""Size of a token id in a message, roughly."""
 ENTRY_BYTES = 24
-"""The same for a token with its log-probability, or one of the likeliest."""
+"""Size of a token with its log-probability, or of one of the likeliest tokens, roughly."""
 
 
 def _usage(finished: Finished) -> pb.Usage:

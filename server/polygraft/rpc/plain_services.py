@@ -1,4 +1,4 @@
-"""Health and reflection: the libraries' own services, behind a check of their messages."""
+"""Health and reflection: the libraries' own services, with their messages checked first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def bounded(handler: Any, method: str, limits: MessageLimits) -> Any:
-    """The handler, behind a check of its messages before they are parsed: one that is too large or broken is
+    """The handler, with its messages checked before they are parsed: one that is too large or malformed is
     INVALID_ARGUMENT."""
     serializer = handler.response_serializer
 
@@ -41,8 +41,8 @@ def bounded(handler: Any, method: str, limits: MessageLimits) -> Any:
     if handler.response_streaming:
 
         async def unary_stream(data: bytes, context: Context) -> None:
-            # Health holds a lock while it tells a watcher: one that doesn't read would stop it for all, and a
-            # server that is to end could never say so.
+            # Health holds a lock while it writes to a watcher. One that doesn't read would block all others,
+            # and the server couldn't announce its shutdown.
             latest = _Latest()
             watching = asyncio.ensure_future(handler.unary_stream(await parse(data, context), latest))
             watching.add_done_callback(lambda _: latest.end())
@@ -62,7 +62,7 @@ def bounded(handler: Any, method: str, limits: MessageLimits) -> Any:
 
 
 class _Latest:
-    """Stands in for a call's context: takes messages at once, and gives the latest that hasn't been given."""
+    """Stands in for a call's context: accepts messages at once, and yields only the latest."""
 
     def __init__(self) -> None:
         self._message: Any = None
@@ -70,12 +70,12 @@ class _Latest:
         self._news = asyncio.Event()
 
     async def write(self, message: Any) -> None:
-        """Take a message, in the place of one that is still here."""
+        """Accept a message, replacing one that hasn't been sent."""
         self._message = message
         self._news.set()
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """No more messages will come."""
         self._ended = True
         self._news.set()
 

@@ -22,7 +22,7 @@ from polygraft_api.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inf
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 ADAPTERS = adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name
 _MAX_LARGE_MESSAGES = 64
-"""Most of them that wait to be parsed."""
+"""How many may wait to be parsed."""
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
@@ -57,7 +57,7 @@ class RpcServer:
             token.get_secret_value() if token else None,
         )
         self._server = grpc.aio.server(interceptors=[interceptor], options=_options(config))
-        # Each call has one of them made at a time, so that none is refused.
+        # One slot per call, since a call builds one answer at a time: none is refused.
         inference = InferenceServicer(handle, worker, Worker("large answers", _most_calls(config)))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters = AdapterServicer(handle, config.max_message_bytes)
@@ -75,12 +75,12 @@ class RpcServer:
         wanted = Address.parse("--listen", self._config.listen)
         port = wanted.port
         try:
-            # One by one: of a name's addresses, gRPC would be content with a part.
+            # One by one: given a name, gRPC is content if it can listen on some of its addresses.
             for address in wanted.resolve():
                 port = self._server.add_insecure_port(str(address.with_port(port)))
         except RuntimeError as error:
             await self._server.stop(None)
-            # gRPC doesn't say why. Nothing holds the port against a second try of ours.
+            # gRPC doesn't say why it failed; binding the port ourselves does.
             Reservation({"--listen": str(wanted)}).release()
             raise ConfigError("--listen", f"can't listen on {wanted}: {error}") from error
         await self._server.start()
@@ -99,7 +99,7 @@ class RpcServer:
 
 
 def _most_calls(config: ServerConfig) -> int:
-    """So many at once that a full queue is an answer, and none is needed beyond."""
+    """Calls in flight: enough to fill the queue and see it refuse, and no more."""
     return config.max_num_seqs + config.max_waiting + 64
 
 

@@ -91,7 +91,7 @@ def _error_info(reason: str, metadata: dict[str, str]) -> error_details_pb2.Erro
 
 
 def _bad_request(violations: list[tuple[str, str]], total: int) -> error_details_pb2.BadRequest:
-    """As many of the violations as fit into the trailers, and how many were left out of `total`."""
+    """As many violations as fit into the trailers, and a count of the rest of `total`."""
     bad = error_details_pb2.BadRequest()
     for done, (field, problem) in enumerate(violations):
         if done == _MAX_VIOLATIONS or bad.ByteSize() > _MAX_DETAILS - 2 * _MAX_DESCRIPTION:

@@ -1,4 +1,4 @@
-"""Sends the messages of streams, and notices when nobody takes them."""
+"""Sends the messages of streams, and notices when nobody reads them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Writes:
-    """The messages of all streams that are on their way out.
+    """The messages of all streams that are being sent.
 
-    gRPC takes a message when the caller's connection has room for it, so one that stays is one that nobody
-    reads. One timer watches all: a timer for each message would cost the loop more than the message.
+    gRPC accepts a message once the caller's connection has room for it, so a message that stays is one that
+    nobody reads. One timer watches them all: a timer for each would cost the loop more than the message.
 
     Args:
-        timeout: seconds that a message may take.
-        overdue: is called for each that took longer.
+        timeout: seconds that sending a message may take.
+        overdue: called for each message that took longer.
     """
 
     def __init__(self, timeout: float, overdue: Callable[[], None]) -> None:
         self._timeout = timeout
         self._note = overdue
-        # Of each task that sends, when it began; the oldest first.
+        # When each sending task began, oldest first.
         self._sending: dict[asyncio.Task[Any], float] = {}
         self._overdue: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -42,10 +42,10 @@ class Writes:
         try:
             await context.write(message)
         except asyncio.CancelledError:
-            # Another cancellation may have come meanwhile: then the call has been given up anyway.
+            # If the call itself was cancelled meanwhile, there is nobody left to tell.
             if task in self._overdue and task.uncancel() == 0:
                 self._note()
-                raise OutputUnread(f"nobody took any output for {self._timeout:g} s") from None
+                raise OutputUnread(f"nobody read any output for {self._timeout:g} s") from None
             raise
         finally:
             del self._sending[task]

@@ -1,7 +1,7 @@
 """The HTTP endpoint that Prometheus scrapes.
 
-It is open to whoever reaches it, so whatever a connection does costs a bounded amount: one thread serves them
-all, each gets a few seconds for one request, and the oldest gives way when there are too many.
+Anyone who can reach it may connect, so the cost of connections is bounded: one thread serves them all, each
+gets a few seconds for one request, and a new one beyond the limit closes the oldest.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from polygraft.addresses import Address, listening_error
 
 PATH = "/metrics"
 CONNECTIONS = 32
-"""Most connections at a time; whoever scrapes needs one or two."""
+"""At a time; a scraper needs one or two."""
 
 REQUEST_BYTES = 8192
 REQUEST_SECONDS = 5.0
-"""What a request may take, from the connection to the end of its headers."""
+"""From the connection to the end of the request's headers."""
 
 ANSWER_SECONDS = 10.0
-"""What the other side gets to read the answer."""
+"""How long the other side may take to read the answer."""
 
 
 class MetricsEndpoint:
@@ -118,9 +118,9 @@ class MetricsEndpoint:
                 writer.close()
                 await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.CancelledError):
-            pass  # cancelled by what came later, or by closing: either way nobody waits for this task
+            pass  # cancelled by a later connection or by closing; either way nobody waits for this task
         finally:
-            writer.transport.abort()  # does nothing where it is closed
+            writer.transport.abort()  # does nothing if it is closed
             self._connections.pop(task, None)
 
     async def _answer(self, reader: asyncio.StreamReader) -> bytes:
@@ -152,10 +152,10 @@ class MetricsEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What is read of a request.
+    """The parts of a request that matter here.
 
     Args:
-        names: the metrics that `name[]` asks for; empty is all.
+        names: the metrics that `name[]` asks for; empty for all.
     """
 
     method: str
@@ -166,7 +166,7 @@ class _Request:
 
     @classmethod
     def parse(cls, head: bytes) -> Self | None:
-        """Read the request line and the headers; None if they are none."""
+        """Parse the request line and the headers; None if they are malformed."""
         line, _, rest = head.partition(b"\r\n")
         try:
             method, target, version = line.decode("ascii").split(" ")

@@ -13,20 +13,19 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """The id of the call that the current task serves; "-" outside of any."""
 
 _MOST = 8192
-"""Characters of a line."""
+"""Limit of a line, in characters."""
 _FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
 
 
 class _OneLine(logging.Formatter):
-    """Keeps what a record quotes from forging another: a message is one line, and those of a traceback are
-    indented."""
+    """Keeps quoted text from forging log lines: a message is one line, a traceback's lines are indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """The line, with what can't be printed escaped."""
+        """The line, with unprintable characters escaped."""
         return printable(super().formatMessage(record), _MOST)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
-        """The traceback."""
+        """The traceback, indented."""
         lines = super().formatException(ei).splitlines()
         return "\n".join(f"    {printable(line, _MOST)}" for line in lines)
 

@@ -97,11 +97,11 @@ class Metrics:
         self._calls = self._counter("rpcs", "RPCs that ended, by method", ("method",))
         self._errors = self._counter("errors", "RPCs that ended with an error", ("method", "code"))
         self._unread_streams = self._counter(
-            "unread_streams", "Streams ended since nobody read them, by the limit", ("limit",)
+            "unread_streams", "Streams ended because nobody read them, by limit", ("limit",)
         )
         for limit in ("bytes", "time"):
             self._unread_streams.labels(limit)
-        self._unread = self._gauge("unread_bytes", "Memory of output that nobody has read yet")
+        self._unread = self._gauge("unread_bytes", "Memory of unread output")
 
     def _define_steps(self) -> None:
         self._steps = self._counter("steps", "Engine steps, by the path of low-rank weights", ("path",))
@@ -240,11 +240,11 @@ class Metrics:
         self._combined_capacity.set(occupancy.combined_bytes_capacity)
 
     def stream_unread(self, limit: str) -> None:
-        """Count a stream that was ended since nobody read it, by "bytes" or "time"."""
+        """Count a stream that was ended because nobody read it, by "bytes" or "time"."""
         self._unread_streams.labels(limit).inc()
 
     def unread_changed(self, unread: int) -> None:
-        """Show how many bytes lie unread."""
+        """Show how many bytes are unread."""
         self._unread.set(unread)
 
     def step_finished(self, stats: StepStats) -> None:
@@ -306,7 +306,7 @@ class Metrics:
                 metric.remove_by_labels({"adapter": info.name})
 
     def _count_adapter(self, before: AdapterInfo | None, now: AdapterInfo | None) -> None:
-        """Move one from what it was to what it is; a store may hold thousands."""
+        """Update the totals by one adapter's change, since a store may hold thousands of adapters."""
         for info, sign in ((before, -1), (now, 1)):
             if info is not None:
                 self._adapters.labels(info.state.value).inc(sign)

@@ -171,7 +171,7 @@ class _Adapter:
         settings, hidden = self.settings, self.source.base.hidden_size
         at, by_channel = int(settings.norm_before), settings.scaling == "channel"
         norm = self._norm("adapter_norm_before", "adapter_down.0") if settings.norm_before else None
-        # What a vector or a PReLU's slope multiplies is computed in float32 and rounded at most once.
+        # A matrix with a vector or a PReLU's slope folded in is computed in float32 and rounded at most once.
         computes_up = by_channel or settings.activation == PRELU
         down = self._linear(f"adapter_down.{at}", "down", hidden, self.width, wide=settings.norm_before)
         up = self._linear("adapter_up", "up", self.width, hidden, wide=computes_up)
@@ -213,7 +213,7 @@ class _Adapter:
         kept_up = reader.keep(primitive.up, self.module) if computes_up else primitive.up
         if kept_down is None or kept_up is None:
             return None
-        # A bottleneck's two matrices have one type, whatever the file's have.
+        # A bottleneck's two matrices must share a type, even if the file's don't.
         dtype = torch.promote_types(kept_down.dtype, kept_up.dtype)
         return dataclasses.replace(
             primitive, down=kept_down.to(dtype).contiguous(), up=kept_up.to(dtype).contiguous()
@@ -225,7 +225,7 @@ class _Adapter:
         """Weight [outputs, inputs] and bias [outputs] of a projection.
 
         Args:
-            wide: the weight in float32, to compute another from it.
+            wide: return the weight in float32, since another is computed from it.
         """
         if self.settings.phm is not None:
             return self.settings.phm.linear(f"{self.module}.{module}", position, inputs, outputs, wide=wide)
@@ -259,7 +259,7 @@ class _Adapter:
         return None if scaling is None else torch.tensor(scaling, dtype=torch.float32)
 
     def _is_finite(self, up: torch.Tensor, up_bias: torch.Tensor | None, scaling: torch.Tensor) -> bool:
-        """Whether the scaling leaves a projection's weight and bias finite; notes where not."""
+        """Whether a projection's weight and bias stay finite when scaled; notes it if not."""
         largest = scaling.abs().max() * max(1.0, float(up.abs().max()))
         if largest.isfinite() and (up_bias is None or (up_bias * scaling).isfinite().all()):
             return True

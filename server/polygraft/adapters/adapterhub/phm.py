@@ -57,7 +57,7 @@ class PHM:
         Args:
             module: the layer's name.
             position: "down" or "up", which shared weights are named by.
-            wide: the weight in float32, to compute another from it.
+            wide: return the weight in float32, since another is computed from it.
         """
         reader = self._source.reader
         if not self._is_usable:

@@ -59,7 +59,7 @@ def read_prompts(path: Path) -> dict[str, list[str]]:
 
 
 async def with_template(client: AsyncClient, adapters: Iterable[Adapter]) -> set[str]:
-    """The adapters, `BASE` among them, of which a chat can be asked; raises what the client raises."""
+    """The adapters, possibly `BASE`, that have a chat template. Raises what the client raises."""
     names = (BASE, *(adapter.name for adapter in adapters))
     return {name for name in names if (await client.model(adapter=name)).has_chat_template}
 
@@ -86,7 +86,7 @@ async def send(
     """Send all requests at the same time and wait for every answer; raises what the client raises.
 
     Args:
-        chats: the adapters, `BASE` among them, that have a chat template; the others get bare text.
+        chats: the adapters, possibly `BASE`, that have a chat template; the others get bare text.
     """
 
     async def one(index: int, ask: Ask) -> Generation:

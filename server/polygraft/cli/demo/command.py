@@ -42,7 +42,7 @@ def demo(
         from polygraft.base.default_model import ensure_default_model
 
         with _ended_by_sigterm():
-            ensure_default_model()  # here, and not in the server, for its progress bar
+            ensure_default_model()  # here rather than in the server, to show the progress bar
     command = serve_command("--model", model, "--adapters", str(adapters), "--kv-cache-bytes", kv_cache_bytes)
     out = console()
     with _ended_by_sigterm(), ServerProcess(command) as server:

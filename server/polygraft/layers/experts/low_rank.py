@@ -52,7 +52,7 @@ class ExpertSlots:
         self._device = device
         self._panel = kernels.panel if kernels else out_features
         self._table = torch.zeros(0, ENTRY, dtype=torch.int64, device=device)
-        # By adapter: A and B, a row of bytes for each expert, and the scaling.
+        # By adapter: A and B, each with a row of bytes per expert, and the scaling.
         self._weights: dict[int, tuple[_Stacked, _Stacked, float]] = {}
         self._struct = GroupStruct(in_features=in_features, modules=1)
         self._struct.module[0].width = out_features

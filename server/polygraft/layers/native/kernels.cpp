@@ -27,8 +27,8 @@ extern "C" {
 // Columns in a panel of packed weights.
 int64_t polygraft_panel() { return kPanel; }
 
-// x [rows, in] in the base's type; outs [modules][rows, width] in `out_dtype`, which is the base's or float32, as the
-// head's is: what reads logits reads the sums; segments [n] of `Segment`; scratch float32
+// x [rows, in] in the base's type; outs [modules][rows, width] in `out_dtype`, which is the base's, or float32 for
+// the head, whose sums aren't rounded; segments [n] of `Segment`; scratch float32
 // [rows, kMaxModules * max_rank].
 void polygraft_linear(int dtype, int out_dtype, const void* group, const void* x, int64_t rows, void* const* outs,
                       const void* segments, int64_t num_segments, float* scratch, int64_t max_rank,

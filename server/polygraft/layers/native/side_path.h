@@ -31,9 +31,9 @@ struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
   double scaling;         // of B A
 
   bool a_in_panels() const { return flags & kAInPanels; }
-  // Whether out_scale multiplies the base's product with B A in it (DoRA), and not the base's alone.
+  // Whether out_scale multiplies the sum of the base's product and B A (DoRA), not the base's product alone.
   bool scales_sum() const { return flags & kScalesSum; }
-  // B often has 16 bits, in which a scaling would be rounded: so it is multiplied into x A^T, in float32.
+  // B often has 16 bits, so the scaling is multiplied into x A^T in float32; times B it would be rounded.
   float factor(float weight) const { return weight * float(scaling); }
 };
 
