@@ -44,23 +44,23 @@ class AdapterPrompts:
     def reading(
         self, folder: AdapterFolder, vocabulary: int | None = None
     ) -> Generator[None, None, Prompts | None]:
-        """`read`, in a job that doesn't hold up the engine's thread while a worker tries the files."""
+        """Like `read`, as a job that doesn't block the engine's thread while a worker tries the files."""
         if not folder.texts:
             return self.read(folder, vocabulary)
         return (yield from aside(lambda: self.read(folder, vocabulary), "adapters' tokenizers"))
 
     def read(self, folder: AdapterFolder, vocabulary: int | None = None) -> Prompts | None:
-        """What a folder brings along; None if that is the base's own. A chat template that it lacks is the
-        base's, and so are the special tokens if it names none.
+        """What a folder brings along; None if it equals the base's. If it lacks a chat template or names no
+        special tokens, those are the base's.
 
-        What isn't the base's is read and tried by a worker first, for which this waits.
+        A worker first reads and tries whatever isn't the base's; this waits for it.
 
         Args:
             vocabulary: tokens that the adapter has rows for, if not as many as the base.
 
         Raises:
-            AdapterInvalid: a file is broken, or takes more time or memory than it may.
-            ResourceExhausted: there is no process to try it in.
+            AdapterInvalid: a file is broken, or exceeds its limit of time or memory.
+            ResourceExhausted: no worker is available.
         """
         with self._reading:
             return self._read(folder, vocabulary)
@@ -78,7 +78,7 @@ class AdapterPrompts:
         if tokenizer.size > known and (tokenizer.size > base.size or vocabulary is not None):
             warnings.append(
                 f"its tokenizer has ids up to {tokenizer.size - 1}, and there are embeddings for {known} "
-                "tokens: requests that hold others are refused. If it was trained with them, their rows are "
+                "tokens: requests with others are refused. If it was trained with them, their rows are "
                 "missing (modules_to_save, or save_embedding_layers)"
             )
         is_own = (
@@ -117,7 +117,7 @@ class AdapterPrompts:
 
 
 def _ends(named: EndTokens, tokenizer: TextTokenizer) -> tuple[list[int], list[str]]:
-    """Ids of what a folder names as the end of an answer, and warnings of those that are none."""
+    """Ids of the end tokens that a folder names, and warnings about those that its tokenizer doesn't know."""
     ends, warnings = list(named.ids), []
     for file, token in named.tokens:
         id = tokenizer.backend.token_to_id(token)

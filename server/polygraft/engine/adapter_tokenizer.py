@@ -1,4 +1,4 @@
-"""Reads the tokenizer that an adapter's folder brings along, from its files' bytes alone."""
+"""Reads an adapter's tokenizer from nothing but its files' bytes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _CLASS = re.compile(r"[A-Za-z0-9_]+Tokenizer(Fast)?")
 def read_tokenizer(name: str, files: Mapping[str, bytes]) -> TextTokenizer:
     """The tokenizer of these files, as transformers reads them.
 
-    Nothing but the bytes that are given is read, no code in them is run, and the same bytes always give the
-    same tokenizer; so one process can try what another then uses.
+    It reads only the given bytes and runs no code in them, and the same bytes always give the same tokenizer.
+    So one process can try what another then uses.
 
     Args:
         name: the adapter's, for errors.
-        files: content by file name: a tokenizer.json, or a slow tokenizer's vocabulary of which `slow_class`
-            knows the class; a configuration and added tokens may be beside it.
+        files: content by file name: a tokenizer.json, or a slow tokenizer's vocabulary for which `slow_class`
+            finds a class; possibly a configuration and added tokens too.
 
     Raises:
         AdapterInvalid: they can't be read.
     """
-    # With a tokenizer.json the class itself and not Auto: it doesn't matter which class they name.
+    # With a tokenizer.json, this class and not AutoTokenizer: which class the files name doesn't matter.
     loader = PreTrainedTokenizerFast if TOKENIZER in files else slow_class(name, files)
     what = TOKENIZER if TOKENIZER in files else "its tokenizer"
     if loader is None:
@@ -42,13 +42,13 @@ def read_tokenizer(name: str, files: Mapping[str, bytes]) -> TextTokenizer:
             (Path(aside) / file).write_bytes(content)
         try:
             return text_tokenizer(loader.from_pretrained(aside, local_files_only=True))
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with the files, the load fails with it
+        except Exception as error:  # noqa: BLE001 - any error of the files fails the load
             raise AdapterInvalid(name, [f"{what} can't be read: {error}"]) from None
 
 
 def slow_class(name: str, files: Mapping[str, bytes]) -> Any:
     """The class of transformers that the configuration names for a vocabulary without tokenizer.json; None if
-    it names none, or none that can be built of these files.
+    it names none, or one that can't be built from these files.
 
     Raises:
         AdapterInvalid: the configuration can't be read.
@@ -56,7 +56,7 @@ def slow_class(name: str, files: Mapping[str, bytes]) -> Any:
     named = read_object(name, files, CONFIG).get("tokenizer_class")
     if not isinstance(named, str) or not _CLASS.fullmatch(named):
         return None
-    # Here, since it imports torch, for which the process that tries a tokenizer.json has no use.
+    # Imported here because it imports torch, which a worker that tries a tokenizer.json doesn't need.
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     found = tokenizer_class_from_name(named)

@@ -16,8 +16,8 @@ class Answers:
         self._prompts = prompts
 
     def describe(self, generation: Generation) -> None:
-        """Put texts to the likelihoods that have come. After every step, since those of a whole prompt would
-        take longer than a step."""
+        """Add texts to the new likelihoods. Called after every step, since doing a whole prompt's at once
+        would take longer than a step."""
         if generation.untold:
             generation.described += self._prompts.of(generation.stack).texts.describe(generation.untold)
             generation.untold.clear()

@@ -1,4 +1,4 @@
-"""Waits for a call on another thread without holding up the engine's."""
+"""Waits for a call on another thread without blocking the engine's."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _GLANCE_SECONDS = 0.001
-"""How long each look waits: the engine's thread must not spin while nothing else is to be done."""
+"""How long each check waits, so that the engine's thread doesn't spin while it has nothing else to do."""
 
 
 def aside(call: Callable[[], T], name: str) -> Generator[None, None, T]:
-    """Run a call that blocks, on a process or a disk, on a thread of its own; a job yields from this until it
-    is done.
+    """Run a call that blocks on a process or a disk on a thread of its own. A job yields from this until the
+    call is done.
 
     Args:
-        name: of the thread. It is a daemon, so that a server may end meanwhile.
+        name: of the thread. It is a daemon, so the server may end meanwhile.
 
     Raises: what the call does.
     """
@@ -27,7 +27,7 @@ def aside(call: Callable[[], T], name: str) -> Generator[None, None, T]:
     def run() -> None:
         try:
             done.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting job
             done.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()

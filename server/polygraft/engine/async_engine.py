@@ -41,8 +41,8 @@ class AsyncEngine:
     """`EngineHandle` over an engine on a thread of this process.
 
     The thread alone touches the engine; calls reach it through an inbox that it empties between steps, and
-    each step's outputs come back to the loop in one hand-over. Whatever ends the thread, be it an error or a
-    hang, ends every request and command with `EngineDead`; so does an error while outputs are handed on.
+    each step's outputs come back to the loop in one hand-over. If an error or a hang ends the thread, or
+    handing on outputs fails, every request and command ends with `EngineDead`.
 
     Args:
         engine: loaded; this object owns it from here on.
@@ -77,7 +77,7 @@ class AsyncEngine:
 
     def start(self) -> None:
         """Start stepping."""
-        self._engine.take_news(StepResult())  # what loading has brought, which the registry tells now
+        self._engine.take_news(StepResult())  # drop news from loading, which the registry has already
         for info in self.list_adapters():
             if info.state is AdapterState.FAILED:
                 self._observer.adapter_load_failed(info)
@@ -124,7 +124,7 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Queue what is prepared and hand on what comes of it; closing this aborts it."""
         try:
-            # Draining may have begun while it was prepared, and the engine have died.
+            # Draining may have begun, or the engine died, while the request was prepared.
             self._check_open()
             stream = self._streams.open(request_id, stack)
         except BaseException:
@@ -258,7 +258,7 @@ class AsyncEngine:
 
     @property
     def failure(self) -> BaseException | None:
-        """What killed the engine, or None while it works."""
+        """What killed the engine, or None while it runs."""
         return self._failure
 
     async def wait_failed(self) -> None:
@@ -283,7 +283,7 @@ class AsyncEngine:
         return aborted
 
     async def _until_idle(self, timeout: float) -> bool:
-        """Wait until no request is left; returns whether that is so after `timeout` seconds."""
+        """Wait up to `timeout` seconds until no request is left; returns whether none is."""
         await self._first(asyncio.ensure_future(self._streams.idle.wait()), timeout)
         return self._streams.idle.is_set()
 
@@ -307,14 +307,14 @@ class AsyncEngine:
 
     def _deliver(self, result: StepResult) -> None:
         if self._failure is not None:
-            return  # everybody has been told; the thread comes out of a hang
+            return  # all have been answered; the thread is coming out of a hang
         try:
             self._streams.deliver(result)
-        except BaseException as error:  # noqa: BLE001 - somebody's output may be lost: nobody may wait for it
+        except BaseException as error:  # noqa: BLE001 - an output may be lost, and nobody may wait for it
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """End everything: the engine's state is unknown, and nobody may go on with it."""
+        """End everything: the engine's state is unknown, so it must not be used any further."""
         if self._failure is not None:
             return
         log.critical("the engine has failed", exc_info=error)

@@ -1,4 +1,4 @@
-"""Whether an adapter's tokenizer is the base's own, however it was saved."""
+"""Recognizes the base's own tokenizer in an adapter's folder, however it was saved."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from polygraft.engine.prompt_files import SENTENCEPIECE
 from polygraft.errors import AdapterInvalid
 
 _MAX_SENTENCEPIECE_BYTES = 2**23
-"""Twice Gemma's; a larger one is compared by its hash alone."""
+"""Twice Gemma's; larger ones are compared only by hash."""
 
 
 class BaseVocabulary:
-    """The base's tokenizer in the forms that others are compared with."""
+    """The base's tokenizer in the forms that others are compared to."""
 
     def __init__(self, base: TextTokenizer) -> None:
         self._base = base
@@ -27,7 +27,7 @@ class BaseVocabulary:
 
     @property
     def whole(self) -> bytes:
-        """As a tokenizer.json, written anew each time: it may take 30 MB."""
+        """As a tokenizer.json. It may take 30 MB, so it isn't kept."""
         return self._base.backend.to_str().encode()
 
     @cached_property
@@ -36,7 +36,7 @@ class BaseVocabulary:
 
     @cached_property
     def skeleton(self) -> bytes:
-        """The same without all but the added tokens."""
+        """The same with nothing but the added tokens."""
         content = json.loads(self.whole)
         vocabulary = {token["content"]: token["id"] for token in content["added_tokens"]}
         content["model"] = {"type": "BPE", "vocab": vocabulary, "merges": []}
@@ -44,17 +44,17 @@ class BaseVocabulary:
         return json.dumps(content).encode()
 
     def adds_nothing(self, tokenizer: TextTokenizer) -> bool:
-        """Whether a tokenizer that was read from the skeleton has the base's added tokens and no others."""
+        """Whether a tokenizer has exactly the base's added tokens; meant for one read from the skeleton."""
         return _added_tokens(tokenizer) == self._added
 
     def equals(self, tokenizer: TextTokenizer) -> bool:
-        """Whether a tokenizer does what the base's does."""
+        """Whether a tokenizer equals the base's."""
         if not self.adds_nothing(tokenizer):
             return False
         return hashlib.sha256(tokenizer.backend.to_str().encode()).digest() == self._digest
 
     def is_file(self, file: str, content: bytes) -> bool:
-        """Whether the base was read from a file of this name and content."""
+        """Whether the base was read from a file with this name and content."""
         return self._base.hashes.get(file) == hashlib.sha256(content).hexdigest()
 
     def says_the_same(self, name: str, file: str, content: bytes) -> bool:
@@ -81,7 +81,7 @@ class BaseVocabulary:
             raise AdapterInvalid(name, [f"{file} can't be read: {error}"]) from None
 
     def _has_pieces(self, content: bytes) -> bool:
-        """Whether all pieces of a SentencePiece model are the base's tokens of the same ids."""
+        """Whether all pieces of a SentencePiece model are the base's tokens, with the same ids."""
         if len(content) > _MAX_SENTENCEPIECE_BYTES:
             return False
         model = import_protobuf().ModelProto()

@@ -1,4 +1,4 @@
-"""From a chat's messages to the text that a model was trained on."""
+"""Turns a chat's messages into the text format that a model was trained on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class ChatTemplate(Protocol):
 
         Raises:
             InvalidRequest: the template refuses these messages.
-            ChatTemplateFailed: it is wrong, or can't cope with them.
-            ContextLengthExceeded: more comes of them than can fit the context.
-            ResourceExhausted: there is no process for it now, where it needs one.
+            ChatTemplateFailed: it is broken, or fails on them.
+            ContextLengthExceeded: the text can't fit the context.
+            ResourceExhausted: it needs a worker, and none is free.
         """
 
 
 class LocalTemplate:
-    """A template that is rendered in this process: the base's own, which is trusted as the base is.
+    """A template rendered in this process: the base's own, which is trusted like the base.
 
     Args:
         source: Jinja, run in transformers' sandbox.
@@ -47,7 +47,7 @@ class LocalTemplate:
                 [conversation], chat_template=self.source, add_generation_prompt=True, **self.variables
             )
             text: str = texts[0]
-            text.encode()  # an escape such as "\ud800" makes half a character, which isn't text
+            text.encode()  # an escape such as "\ud800" gives a lone surrogate, which isn't text
         except Exception as error:
             if type(error) is jinja2.TemplateError:  # what raise_exception raises
                 raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""What callers ask of the engine's thread, and the answers that they wait for."""
+"""Runs callers' commands on the engine's thread and waits for their answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Commands:
-    """The commands of one engine that haven't been answered. Belongs to the event loop's thread."""
+    """One engine's unanswered commands. Belongs to the event loop's thread."""
 
     def __init__(self, loop: EngineLoop) -> None:
         self._loop = loop
@@ -34,8 +34,8 @@ class Commands:
         return await asyncio.shield(asyncio.wrap_future(done))
 
     def end(self, error: PolygraftError) -> None:
-        """Answer all with an error: the engine's thread won't any more."""
+        """Answer all with an error, since the engine's thread no longer will."""
         for done in list(self._unanswered):
-            # It may come out of a hang, and be quicker.
+            # The thread may come out of a hang and answer first.
             with contextlib.suppress(InvalidStateError):
                 done.set_exception(error)

@@ -194,8 +194,8 @@ class Engine:
         taken = sum(info.compiled_bytes for info in engine.adapters.registry.list())
         if taken > engine.plan.adapters:
             log.warning(
-                "memory: the store's adapters take %s, the plan has %s for them: give --kv-cache-bytes or "
-                "--merged-bytes less, or the server more",
+                "memory: the store's adapters take %s, but the plan has %s for them: lower "
+                "--kv-cache-bytes or --merged-bytes, or give the server more memory",
                 size(taken), size(engine.plan.adapters),
             )  # fmt: skip
         keep_for_good()
@@ -292,8 +292,8 @@ class Engine:
         return self.take_news(result)
 
     def take_news(self, result: StepResult) -> StepResult:
-        """Free what nothing holds any more, and add to a result what has become of adapters, their copies and
-        the cache since the last time. Also where no step has run: a request may have been aborted."""
+        """Free what nothing holds any more, and add to a result the news of adapters, their copies and the
+        cache since the last call. Also for when no step has run, since a request may have been aborted."""
         self._collect()
         result.adapter_events = self.adapters.take_events()
         result.adapter_events += [(AdapterChange.CHANGED, info) for info in self.merging.take_changed()]

@@ -1,4 +1,4 @@
-"""What the engine's thread does all day: commands, steps, and rests in between."""
+"""The engine's main loop: commands, steps, and rests in between."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from polygraft.engine.engine import Engine
 from polygraft.engine.step_result import StepResult
 
 REST_SECONDS = 1.0
-"""How long nothing may have happened before jobs run that nobody waits for."""
+"""How long the engine is idle before jobs run that nobody waits for."""
 
 
 class EngineLoop:
-    """Steps an engine while it has work, and runs in between what was posted.
+    """Steps an engine while it has work, and runs posted commands in between.
 
     `run` belongs to the engine's thread; everything else may be called on any.
 
     Args:
-        hand_over: takes what each step has brought; is called on the engine's thread.
+        hand_over: receives each step's result, on the engine's thread.
     """
 
     def __init__(self, engine: Engine, hand_over: Callable[[StepResult], None]) -> None:
@@ -29,13 +29,13 @@ class EngineLoop:
         self._wake = threading.Event()
         self._stopping = False
         self.turn = 0
-        """Counts commands, steps and rests; it stands still while one of them goes on."""
+        """Counts commands, steps and rests; it doesn't change while one of them goes on."""
         self.resting = True
-        """Whether nothing goes on: the thread waits for something to do, or hasn't begun, or has ended."""
+        """Whether the thread is waiting for work, hasn't started, or has ended."""
 
     @property
     def idle(self) -> bool:
-        """Whether everything that was posted has been run, and nothing is left to step."""
+        """Whether all posted commands have run and no work is left."""
         return not self._inbox and not self._engine.has_work
 
     def post(self, command: Callable[[], None]) -> None:
@@ -44,13 +44,13 @@ class EngineLoop:
         self._wake.set()
 
     def stop(self) -> None:
-        """Let `run` return after what it is doing now."""
+        """Let `run` return after the current command or step."""
         self._stopping = True
         self._wake.set()
 
     def run(self) -> None:
-        """Work until `stop`. Raises whatever a command or a step raises: the engine's state is unknown then,
-        and nobody may go on with it."""
+        """Work until `stop`. Raises whatever a command or a step raises; the engine's state is unknown then,
+        and it must not be used any further."""
         try:
             while self._turn():
                 pass
@@ -58,7 +58,7 @@ class EngineLoop:
             self.resting = True
 
     def _turn(self) -> bool:
-        # Cleared before anything is read, so that what comes in between wakes it again.
+        # Cleared before anything is read, so that a command posted meanwhile wakes the thread again.
         self._wake.clear()
         if self._stopping:
             return False

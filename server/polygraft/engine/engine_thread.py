@@ -30,7 +30,7 @@ class EngineThread:
         done: Future[T] = Future()
 
         def run() -> None:
-            # From here on nobody who gives up waiting can cancel it.
+            # From here on a caller that stops waiting can't cancel it.
             if not done.set_running_or_notify_cancel():
                 return
             try:

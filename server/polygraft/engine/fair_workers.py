@@ -1,4 +1,4 @@
-"""Threads that wait for others' processes, shared so that nobody who is slow holds up anybody else."""
+"""A thread pool with a queue per key, so that a slow key doesn't hold up the others."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ T = TypeVar("T")
 
 
 class FairWorkers:
-    """Some threads and a queue for each key. Keys take turns, and each has one thread at a time.
+    """Some threads, and a queue for each key. Keys take turns, and each uses one thread at a time.
 
-    The threads mostly wait for another process and compute nothing beside the engine. They are daemons: one
-    that never comes back can't keep the process from ending.
+    The threads mostly wait for a worker process and compute little, so they don't slow the engine. They are
+    daemons: a call that never returns can't keep the process from ending.
 
     Args:
         name: of the threads, in logs and stacks.
-        threads: how many there are: so many keys less one may hang before others have to wait.
-        max_waiting: most calls that may wait for their turn, of one key.
+        threads: at most. All but one may hang before other keys have to wait.
+        max_waiting: most calls of one key that may wait for their turn.
     """
 
     def __init__(self, name: str, threads: int, max_waiting: int) -> None:

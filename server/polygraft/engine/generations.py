@@ -94,14 +94,14 @@ class Generations:
         ]
 
     def take_prompt(self, generation: Generation, logits: torch.Tensor) -> None:
-        """Note the logits [rows, vocabulary] behind the next of its tokens, if it asks for them."""
+        """Note the logits [rows, vocabulary] after the next of its tokens, if it asks for them."""
         generation.take_prompt(logits)
         self._answers.describe(generation)
 
     def _accept(self, generation: Generation, token: int, now: float) -> RequestOutput:
         try:
             text, reason = generation.accept(token, now)
-        except PolygraftError as error:  # its tokenizer's fault, and so an adapter's perhaps
+        except PolygraftError as error:  # its tokenizer, possibly an adapter's, fails
             return self._fail(generation, error)
         if reason is not None:
             return self._finish(generation, reason, text, token)

@@ -134,10 +134,10 @@ class Observer(Protocol):
         """A merged copy was made, wasn't, or was given up."""
 
     def stream_unread(self, limit: str) -> None:
-        """A stream was ended since nobody read it: too many "bytes" lay there."""
+        """A stream was ended because too much of its output was unread; `limit` is "bytes"."""
 
     def unread_changed(self, unread: int) -> None:
-        """After a step, so many bytes of output lie unread in all streams together."""
+        """After a step, so many bytes of output are unread in all streams together."""
 
     def path_decided(self, path: LoraPath) -> None:
         """AUTO sends the hot adapter's new requests this way from here on."""
@@ -179,8 +179,8 @@ class EngineHandle(Protocol):
         """
 
     def model_for(self, adapters: Sequence[AdapterRef]) -> ModelInfo:
-        """The model as requests with these adapters find it: the vocabulary, the end tokens and the chat
-        template may be an adapter's. Raises as `tokenize`.
+        """The model as requests with these adapters see it: vocabulary, end tokens and chat template may be
+        an adapter's. Raises as `tokenize`.
         """
 
     async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:

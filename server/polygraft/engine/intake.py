@@ -89,7 +89,7 @@ class Intake:
 
     @contextmanager
     def _holding(self, request: Request | ScoreRequest) -> Iterator[Stack]:
-        """A request's adapters, pinned; released if it comes to nothing, whatever ends it.
+        """A request's adapters, pinned, and released if preparing the request fails for any reason.
 
         Raises: as `resolve`.
         """

@@ -20,7 +20,7 @@ class KVCache:
         budget: bytes.
 
     Raises:
-        ConfigError: the budget is too small for one block, or can't be had.
+        ConfigError: the budget is too small for one block, or can't be allocated.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class KVCache:
                 values = torch.empty(
                     self.num_blocks, site.kv_heads, block_size, site.value_dim, dtype=dtype, device=device
                 )
-            except RuntimeError as error:  # a limit that isn't the plan's, such as ulimit -v
+            except RuntimeError as error:  # a limit that the plan doesn't know, such as ulimit -v
                 raise ConfigError("--kv-cache-bytes", f"{self.bytes} bytes can't be had: {error}") from error
             self._layers.append((keys, values))
             attach(model, name, PagedAttention(site, keys, values, step, kernels, index))

@@ -72,7 +72,7 @@ class LinearCombinations:
     Args:
         budget: bytes that all of them together may take.
         most: how many there may be, however small they are.
-        dtype: what their sums are kept in: those of numbers of 16 bits don't fit in 16 bits.
+        dtype: of their sums: sums of 16-bit numbers don't fit in 16 bits.
     """
 
     def __init__(

@@ -76,8 +76,7 @@ class TokenTexts:
             self._before, self._cut = [], 0
 
     def __call__(self, token: int) -> str:
-        """A token's text, special tokens spelled out; a part of a character, or what the tokenizer fails on,
-        is U+FFFD."""
+        """A token's text, special tokens too; U+FFFD for part of a character, or if the tokenizer fails."""
         text = self._texts.get(token)
         if text is None:
             try:

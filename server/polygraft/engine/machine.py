@@ -1,8 +1,8 @@
-"""What this process may use of the machine: the least of what the machine has and what its cgroups allow.
+"""What this process may use of the machine: the lower of what the machine has and what its cgroups allow.
 
-In a container the machine's own figures are all the machine's, while the kernel kills whoever goes over the
-container's limit of memory, and stops for a while whoever goes over its limit of processor time. Limits
-nest: a group's holds for all groups below it, so the least of a group and its ancestors counts.
+A container sees the whole machine's figures, while the kernel kills a process beyond the container's memory
+limit and pauses one beyond its CPU quota. Limits nest: a group's limit holds for all groups below it, so the
+lowest of a group's and its ancestors' limits counts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Memory:
 
     Args:
         limit: most that may be in use.
-        free: of these, what isn't. Page cache that nobody has used for a while counts as free, since the
-            kernel takes it back first.
+        free: the part that isn't in use. Page cache that hasn't been used for a while counts as free, since
+            the kernel reclaims it first.
         source: what sets the limit, for people.
     """
 
@@ -40,8 +40,8 @@ class Cores:
     """Processor cores.
 
     Args:
-        allowed: this process may run on so many.
-        quota: so many seconds of processor time in a second, if that is limited.
+        allowed: how many this process may run on.
+        quota: CPU seconds per second, or None if that isn't limited.
     """
 
     allowed: int
@@ -49,16 +49,17 @@ class Cores:
 
     @property
     def count(self) -> int:
-        """Threads that can compute all the time: of a quota of 2.5 two, since a third would stop them all."""
+        """Threads that can compute all the time: 2 with a quota of 2.5, since a third would stall them."""
         return self.allowed if self.quota is None else max(1, min(self.allowed, int(self.quota)))
 
 
 class Machine:
-    """Asks the kernel anew each time.
+    """Reads the limits from the kernel at each call.
 
     Args:
-        root: where /proc and /sys are; cgroups v1 and v2 are read, one beside the other too.
-        allowed: cores that this process may run on; a cpuset's are among what the kernel answers.
+        root: where /proc and /sys are. Reads cgroups v1 and v2, also when both are mounted.
+        allowed: returns how many cores this process may run on; by default the kernel's answer, which
+            respects cpusets.
     """
 
     def __init__(self, root: Path = Path("/"), allowed: Callable[[], int] | None = None) -> None:
@@ -66,13 +67,13 @@ class Machine:
         self._allowed = allowed or _allowed_cores
 
     def memory(self) -> Memory:
-        """Memory of the host, as far as the cgroups leave it."""
+        """The host's memory within the cgroups' limits."""
         total, available = self._host_memory()
         least = Memory(total, available, MACHINE)
         for group in self._groups("memory"):
             for limit, used in _memory_of(group):
                 if limit >= total:
-                    continue  # so large that it is none
+                    continue  # v1 writes "no limit" as a huge number
                 free = max(0, min(limit - used, least.free))
                 if limit < least.limit:
                     least = Memory(limit, free, f"cgroup {group}")
@@ -81,7 +82,7 @@ class Machine:
         return least
 
     def cores(self) -> Cores:
-        """Cores that this process may run on, and the processor time that it gets."""
+        """The cores that this process may run on, and its CPU quota."""
         quotas = [quota for group in self._groups("cpu") if (quota := _quota_of(group)) is not None]
         return Cores(self._allowed(), min(quotas, default=None))
 
@@ -94,11 +95,11 @@ class Machine:
         return int(host.total), int(host.available)
 
     def _groups(self, controller: str) -> Iterator[Path]:
-        """Folders of the groups whose limits hold: this process's own, and their ancestors'."""
+        """Folders of the groups whose limits apply: this process's own and their ancestors."""
         mounts = list(self._mounts())
         for line in _lines(self._root / "proc/self/cgroup"):
             _, controllers, path = line.split(":", 2)
-            names = controllers.split(",") if controllers else None  # cgroup v2's line names none
+            names = controllers.split(",") if controllers else None  # cgroup v2's line names no controllers
             if names is not None and controller not in names:
                 continue
             for mount in mounts:
@@ -118,12 +119,12 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
-    """A hierarchy of groups.
+    """A mounted hierarchy of groups.
 
     Args:
-        inside: the group that is mounted: of a container often its own, and then the ancestors aren't seen.
-        at: where.
-        controllers: of cgroup v1; None is v2's.
+        inside: the group at its root; in a container often the container's own, which hides the ancestors.
+        at: the mount point.
+        controllers: of cgroup v1; None for v2.
     """
 
     inside: str
@@ -131,17 +132,17 @@ class _Mount:
     controllers: tuple[str, ...] | None
 
     def has(self, controller: str | None) -> bool:
-        """Whether it is the hierarchy of a controller of v1, or for None that of v2."""
+        """Whether this is the hierarchy of a v1 controller, or for None that of v2."""
         if controller is None:
             return self.controllers is None
         return self.controllers is not None and controller in self.controllers
 
     def up_from(self, path: str) -> Iterator[Path]:
-        """Folders from a group to the topmost."""
+        """Folders from a group up to the root."""
         inside = self.inside.rstrip("/")
         below = path[len(inside) :] if path == inside or path.startswith(f"{inside}/") else ""
         group = self.at / below.lstrip("/")
-        # A group that can't be seen from here, such as one outside of the container's namespace.
+        # The group isn't visible here, such as one outside the container's namespace.
         if ".." in group.parts or not group.is_dir():
             group = self.at
         while True:
@@ -152,16 +153,16 @@ class _Mount:
 
 
 def _memory_of(group: Path) -> Iterator[tuple[int, int]]:
-    """Limits of a group, each with what is in use under it."""
+    """A group's limits, each with what is in use under it."""
     statistics = _table(group / "memory.stat")
-    # cgroup v2. Beyond `high` the group isn't killed but made so slow that it might as well be.
+    # cgroup v2. Beyond `high` the kernel doesn't kill the group, but makes it uselessly slow.
     used = _number(group / "memory.current")
     if used is not None:
         used = max(0, used - statistics.get("inactive_file", 0))
         for name in ("memory.max", "memory.high"):
             if (limit := _number(group / name)) is not None:
                 yield limit, used
-    # cgroup v1; its statistics also tell of ancestors that can't be seen.
+    # cgroup v1, whose statistics include limits of ancestors that aren't visible.
     used = _number(group / "memory.usage_in_bytes")
     if used is not None:
         used = max(0, used - statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
@@ -172,7 +173,7 @@ def _memory_of(group: Path) -> Iterator[tuple[int, int]]:
 
 
 def _quota_of(group: Path) -> float | None:
-    """Cores' worth of processor time that a group gets, if that is limited."""
+    """A group's CPU quota in cores, or None."""
     for line in _lines(group / "cpu.max"):  # cgroup v2
         quota, _, period = line.partition(" ")
         return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
@@ -195,7 +196,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(path: Path) -> int | None:
-    """None where there is none, or where it is "max"."""
+    """The number in a file; None if there is none or it is "max"."""
     with contextlib.suppress(ValueError):
         for line in _lines(path):
             return int(line)
@@ -203,7 +204,7 @@ def _number(path: Path) -> int | None:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """The numbers in a file with a name and a number per line, by name."""
     found = {}
     for line in _lines(path):
         name, number, *_ = [*line.split(), "", ""]
@@ -213,5 +214,5 @@ def _table(path: Path) -> dict[str, int]:
 
 
 def _unescaped(field: str) -> str:
-    """A path as mountinfo writes it, with spaces and the like as three octal digits."""
+    """Undo mountinfo's escaping of spaces and the like as three octal digits."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)

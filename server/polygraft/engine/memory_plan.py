@@ -1,7 +1,7 @@
-"""Who gets how much of the memory, settled when the base is loaded, so that nothing is promised twice.
+"""Divides the free memory once the base is loaded, so that nothing is promised twice.
 
-The cache's pages count only when a sequence reaches them, and copies, combinations and adapters come one by
-one. The plan therefore holds for the moment when each of them is as large as it may become.
+The KV cache's pages take memory only when a sequence reaches them, and copies, combinations and adapters are
+added one by one. The plan therefore covers the moment when each is as large as it may become.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 CACHE_SHARE = 0.25
 MERGED_SHARE = 0.2
 COMBINED_SHARE = 0.05
-"""Of what is to be shared out, where nothing else is asked for; adapters get the rest."""
+"""Default shares of what there is to divide; adapters get the rest."""
 
 COMBINED_BYTES = 2**28
-"""More than this, combinations get only where it is asked for."""
+"""Combinations get more than this only on request."""
 
 SPARE_SHARE = 0.05
 SPARE_BYTES = (2**25, 2**30)
-"""Of the limit, and at least and at most: for holes in the heap, threads and messages."""
+"""Share of the limit, and its minimum and maximum: for heap fragmentation, threads and messages."""
 
 LOGIT_COPIES = 1.5
-"""A step holds the float32 logits of all of its rows, and for a part of them what is made of these."""
+"""A step holds the float32 logits of all its rows, and copies for some of them."""
 
 _FLAGS = {"cache": "--kv-cache-bytes", "merged": "--merged-bytes", "combined": "--combined-bytes"}
 
@@ -42,12 +42,12 @@ class MemoryPlan:
     """Bytes.
 
     Args:
-        memory: what there is once the base is loaded.
-        base: its weights, which aren't free any more.
+        memory: what is there once the base is loaded.
+        base: size of its weights, which are no longer free.
         cache, merged, combined: budgets of the KV cache, of merged copies and of linear combinations.
-        adapters: what is left for loaded adapters.
-        steps: what a step of the most rows takes.
-        spare: left alone.
+        adapters: what remains for loaded adapters.
+        steps: what the largest step takes.
+        spare: reserve.
     """
 
     memory: Memory
@@ -61,7 +61,7 @@ class MemoryPlan:
 
     @property
     def promised(self) -> int:
-        """Everything that isn't there yet."""
+        """Everything that isn't allocated yet."""
         return self.cache + self.merged + self.combined + self.adapters + self.steps + self.spare
 
     def lines(self) -> list[str]:
@@ -84,15 +84,15 @@ class MemoryPlan:
 def plan_memory(
     memory: Memory, own: int, *, base: int, steps: int, asked: dict[str, int | None]
 ) -> MemoryPlan:
-    """Share out what is free.
+    """Divide what is free.
 
     Args:
-        own: bytes that this process has in use itself, and wouldn't get by ending others.
+        own: bytes that this process itself uses, so that ending other processes wouldn't free them.
         base, steps: as in MemoryPlan.
-        asked: the budgets "cache", "merged" and "combined" that settings give; None is for us to say.
+        asked: the settings' budgets for "cache", "merged" and "combined"; None to have the plan choose.
 
     Raises:
-        ConfigError: what settings give can't be had, or nothing is left for a budget that they leave to us.
+        ConfigError: the settings ask for more than there can ever be, or nothing is left for the KV cache.
     """
     least, most = SPARE_BYTES
     spare = int(min(max(memory.limit * SPARE_SHARE, least), most))
@@ -111,8 +111,8 @@ def plan_memory(
     left = memory.free - steps - spare - sum(given.values())
     if left < 0 and given:
         log.warning(
-            "memory: %s asked for, but %s are free and a step of the most rows takes %s: the system may end "
-            "the server when all of it is in use",
+            "memory: %s asked for, but %s are free and the largest step takes %s: the system may kill the "
+            "server when all of it is in use",
             size(sum(given.values())), size(memory.free), size(steps),
         )  # fmt: skip
     left = max(0, left)
@@ -159,12 +159,12 @@ def plan_for(base: Base, config: ServerConfig, machine: Machine | None = None) -
 
 
 def step_bytes(base: Base, rows: int) -> int:
-    """About what a step of so many rows takes at most: its logits, and the widest activations in float32."""
+    """About what a step of so many rows takes at most: its logits, and the widest float32 activations."""
     body = [shape for shape in base.spec.linears.values() if not shape.is_head]
     widest = max((max(shape.in_features, shape.out_features) for shape in body), default=0)
     return int(rows * 4 * (LOGIT_COPIES * base.spec.vocabulary_size + 8 * widest))
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """Bytes in a unit for people."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -62,7 +62,7 @@ class MergeCommands:
             done.set_exception(error)
             return
         copy = self._copies.pin(adapter, merged)
-        self.collect()  # the answer and whoever asks next are to be told what is so now
+        self.collect()  # the answer, and whoever asks next, must see the current state
         if not merged or copy is None:
             done.set_result(self._registry.get(name))
         else:

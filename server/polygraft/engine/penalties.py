@@ -10,8 +10,8 @@ import torch
 from polygraft.engine.request import SamplingParams
 
 _LARGEST = 1e30
-"""What a repetition penalty may raise a logit to, which must stay finite. Those that are so small are refused
-before, since it makes different tokens equally likely."""
+"""Limit of what a repetition penalty may raise a logit to, so that it stays finite. Penalties small enough to
+reach it are refused earlier, since it makes different tokens equally likely."""
 
 
 def adjust(

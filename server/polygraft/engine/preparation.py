@@ -1,4 +1,4 @@
-"""Where requests are prepared: at once if that takes a moment, else on a thread that suits them."""
+"""Prepares requests: at once if that is quick, otherwise on a thread for requests of their size."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ T = TypeVar("T")
 P = TypeVar("P", Generation, ScoreJob)
 
 QUICK = 4_096
-"""Size up to which the event loop does it itself: some 3 ms."""
+"""The event loop itself prepares requests up to this size, in some 3 ms."""
 LARGE = 65_536
-"""Size from which on a request waits behind others of its kind alone: it takes some 50 ms and more."""
+"""Requests from this size on have a queue of their own: they take 50 ms and more."""
 _MAX_LARGE = 32
 _FOREIGN_THREADS = 8
 _FOREIGN_SHARE = 4
-"""What the prompts of one adapter with words of its own may take of the queue: a part in so many."""
+"""An adapter with its own tokenizer or template may have `max_waiting` divided by this waiting."""
 _MOST_SCORED = 2**24
-"""Characters that one request may have tokenized: they take some seconds."""
+"""Limit in characters of what one score tokenizes, which takes some seconds."""
 _MESSAGE = 64
-"""What a chat's message costs beside its text, in characters."""
+"""The cost of a chat message beside its text, in characters."""
 _ID = 0.25
-"""What a token id costs, in characters."""
+"""The cost of a token id, in characters."""
 
 
 class Preparation:
-    """Turns requests into tokens, and tokens into text, without holding the event loop up.
+    """Turns requests into tokens, and tokens into text, without blocking the event loop.
 
-    There are queues with a thread each, so that nobody waits behind what takes much longer: one for common
-    requests, one for large ones, and one for each adapter that brings a tokenizer or a template along, which
-    nobody has vouched for; the threads of these mostly wait for the process that runs it. Small requests
-    don't wait at all: they are prepared where they arrive.
+    Small requests are prepared on the event loop and never wait. Others wait only behind their like: common
+    and large ones have a queue and a thread each, and so does each adapter with an untrusted tokenizer or
+    template of its own; their threads are shared and mostly wait for worker processes.
 
     Args:
         max_waiting: most common requests that wait.
@@ -69,14 +68,14 @@ class Preparation:
         return await self._prepare(request, _size(request.prompt), lambda: self._engine.prepare(request))
 
     async def score(self, request: ScoreRequest) -> ScoreJob:
-        """The same for continuations to score. Raises InvalidRequest as well if that is too much at once."""
+        """The same for continuations to score. Also raises InvalidRequest if they are too much at once."""
         # Text is tokenized together with each of them.
         texts = sum(isinstance(continuation, str) for continuation in request.continuations)
         size = _size(request.prompt) * max(1, texts) + sum(map(_size, request.continuations))
         if size > _MOST_SCORED:
             raise InvalidRequest(
                 "continuations",
-                f"with the prompt before each they are {size:.0f} characters, more than {_MOST_SCORED}: "
+                f"with the prompt before each they have {size:.0f} characters, more than {_MOST_SCORED}: "
                 "send fewer at a time",
             )
         return await self._prepare(request, size, lambda: self._engine.prepare_score(request))
@@ -85,7 +84,7 @@ class Preparation:
         self._requests.add(request.id)
         try:
             foreign = self._foreign_of(request.adapters)
-            # Whoever gives up meanwhile must not leave adapters pinned.
+            # A caller that gives up meanwhile must not leave adapters pinned.
             return await self._run(size, prepare, foreign=foreign, release=lambda lost: lost.stack.release())
         finally:
             self._requests.discard(request.id)
@@ -125,7 +124,7 @@ class Preparation:
         """Run a call on the thread that suits it.
 
         Args:
-            size: of what it works on, in characters.
+            size: of its input, in characters.
             foreign: the adapter whose own tokenizer or template it uses, which may take seconds.
             release: as of `Worker.run`.
         """
@@ -146,7 +145,7 @@ class Preparation:
 
 
 def _size(prompt: str | tuple[int, ...] | Chat) -> float:
-    """How much there is to do for a prompt, in characters."""
+    """The cost of preparing a prompt, in characters."""
     if isinstance(prompt, str):
         return len(prompt)
     if isinstance(prompt, tuple):

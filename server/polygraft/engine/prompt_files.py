@@ -1,4 +1,4 @@
-"""What the small files beside a tokenizer say: chat templates, and what ends an answer."""
+"""Reads the small files beside a tokenizer: chat templates, added tokens and end tokens."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ADDED_TOKENS = "added_tokens.json"
 GENERATION = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", SENTENCEPIECE)
-"""What a slow tokenizer has in the place of tokenizer.json."""
+"""What a slow tokenizer has instead of tokenizer.json."""
 _MAX_OBJECT_BYTES = 2**23
-"""Tokens and settings: parsing one holds up everybody, some 10 ms each MiB."""
+"""Limit of a settings file: parsing one holds up everybody, by some 10 ms per MiB."""
 _IRRELEVANT = (
     "chat_template",
     "max_length",
@@ -29,7 +29,7 @@ _IRRELEVANT = (
     "truncation_side",
     "truncation_strategy",
 )
-"""Settings of tokenizer_config.json that change neither tokens nor text as we encode and decode."""
+"""Settings in tokenizer_config.json that affect neither encoding nor decoding here."""
 
 
 def read_object(name: str, files: Mapping[str, bytes], file: str) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def read_object(name: str, files: Mapping[str, bytes], file: str) -> dict[str, A
 
 
 def chat_template(name: str, files: Mapping[str, bytes]) -> str | None:
-    """The chat template, from its own file or else from the tokenizer's configuration, where there may be
-    several, each with a name. None if there is none.
+    """The chat template, from its own file or else from the tokenizer's configuration, which may have several
+    by name. None if there is none.
 
     Raises:
         AdapterInvalid: it can't be read, or there are several and none is the default.
@@ -84,7 +84,7 @@ def chat_template(name: str, files: Mapping[str, bytes]) -> str | None:
 
 
 def tokenizer_files(name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Those of an adapter's files that its tokens depend on, without what they don't.
+    """The files that an adapter's tokens depend on, without settings that don't affect them.
 
     Raises:
         AdapterInvalid: the tokenizer's configuration can't be read.
@@ -99,11 +99,11 @@ def tokenizer_files(name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class EndTokens:
-    """What a folder names as the end of an answer.
+    """The end tokens that a folder names.
 
     Args:
-        tokens: (file, text) of each.
-        ids: those that are named by their ids.
+        tokens: named by text: the file and the text of each.
+        ids: named by id.
     """
 
     tokens: tuple[tuple[str, str], ...]
@@ -111,7 +111,7 @@ class EndTokens:
 
 
 def end_tokens(name: str, files: Mapping[str, bytes]) -> EndTokens:
-    """What the files name as the end of an answer.
+    """The end tokens that the files name.
 
     Raises:
         AdapterInvalid: a file can't be read.
@@ -129,7 +129,7 @@ def end_tokens(name: str, files: Mapping[str, bytes]) -> EndTokens:
 
 
 def listed_tokens(name: str, files: Mapping[str, bytes]) -> dict[str, int]:
-    """Ids of the added tokens that the configuration or a slow tokenizer's file lists.
+    """Ids of the added tokens that the configuration or else a slow tokenizer's file lists.
 
     Raises:
         AdapterInvalid: a file can't be read.

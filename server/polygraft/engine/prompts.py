@@ -40,10 +40,10 @@ class Prompts:
 
     Args:
         template: None if there is none.
-        vocabulary: tokens that there are embeddings for.
+        vocabulary: number of tokens with an embedding.
         context_length: most tokens of a request.
-        eos_token_ids: what ends an answer; those without an embedding are left out.
-        is_own: whether anything but the number of tokens is an adapter's.
+        eos_token_ids: end tokens; those without an embedding are dropped.
+        is_own: whether anything but the vocabulary's size is an adapter's.
         warnings: what an operator should know.
     """
 
@@ -63,7 +63,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self._template = template
         self.vocabulary = vocabulary
-        """Tokens that there are embeddings for."""
+        """Number of tokens with an embedding."""
         self._context_length = context_length
         self._most_characters = tokenizer.longest * context_length
         self._eos = tuple(dict.fromkeys(token for token in eos_token_ids if 0 <= token < vocabulary))
@@ -89,7 +89,7 @@ class Prompts:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends an answer: the model's own, and what an adapter's folder names."""
+        """End tokens: the model's own, and those that an adapter's folder names."""
         return self._eos
 
     def text_stream(self, prompt_ids: Sequence[int], stop: Sequence[str]) -> TextStream:

@@ -75,7 +75,7 @@ class Chat:
 
 
 GREEDY_BELOW = 1e-6
-"""Lower temperatures are greedy: the likeliest token has all the probability, but for ties and rounding."""
+"""Lower temperatures are greedy: the likeliest token has all the probability, up to ties and rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,7 @@ class SamplingParams:
     """How the next token is picked.
 
     Args:
-        temperature: 0 is greedy, and what is below `GREEDY_BELOW`; above that, logits are divided by it. At
-            most 100.
+        temperature: below `GREEDY_BELOW` it is greedy, otherwise logits are divided by it. At most 100.
         top_p: keep the smallest set of tokens whose probabilities reach it, (0, 1]; 1 keeps all.
         top_k: keep the k most likely tokens; 0 keeps all.
         min_p: drop tokens less likely than this share of the likeliest one's probability, [0, 1].

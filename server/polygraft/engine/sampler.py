@@ -80,14 +80,14 @@ def _draw(
 
     Args:
         logits: float32 [rows, vocabulary]; written to.
-        largest: int64 [rows], where the largest of each is, a finite number.
+        largest: int64 [rows], the position of each row's largest logit, which is finite.
     """
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, device=logits.device)[:, None]
 
-    # What they are below the largest is divided, and not they themselves: with a low temperature those would
-    # become too large for float32, or be rounded by more than they differ.
+    # Divide the differences to the largest, not the logits: with a low temperature those would overflow
+    # float32, or be rounded by more than they differ.
     logits -= logits.gather(-1, largest[:, None])
     logits /= column([p.temperature for p in params])
     probabilities = logits.softmax(-1)
@@ -102,7 +102,7 @@ def _draw(
     cumulative = probabilities.double().cumsum(-1)
     totals = cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, noise[:, None] * totals, right=True).squeeze(-1)
-    # False for NaN as well: a row that went wrong gets no token, rather than any.
+    # False for NaN too, so a row that went wrong gets no token rather than a random one.
     sound = (totals > 0).squeeze(-1).tolist()
     last = logits.shape[-1] - 1
     return [min(token, last) if ok else None for token, ok in zip(picked.tolist(), sound, strict=True)]

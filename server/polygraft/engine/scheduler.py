@@ -54,7 +54,7 @@ class Batch:
         items: filled by the scheduler, ordered by adapters, so that the rows of equal ones are neighbours.
         preempted: sequences that lost their blocks while it was put together.
         copy: the merged copy that all of it runs on; None is the base's own weights with side paths.
-        work: what it computes, for learning what that costs; sequences that lost their blocks are in it.
+        work: what it computes, to learn its cost; sequences that lost their blocks are included.
         waited: steps that its sequences had to leave to those of other copies since their last one.
     """
 
@@ -83,7 +83,7 @@ class Scheduler:
     Args:
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens of a step.
-        cost: what they are expected to take, and the most that a step is to take; None is any time.
+        cost: predicts a step's time and holds its limit; None for no limit.
     """
 
     def __init__(

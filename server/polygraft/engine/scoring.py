@@ -60,7 +60,7 @@ class ScoreSequence(Sequence):
 
     @property
     def decodes(self) -> bool:
-        """Never: nobody reads along."""
+        """Never: nobody is waiting for the next token."""
         return False
 
     @property
@@ -77,7 +77,7 @@ class ScoreSequence(Sequence):
             self.keys = other.keys[: self.context_tokens // block_size]
 
     def take(self, logits: torch.Tensor, texts: TokenTexts) -> None:
-        """Note the logits [rows, vocabulary] behind its next tokens, and put texts to what they tell."""
+        """Note the likelihoods in the logits [rows, vocabulary] after its next tokens, with texts."""
         first = len(self.tokens)
         tokens = self.continuation[first : first + len(logits)]
         found = likelihoods(logits, tokens, [self.job.request.top_logprobs] * len(tokens))
@@ -154,7 +154,7 @@ class Scoring:
             self._scheduler.add(sequence)
 
     def take(self, sequence: ScoreSequence, logits: torch.Tensor) -> None:
-        """Note the logits [rows, vocabulary] behind the next tokens of a sequence."""
+        """Note the logits [rows, vocabulary] after a sequence's next tokens."""
         sequence.take(logits, self._prompts.of(sequence.stack).texts)
 
     def complete(self, sequence: ScoreSequence) -> list[RequestOutput]:

@@ -80,7 +80,7 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether its next token is somebody's next token, for which nothing else is made to wait."""
+        """Whether its next step yields a token that a client waits for, so that it isn't held back."""
         return len(self.token_ids) - self.num_computed == 1
 
     @property
@@ -176,15 +176,15 @@ class CanarySequence(Sequence):
 class Generation(Sequence):
     """A request on its way.
 
-    An echo with log-probabilities wants the logits behind all the prompt's tokens, once. `untold` and, with
-    texts, `described` hold the likelihoods that no output has carried yet, and `echo_due` says whether the
-    prompt has still to come.
+    An echo with log-probabilities needs the logits after all of the prompt's tokens, once. `untold` and, with
+    texts, `described` hold likelihoods that haven't been output yet; `echo_due` says whether the
+    prompt hasn't.
 
     Args:
         text: turns its tokens into text and looks for stop sequences.
         stop_token_ids: what ends it, the model's end-of-sequence tokens included.
         max_new_tokens: settled, at least 1.
-        echo: the prompt's text, if it is to come before the answer.
+        echo: the prompt's text, if it is to precede the answer.
     """
 
     cacheable = True
@@ -211,7 +211,7 @@ class Generation(Sequence):
         self.untold: list[Likelihood] = []
         self.described: list[TokenLogprob] = []
         self.finite = True
-        """Whether the logits behind the prompt, as far as they were noted, are finite."""
+        """Whether the prompt's logits noted so far are finite."""
         self.echo = echo
         self.echo_due = request.response.echo
         self.arrival = time.monotonic()
@@ -255,7 +255,7 @@ class Generation(Sequence):
         return self.completion_tokens >= self.request.stopping.min_new_tokens
 
     def accept(self, token: int, now: float) -> tuple[str, FinishReason | None]:
-        """Append a sampled token; returns the text that is now certain and why it ends here, if it does.
+        """Append a sampled token; returns the text that is now final, and the finish reason if it ends here.
 
         Raises:
             PolygraftError: the tokenizer fails on this token.

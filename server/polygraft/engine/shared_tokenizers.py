@@ -1,6 +1,6 @@
-"""One tokenizer for all adapters that ship the same, and the base's for all that ship the base's.
+"""One tokenizer for all adapters that ship the same, and the base's own for those that ship that.
 
-A vocabulary takes megabytes and its parsing most of a second, and trainers save one beside every adapter.
+A vocabulary takes megabytes and most of a second to parse, and trainers save one beside every adapter.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from polygraft.engine.prompt_files import VOCABULARIES, listed_tokens, tokenizer
 from polygraft.errors import AdapterInvalid
 
 _KEPT = 64
-"""Tokenizers with the base's backend that are known although no adapter uses them."""
+"""How many tokenizers with the base's backend are kept even if no adapter uses them."""
 _NAMED = 5
-"""Tokens that an error names."""
+"""How many tokens an error names."""
 
 
 Read = Callable[[str, Mapping[str, bytes]], TextTokenizer]
-"""Makes a tokenizer of an adapter's name and its files; raises AdapterInvalid."""
+"""Makes a tokenizer from an adapter's name and files; raises AdapterInvalid."""
 
 
 class SharedTokenizers:
     """The tokenizers in use, by the content of their files.
 
     Args:
-        read: in the place of `read_tokenizer`: tries the files somewhere else first.
+        read: used instead of `read_tokenizer`, to try the files in a worker first.
     """
 
     def __init__(self, base: TextTokenizer, read: Read | None = None) -> None:
@@ -43,16 +43,16 @@ class SharedTokenizers:
         self._like_base: dict[str, TextTokenizer] = {}
 
     def of(self, name: str, files: Mapping[str, bytes]) -> TextTokenizer:
-        """The tokenizer of an adapter's files: what they leave open is the base's. It has the base's backend
-        if they change nothing of that.
+        """The tokenizer of an adapter's files; what they leave unset is the base's. If they change nothing
+        about encoding and decoding, it shares the base's backend.
 
         Args:
             name: the adapter's, for errors.
             files: content by file name.
 
         Raises:
-            AdapterInvalid: a file is broken or contradicts another, or there is a vocabulary in a form that
-                isn't read.
+            AdapterInvalid: a file is broken or contradicts another, or the vocabulary has a form that isn't
+                supported.
         """
         own = tokenizer_files(name, files)
         if not own:
@@ -66,7 +66,7 @@ class SharedTokenizers:
         if found is None:
             found = self._read[key] = self._of_new(name, own)
             if found.backend is self._base.backend:
-                # Kept when nobody uses it: the next adapter of the same trainer asks for it.
+                # Kept even if unused, since the next adapter from the same trainer will ask for it.
                 self._like_base[key] = found
                 if len(self._like_base) > _KEPT:
                     del self._like_base[next(iter(self._like_base))]
@@ -79,7 +79,7 @@ class SharedTokenizers:
             beside = {
                 file: content for file, content in files.items() if file not in (TOKENIZER, *VOCABULARIES)
             }
-            # What the other files add shows on a skeleton in a millisecond; mostly it is nothing.
+            # A skeleton shows within a millisecond what the other files add, which is usually nothing.
             tokenizer = read(name, {**beside, TOKENIZER: self._vocabulary.skeleton})
             if self._vocabulary.adds_nothing(tokenizer):
                 tokenizer = replace(tokenizer, backend=self._base.backend)
@@ -95,8 +95,8 @@ class SharedTokenizers:
         return replace(tokenizer, special_tokens=tokenizer.special_tokens or self._base.special_tokens)
 
     def _is_base(self, name: str, files: Mapping[str, bytes]) -> bool:
-        """Whether the vocabulary is the base's own, in whatever file. Raises AdapterInvalid if it can't be
-        told nor read."""
+        """Whether the vocabulary is the base's own, in whatever file. Raises AdapterInvalid if it can neither
+        be compared nor read."""
         if TOKENIZER in files:
             return self._vocabulary.is_file(TOKENIZER, files[TOKENIZER])
         vocabulary = [file for file in VOCABULARIES if file in files]
@@ -115,8 +115,8 @@ class SharedTokenizers:
     def _check_listed(
         self, name: str, files: Mapping[str, bytes], listed: Mapping[str, int], tokenizer: TextTokenizer
     ) -> None:
-        """Raise AdapterInvalid for tokens that the files list with ids which they don't get: the adapter was
-        trained with others. Where the vocabulary itself has a token, its id counts, as everywhere."""
+        """Raise AdapterInvalid if a listed token gets another id than its listed one, with which the adapter
+        was trained. For a token of the vocabulary itself, its id there counts, as in transformers."""
         wrong = {
             token: (id, got)
             for token, id in listed.items()
@@ -138,7 +138,7 @@ class SharedTokenizers:
             )  # fmt: skip
 
     def _known(self, files: Mapping[str, bytes]) -> set[str]:
-        """The tokens of its vocabulary, without those that other files add."""
+        """The vocabulary's tokens, without those that other files add."""
         if TOKENIZER in files:
             content = json.loads(files[TOKENIZER])
             vocabulary = content["model"].get("vocab", ())

@@ -1,4 +1,4 @@
-"""What a step costs, learned from those that have run, and how much of a sequence fits into the next one."""
+"""Predicts a step's time from earlier steps, and how much of a sequence fits into the next one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from polygraft.base.spec import BaseSpec
 from polygraft.engine.sequence import Sequence
 
 _UP, _DOWN = 0.3, 0.5
-"""How far a step's time moves the costs. Less upwards: what else the machine does makes steps longer, never
-shorter."""
+"""How far one step's time moves the costs up or down. Less upwards, since other load on the machine makes
+steps longer, never shorter."""
 _FARTHEST = 4.0
-"""A step that took longer or shorter than expected by more than this factor counts as one by this factor."""
+"""Limit of the ratio between a step's time and its expected time, either way."""
 _GUESS = 2.0
-"""What attention and logits are taken to cost at first, by their arithmetic: their operators do less of it in
-a second than products do."""
+"""Initial factor on the arithmetic of attention and logits, whose operators are slower per operation than
+matrix products."""
 _REST = 0.25
-"""The share of a step's time that prefill gets, however much decodes take."""
+"""The share of a step's time limit that prefill always gets, however long decodes take."""
 _WORTHWHILE = 4.0
-"""A step may always take so many times as long as one without rows: in shorter ones reading the weights would
-take most of the time."""
+"""A step may always take so many times as long as one without rows; otherwise reading the weights would take
+most of the time."""
 
 
 @dataclass(slots=True)
@@ -28,8 +28,8 @@ class Work:
 
     Args:
         rows: tokens that go through the base.
-        keys: tokens that these attend to, each row's counted.
-        logits: rows behind which logits are wanted.
+        keys: tokens that these attend to, summed over the rows.
+        logits: rows whose logits are needed.
     """
 
     rows: int = 0
@@ -44,19 +44,19 @@ class Work:
 
 
 def keys_of(start: int, count: int) -> int:
-    """How many keys `count` tokens of a sequence attend to, from `start` on: each its own and all before."""
+    """How many keys `count` tokens of a sequence attend to, from `start` on, themselves included."""
     return count * start + count * (count + 1) // 2
 
 
 class StepCost:
-    """Predicts a step's seconds as a sum: of a step at all, of each row, key and row of logits.
+    """Predicts a step's seconds as a sum of four costs: per step, row, key and row of logits.
 
-    The proportions begin as the model's arithmetic has them. Every step then moves the four, each by its
-    share of what was expected, so that they become what this machine takes for this model.
+    They start in the proportions of the model's arithmetic. Every step then corrects each in proportion to
+    its share of the expected time, so they converge to what this machine takes for this model.
 
     Args:
-        key, logits: what they cost, in rows.
-        limit: seconds that a step is to take at most; 0 is any time.
+        key, logits: initial costs relative to a row's.
+        limit: seconds that a step should take at most; 0 for no limit.
     """
 
     def __init__(self, *, key: float, logits: float, limit: float) -> None:
@@ -76,13 +76,13 @@ class StepCost:
 
     @property
     def limit(self) -> float | None:
-        """Seconds that a step may take; None is any time, also as long as nothing is known."""
+        """Seconds that a step may take; None for no limit, or until a step has run."""
         if not self._limit or not self.row:
             return None
         return max(self._limit, _WORTHWHILE * self.step)
 
     def seconds(self, work: Work) -> float:
-        """What a step is expected to take."""
+        """The expected time of a step."""
         return self.step + work.rows * self.row + work.keys * self.key + work.logits * self.logits
 
     def observe(self, work: Work, seconds: float) -> None:
@@ -105,14 +105,14 @@ class StepCost:
 
 
 class StepBudget:
-    """What is left of a step while it is put together: tokens, and seconds by what they are expected to cost.
+    """The tokens and expected seconds that are left while a step is put together.
 
-    Decodes take theirs first and are never refused. What is left goes to the others in their order: at least
-    a quarter of a step's seconds, and at least one token for the first.
+    Decodes go first and are never refused. The others get the rest in their order: at least a quarter of the
+    step's time limit, and at least one token for the first.
 
     Args:
-        tokens: most of a step.
-        cost: None bounds the tokens alone.
+        tokens: most tokens of a step.
+        cost: None bounds only the tokens.
     """
 
     def __init__(self, tokens: int, cost: StepCost | None) -> None:
@@ -124,11 +124,11 @@ class StepBudget:
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing but decodes may still be added."""
+        """Whether only decodes may still be added."""
         return self.tokens == 0 or (self._seconds is not None and self._seconds <= 0)
 
     def decode(self, sequence: Sequence) -> None:
-        """Add the next token of one that decodes."""
+        """Add the next token of a sequence that decodes."""
         self.tokens -= 1
         work = self.work
         work.rows += 1
@@ -148,7 +148,7 @@ class StepBudget:
         return count
 
     def give_back(self, count: int) -> None:
-        """So many tokens that were added don't run; what they would have cost is lost to this step."""
+        """Return so many added tokens that won't run. Their expected time stays counted in this step."""
         self.tokens += count
 
     def _affordable(self, sequence: Sequence, start: int, most: int) -> int:
@@ -175,5 +175,5 @@ class StepBudget:
 
 
 def _logits(sequence: Sequence, start: int, count: int) -> int:
-    """How many of `count` tokens from `start` on logits are wanted behind."""
+    """How many of `count` tokens from `start` on need logits."""
     return max(0, start + count - max(sequence.logits_from, start))

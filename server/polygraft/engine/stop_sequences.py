@@ -1,4 +1,4 @@
-"""Looks for stop sequences in an answer as it comes."""
+"""Searches an answer for stop sequences as it is generated."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Iterable, Sequence
 
 
 class StopSequences:
-    """The text of one request that isn't certain yet, since it may be the start of a stop sequence.
+    """Holds back a request's text while it may be the start of a stop sequence.
 
-    Special tokens are no part of an answer's text, and yet "</s>" is what somebody writes who wants to stop
-    at one. So a stop sequence with a special token's text in it is looked for in the text with the special
-    tokens written out, where it begins and ends as they do: never in the middle of one. All others are looked
-    for in the answer's text.
+    Special tokens aren't part of an answer's text, yet users write "</s>" to stop at one. So a stop sequence
+    that contains a special token's text is searched for in the text with the special tokens written out,
+    where a match never begins or ends inside one. All others are searched for in the answer's text.
 
     Args:
         stop: none of them empty.
@@ -24,17 +23,17 @@ class StopSequences:
         self._plain = [one for one in stop if one not in self._spelled]
         self._held = ""
         self._spans: list[tuple[int, int]] = []
-        """Where special tokens are written out in what is held."""
+        """Positions of written-out special tokens in the held text."""
         self.matched: str | None = None
         """The stop sequence that was reached."""
 
     def push(self, text: str) -> str:
-        """Add text; returns what has become certain."""
+        """Add text; returns the text that is now final."""
         self._held += text
         return self._advance()
 
     def push_hidden(self, text: str) -> str:
-        """Add a special token, which has no text in the answer; returns what has become certain."""
+        """Add a special token, which has no text in the answer; returns the text that is now final."""
         if not self._spelled:
             return ""
         self._spans.append((len(self._held), len(self._held) + len(text)))
@@ -42,7 +41,7 @@ class StopSequences:
         return self._advance()
 
     def flush(self) -> str:
-        """All that was held; what comes next starts anew."""
+        """Return all that was held, and start anew."""
         visible = self._visible(len(self._held))
         self._held = ""
         self._spans.clear()
@@ -50,7 +49,7 @@ class StopSequences:
 
     def _advance(self) -> str:
         visible = self._visible(len(self._held))
-        # Where two begin before the same character, one with a special token begins earlier.
+        # Of two that begin before the same visible character, the one with a special token begins earlier.
         found = [(len(self._visible(at)), one) for one in self._spelled if (at := self._find(one)) >= 0]
         found += [(at, one) for one in self._plain if (at := visible.find(one)) >= 0]
         if found:
@@ -69,7 +68,7 @@ class StopSequences:
         return text
 
     def _visible(self, end: int) -> str:
-        """What is held up to there, without special tokens."""
+        """The held text up to `end`, without special tokens."""
         if not self._spans:
             return self._held[:end]
         parts, last = [], 0
@@ -81,7 +80,7 @@ class StopSequences:
         return "".join([*parts, self._held[last:end]])
 
     def _written(self, visible: int) -> int:
-        """Where in what is held so many characters of the answer's text end."""
+        """The position in the held text after so many characters of the answer's text."""
         for start, end in self._spans:
             if start >= visible:
                 break
@@ -92,14 +91,14 @@ class StopSequences:
         return any(start < at < end for start, end in self._spans)
 
     def _find(self, one: str) -> int:
-        """Where a stop sequence begins in what is held; -1 if it isn't there."""
+        """Where a stop sequence begins in the held text; -1 if nowhere."""
         at = self._held.find(one)
         while at >= 0 and (self._inside(at) or self._inside(at + len(one))):
             at = self._held.find(one, at + 1)
         return at
 
     def _start(self, one: str) -> int:
-        """Where in what is held this stop sequence may have begun; its end if nowhere."""
+        """Where in the held text this stop sequence may have begun; the text's end if nowhere."""
         held = self._held
         first = max(0, len(held) - len(one) + 1)
         return next(
@@ -109,7 +108,7 @@ class StopSequences:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` starts with, shorter than `stop` itself."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-length:]):
             return length

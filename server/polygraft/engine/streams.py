@@ -1,4 +1,4 @@
-"""From the engine's steps to whoever reads a request's answer."""
+"""Carries outputs from the engine's steps to the readers of the requests' answers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 
 TOGETHER = 64
-"""So many streams may have as much unread output as one may; more, and the one with the most ends."""
+"""All streams together may have so many times one's limit unread; beyond it the one with the most ends."""
 
 
 class Stream:
     """One request as the event loop sees it.
 
     Args:
-        adapter, kind: as the observer is told.
+        adapter, kind: as reported to the observer.
     """
 
     def __init__(self, request_id: str, adapter: str, kind: str, streams: Streams) -> None:
@@ -40,7 +40,7 @@ class Stream:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, output: RequestOutput) -> None:
-        """Hand an output to whoever reads, if anybody still does."""
+        """Hand an output to the reader, if there still is one."""
         if not self._reads:
             return
         before = self.unread.bytes
@@ -51,11 +51,11 @@ class Stream:
 
     @property
     def behind(self) -> bool:
-        """Whether its reader does something else, rather than waiting for what comes."""
+        """Whether its reader isn't waiting for output right now."""
         return self._waiter is None
 
     async def take(self) -> RequestOutput:
-        """What has come since the last call, as one output, when it is there."""
+        """Wait for output and return what has come since the last call, as one output."""
         while not self.unread:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -68,14 +68,14 @@ class Stream:
         return output
 
     def give_up(self, error: PolygraftError) -> None:
-        """Drop what lies unread; whoever comes to read finds the error alone."""
+        """Drop the unread output; the reader finds only the error."""
         self.close()
         self._reads = True
         self.put(RequestOutput(self.id, error=error))
         self._reads = False
 
     def close(self) -> None:
-        """Nobody reads any more."""
+        """Mark the stream as no longer read."""
         self._reads = False
         self._streams.weigh(self, -self.unread.bytes)
         self.unread.clear()
@@ -84,12 +84,12 @@ class Stream:
 class Streams:
     """The requests that the engine has and hasn't ended. Belongs to the event loop's thread.
 
-    Every one of them gets exactly one output that is terminal: the engine's own, the error of `fail`, or one
-    for more unread output than a stream may have.
+    Each gets exactly one terminal output: the engine's, the error of `fail`, or the error for too much unread
+    output.
 
     Args:
-        max_unread: bytes of output that may lie unread in one stream; `TOGETHER` times that in all.
-        abort: ends a request in the engine, whose output nobody wants any more.
+        max_unread: limit of one stream's unread output in bytes; `TOGETHER` times that in all.
+        abort: ends a request in the engine whose output is no longer wanted.
     """
 
     def __init__(self, observer: Observer, max_unread: int, abort: Callable[[str], None]) -> None:
@@ -104,13 +104,13 @@ class Streams:
         self.idle.set()
 
     def weigh(self, stream: Stream, more: int) -> None:
-        """Take note that so many more bytes lie unread in a stream, and end it if they are too many."""
+        """Count so many more unread bytes in a stream, and end one if they are too many."""
         self._unread += more
         if stream.unread:
             self._lying[stream] = None
         else:
             self._lying.pop(stream, None)
-        # However much comes at once: whoever waits for it takes it.
+        # A waiting reader takes any amount, however much comes at once.
         if more <= 0 or not stream.behind:
             return
         if stream.unread.bytes > self._max_unread:
@@ -120,7 +120,7 @@ class Streams:
             self._give_up(max(behind, key=lambda lying: lying.unread.bytes))
 
     def _give_up(self, stream: Stream) -> None:
-        stream.give_up(OutputUnread(f"{stream.unread.bytes} bytes of output lay unread, too many to keep"))
+        stream.give_up(OutputUnread(f"{stream.unread.bytes} bytes of output were unread, too many to keep"))
         if stream.id in self._open:
             self._abort(stream.id)
         self._observer.stream_unread("bytes")
@@ -145,13 +145,13 @@ class Streams:
         return stream
 
     def deliver(self, result: StepResult) -> None:
-        """Hand on what a step has brought. What the observer raises comes out of here."""
+        """Hand on a step's result. Raises what the observer raises."""
         now = time.monotonic()
         for output in result.outputs:
             stream = self._open.get(output.request_id)
             if stream is None:
                 continue
-            # The reader first: whatever the observer does, an output that was taken off the list is read.
+            # The reader first, so that an error of the observer loses no output.
             stream.put(output)
             if output.terminal:
                 self._close(stream)
@@ -190,7 +190,7 @@ class Streams:
             self._observer.path_decided(path)
 
     def fail(self, error: PolygraftError) -> None:
-        """End all of them with an error, whatever the observer says to it."""
+        """End all requests with an error, even if the observer raises."""
         ended = list(self._open.values())
         for stream in ended:
             stream.put(RequestOutput(stream.id, error=error))
@@ -199,4 +199,4 @@ class Streams:
             try:
                 self._observer.request_finished(stream.adapter, stream.kind, None, error)
             except Exception:
-                log.exception("an end wasn't counted")
+                log.exception("the end of a request wasn't counted")

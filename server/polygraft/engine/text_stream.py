@@ -56,8 +56,8 @@ class TextStream:
         return self._stop.push(new) if hidden is None else self._stop.push_hidden(hidden)
 
     def end(self, token: int) -> str:
-        """What was held back, when a token ends the text of which it is no part. It may complete a stop
-        sequence, of which the text then holds nothing."""
+        """Return what was held back, when a token that isn't part of the text ends it. The token may complete
+        a stop sequence, which is then cut off."""
         hidden = self._hidden.get(token)
         if self._stop is None or hidden is None:
             return self.flush()
@@ -72,7 +72,7 @@ class TextStream:
         try:
             return self._step(token)
         except ValueError:
-            # The prompt's last tokens don't decode to a stable start, as when it ends inside a character.
+            # The prompt's last tokens have no stable text, for example because they end inside a character.
             self._decoder = self._start([])
         try:
             return self._step(token)

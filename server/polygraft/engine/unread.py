@@ -1,4 +1,4 @@
-"""Outputs that nobody has read yet: kept together, weighed, and given up where they are too many."""
+"""A request's unread outputs: joined, and weighed so that they can be bounded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from itertools import chain
 from polygraft.engine.request import RequestOutput
 
 PIECE = 16 * 1024
-"""Bytes that are read at once, where more lie: as much as a reader's connection takes without waiting."""
+"""Bytes taken at once if there are more: as much as a client's connection accepts without waiting."""
 _GATHER = 64
-"""Outputs that may lie one by one; more are joined, since each takes more memory than what is in it."""
+"""Outputs that are kept one by one; more are joined, since each has more overhead than content."""
 _OUTPUT = 200
 _ID = 36
 _LOGPROB = 160
@@ -19,7 +19,7 @@ _TOP = 110
 
 
 def weight(output: RequestOutput) -> int:
-    """The memory that an output takes, roughly, in bytes; an error is free, since it must come through."""
+    """The memory of an output, roughly, in bytes; an error counts 0, since it must come through."""
     if output.error is not None:
         return 0
     entries = len(output.logprobs) * _LOGPROB
@@ -29,7 +29,7 @@ def weight(output: RequestOutput) -> int:
 
 
 def join(outputs: Sequence[RequestOutput]) -> RequestOutput:
-    """Outputs of one request, one right after another, as one."""
+    """Consecutive outputs of one request as one."""
     if len(outputs) == 1:
         return outputs[0]
     return replace(
@@ -42,7 +42,7 @@ def join(outputs: Sequence[RequestOutput]) -> RequestOutput:
 
 
 class Unread:
-    """The outputs of one request that lie and wait for its reader. `bytes` is the memory they take."""
+    """One request's outputs that wait for its reader. `bytes` is the memory they take."""
 
     def __init__(self) -> None:
         self._outputs: list[RequestOutput] = []
@@ -52,7 +52,7 @@ class Unread:
         return bool(self._outputs)
 
     def add(self, output: RequestOutput) -> None:
-        """Put one behind the others."""
+        """Append an output."""
         self._outputs.append(output)
         self.bytes += weight(output)
         if len(self._outputs) >= _GATHER and output.error is None:
@@ -60,11 +60,11 @@ class Unread:
             self.bytes = weight(self._outputs[0])
 
     def take(self) -> RequestOutput:
-        """The first, with those behind it that still make one piece; there must be one."""
+        """The first output, joined with the next ones that fit in a piece; there must be one."""
         count, size = 0, 0
         for output in self._outputs:
             size += weight(output)
-            # An error carries nothing else: what comes before it is read first.
+            # An error carries no output, so what comes before it is read first.
             if count and (size > PIECE or output.error is not None):
                 break
             count += 1

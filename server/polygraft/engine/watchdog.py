@@ -1,4 +1,4 @@
-"""Notices when the engine's thread hangs or is gone."""
+"""Notices if the engine's thread hangs or has ended."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from polygraft.engine.engine_loop import EngineLoop
 log = logging.getLogger(__name__)
 
 _LOOKS = 8
-"""How often it looks within the time that a turn may take, at least."""
+"""Minimum number of checks within the time that a turn may take."""
 
 
 class Watchdog:
-    """Looks from a thread of its own whether the engine's thread gets on.
+    """Checks from its own thread that the engine's thread makes progress.
 
-    It counts its own looks and not the clock's time, so a process that was stopped and continued, or got no
-    processor, isn't taken for one that hangs.
+    It counts its own checks, not clock time, so a process that was stopped and continued, or got no CPU time,
+    doesn't count as hung.
 
     Args:
         thread: the one that runs `loop`.
-        timeout: seconds that a command or a step with the background work behind it may take; 0 is any time.
-        alarm: is called with what is wrong, once, on the watchdog's thread.
+        timeout: seconds that a command, or a step with its background work, may take; 0 for no limit.
+        alarm: called once with what is wrong, on the watchdog's thread.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Watchdog:
         self._stop = threading.Event()
 
     def start(self) -> None:
-        """Start looking."""
+        """Start checking."""
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         self._stop.set()
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""Work that the event loop must not wait for, done on a thread of its own."""
+"""Runs work on a thread of its own, off the event loop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 class Worker:
-    """One thread and one queue: calls run one after another, in the order in which they came.
+    """One thread and one queue: calls run one after another, in arrival order.
 
-    Every busy thread beside the engine slows its steps down, so there are few of these, and none of them runs
-    two calls at once. The thread is a daemon: a call that never returns can't keep the process from ending.
+    Every busy thread beside the engine slows its steps down, so there are few of these, and none runs two
+    calls at once. The thread is a daemon: a call that never returns can't keep the process from ending.
 
     Args:
         name: of the thread, in logs and stacks.
@@ -35,12 +35,11 @@ class Worker:
         """Run a call and return its result. Must be called on the event loop's thread.
 
         Args:
-            release: gets the result where nobody takes it, since the caller was cancelled meanwhile; may run
-                on any thread.
+            release: gets the result if the caller was cancelled meanwhile; may run on any thread.
 
         Raises:
-            ResourceExhausted: too many calls wait already.
-            PolygraftError: the call raised what isn't an Exception, such as a panic in Rust.
+            ResourceExhausted: too many calls are waiting already.
+            PolygraftError: the call raised something that isn't an Exception, such as a Rust panic.
             Exception: whatever else the call raised.
         """
         waiting = self._calls.qsize()
@@ -59,7 +58,7 @@ class Worker:
 
 
 async def outcome(done: Future[T], release: Callable[[T], None] | None) -> T:
-    """What a call on another thread comes to; see `Worker.run`."""
+    """The result of a call on another thread; see `Worker.run`."""
     try:
         # A caller that is cancelled takes its call out of the queue, if it hasn't begun.
         return await asyncio.wrap_future(done)
@@ -70,7 +69,7 @@ async def outcome(done: Future[T], release: Callable[[T], None] | None) -> T:
 
 
 def complete(done: Future[T], call: Callable[[], T]) -> None:
-    """Run a call whose outcome somebody may wait for; returns whatever it raises."""
+    """Run a call and set its result or error on a future."""
     if not done.set_running_or_notify_cancel():
         return
     try:

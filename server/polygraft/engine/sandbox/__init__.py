@@ -1,2 +1,1 @@
-"""Processes of their own for what adapters bring along and nobody has checked: tokenizers and chat
-templates."""
+"""Worker processes that run adapters' untrusted tokenizers and chat templates."""

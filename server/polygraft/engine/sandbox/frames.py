@@ -1,7 +1,7 @@
-"""What the server and a worker say to each other: a JSON object and some named bytes behind it.
+"""The messages between the server and a worker: a JSON object followed by named byte strings, the parts.
 
-A frame is two lengths (4 bytes each, most significant first), then so many bytes of JSON and so many of
-parts. The header says how long each part is, under `parts`.
+A frame is two big-endian 4-byte lengths, the JSON header and the parts in one body. The header has each
+part's length under `parts`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 _LENGTHS = struct.Struct(">II")
 MAX_HEADER_BYTES = 2**26
-"""A chat's messages travel in the header of a question, six bytes for a character at most."""
+"""A question's header has the chat's messages, at most six bytes per character."""
 
 
 class BadFrame(Exception):
-    """The other side says something that isn't a frame, or a larger one than is allowed."""
+    """The other side sent something that isn't a frame, or too large a frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Frame:
     """One message.
 
     Args:
-        header: what JSON can hold.
+        header: anything that JSON can hold.
         parts: bytes by name.
     """
 
@@ -35,21 +35,21 @@ class Frame:
 
 
 def pack(frame: Frame) -> bytes:
-    """A frame's bytes."""
+    """A frame as bytes."""
     header = json.dumps({**frame.header, "parts": {name: len(part) for name, part in frame.parts.items()}})
     body = b"".join(frame.parts.values())
     return _LENGTHS.pack(len(header), len(body)) + header.encode() + body
 
 
 def read(take: Callable[[int], bytes], max_header: int, max_body: int) -> Frame | None:
-    """Read a frame; None where the other side has ended.
+    """Read a frame; None at the end of the input.
 
     Args:
-        take: returns exactly so many bytes, or fewer where there will be no more.
-        max_header, max_body: most bytes of either; more aren't read.
+        take: returns exactly so many bytes, or fewer at the end of the input.
+        max_header, max_body: most bytes of each; more aren't read.
 
     Raises:
-        BadFrame: it isn't one, or is too large, or ends in the middle.
+        BadFrame: it is malformed, too large or truncated.
     """
     lengths = take(_LENGTHS.size)
     if not lengths:

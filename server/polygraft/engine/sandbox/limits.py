@@ -1,4 +1,4 @@
-"""What a worker may take: it limits itself before it reads anything that isn't to be trusted."""
+"""A worker's limits, which it sets on itself before it reads anything untrusted."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ except ImportError:  # on Windows
     resource = None  # type: ignore[assignment]  # its absence is what is tested
 
 NICENESS = 10
-"""The engine's threads use every core: a worker takes what they leave."""
+"""The engine's threads use every core; a worker only gets what they leave."""
 _WALL_PER_CPU = 10.0
-"""A worker ends itself after so many times the seconds that it may compute, should the server be gone."""
+"""Wall time per second of CPU time after which a worker ends itself, in case the server is gone."""
 
 
 def limit_process() -> None:
-    """Leave no core dump, give way to the engine, and don't end with signals that are meant for the server.
+    """Write no core dump, yield to the engine, and ignore signals that are meant for the server.
 
-    A terminal sends SIGINT to the whole process group, and some supervisors send SIGTERM so. The server then
-    drains, and requests that wait for this process are part of that. It ends when its standard input does.
+    A terminal sends SIGINT to the whole process group, and some supervisors do the same with SIGTERM. The
+    server then drains, and its requests may still need this process. It ends when its standard input does.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     with contextlib.suppress(AttributeError, OSError):
-        # What the thread that started this one has blocked stays blocked, and the timers' signals must come.
+        # A process inherits the signals that its starting thread blocked; the timers' must come through.
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
     with contextlib.suppress(AttributeError, OSError):
         os.nice(NICENESS)
@@ -38,14 +38,14 @@ def limit_process() -> None:
 
 
 def limit_memory(extra: int) -> None:
-    """Let the process grow by so many bytes beyond what it has now, and no more."""
+    """Let the process grow by at most so many bytes from its current size."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         _limit("RLIMIT_AS", pages * resource.getpagesize() + extra)
 
 
 def _limit(name: str, most: int) -> None:
-    """Lower the soft limit, which may be raised again up to the hard one."""
+    """Set the soft limit, at most to the hard one."""
     if resource is None:
         return
     with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -57,10 +57,10 @@ def _limit(name: str, most: int) -> None:
 
 @contextlib.contextmanager
 def limited_time(cpu_seconds: float) -> Iterator[None]:
-    """End this process if what is inside computes for longer.
+    """End this process if the block computes for longer.
 
-    By timers whose signals nothing handles: neither Python nor a library has to give up control. CPU time and
-    not the clock's, so that a busy machine doesn't make a file look bad.
+    Uses timers whose unhandled signals kill the process, so neither Python nor a library has to yield
+    control. They count CPU time, so that a busy machine doesn't make a file look bad.
     """
     for timer, name, seconds in (
         ("ITIMER_PROF", "SIGPROF", cpu_seconds),

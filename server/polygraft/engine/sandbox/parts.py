@@ -1,9 +1,9 @@
-"""Which parts of a tokenizer the server runs itself, and which only a worker does.
+"""Decides which parts of a tokenizer run in the server, and which only in a worker.
 
-A tokenizer's file is a small program: regular expressions that may take time by the square of a text's
-length, and replacements that may make a gigabyte of a word. A file can be harmless for every text but one
-that its author knows, so trying it isn't enough. Parts that are the base's own are trusted as the base is; of
-others, the server runs those that are linear in time and memory whatever the text.
+A tokenizer's file is a small program: its regular expressions may take quadratic time, and its replacements
+may turn a word into a gigabyte. A file can be harmless for every text except one that its author knows, so
+trying it isn't enough. The base's own parts are trusted like the base; of others, the server runs those that
+are linear in time and memory for any text.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
 ENCODING = ("normalizer", "pre_tokenizer", "post_processor")
-"""Parts that a text goes through on its way to ids."""
+"""Parts that turn a text into ids."""
 DECODING = "decoder"
 
 _MOST_PARTS = 16
 _MOST_ADDED = 64
-"""Characters that a plain part may add to a text, and special tokens that may be put around it."""
+"""Characters that a plain part may add to a text, or special tokens around it."""
 _LONGEST_TOKEN = 2048
-"""Characters of a token. Those of real vocabularies have some hundreds at most, runs of white space
-mostly."""
+"""Limit of a token, in characters. Real vocabularies' longest have some hundreds, mostly of white space."""
 _LONGEST_TRIED = 256
 _MOST_MORE_BYTES = 2**22
-"""By how much a tokenizer's JSON may be larger than the base's. The server parses it, which stops every
-thread for 0.2 s each MiB; 4 MiB are some 70,000 tokens more than the base has."""
+"""How much larger than the base's a tokenizer's JSON may be. The server parses it, which stops every thread
+for 0.2 s per MiB; 4 MiB are some 70,000 additional tokens."""
 
 _PLAIN_NORMALIZERS = {
     "NFC", "NFD", "NFKC", "NFKD", "Nmt", "BertNormalizer", "Lowercase", "Strip", "StripAccents", "ByteLevel",
@@ -44,9 +43,9 @@ Parts = dict[str, Any]
 
 
 def parts_of(tokenizer: Tokenizer) -> Parts:
-    """What a tokenizer consists of beside its vocabulary, as its file says it; None for a part it hasn't.
+    """A tokenizer's parts beside its vocabulary, as its file has them; None for a missing part.
 
-    `linear`, `longest` and `bytes` say of the vocabulary what matters for its time and memory.
+    `linear`, `longest` and `bytes` describe the vocabulary's effect on time and memory.
     """
     found: Parts = {
         "linear": _is_linear(tokenizer),
@@ -60,15 +59,14 @@ def parts_of(tokenizer: Tokenizer) -> Parts:
 
 
 def needs_worker(own: Parts, base: Parts) -> bool:
-    """Whether texts are to be encoded in a worker: a part is neither the base's nor plain."""
+    """Whether texts must be encoded in a worker, because a part is neither the base's nor plain."""
     if base["linear"] and not own["linear"]:
         return True
     return not all(own[name] == base[name] or _is_plain(name, own[name]) for name in ENCODING)
 
 
 def _is_linear(tokenizer: Tokenizer) -> bool:
-    """Whether the model's time grows with a text's length alone; WordPiece and Unigram try every length of
-    token."""
+    """Whether the model's time is linear in a text's length. WordPiece and Unigram try every token length."""
     model = tokenizer.model
     if isinstance(model, WordPiece):
         return int(model.max_input_chars_per_word) <= _LONGEST_TRIED
@@ -78,12 +76,12 @@ def _is_linear(tokenizer: Tokenizer) -> bool:
 
 
 def longest_token(tokenizer: Tokenizer) -> int:
-    """Characters of a vocabulary's longest token."""
+    """Length of the vocabulary's longest token, in characters."""
     return max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=0)
 
 
 def problems_of(own: Parts, base: Parts) -> list[str]:
-    """Why a tokenizer can't be served at all: ids become text in the server, token by token."""
+    """Why a tokenizer can't be served at all, since the server itself decodes, token by token."""
     problems = []
     if own[DECODING] != base[DECODING] and not _is_plain(DECODING, own[DECODING]):
         problems.append(
@@ -107,7 +105,7 @@ def _is_plain(name: str, part: Any, depth: int = 0) -> bool:
     if not isinstance(part, Mapping) or depth > 2:
         return False
     if depth == 0 and json.dumps(part).count('"ByteLevel"') > 1:
-        return False  # each would make two characters of one
+        return False  # each turns one character into two
     kind = part.get("type")
     if kind == "Sequence":
         lists = [value for key, value in part.items() if key != "type"]
@@ -135,7 +133,7 @@ def _plain_normalizer(kind: str, part: Mapping[str, Any]) -> bool:
 def _plain_pre_tokenizer(kind: str, part: Mapping[str, Any]) -> bool:
     if kind == "Split":
         return _literal(part["pattern"]) is not None
-    # ByteLevel and Whitespace have expressions of the library's own, which are linear.
+    # ByteLevel and Whitespace use the library's own expressions, which are linear.
     return kind in _PLAIN_PRE_TOKENIZERS
 
 
@@ -155,10 +153,9 @@ def _plain_decoder(kind: str, part: Mapping[str, Any]) -> bool:
 
 
 def _shortens(part: Mapping[str, Any]) -> bool:
-    """Whether a replacement is of a literal text by one that isn't longer in UTF-8, but for a few bytes once.
+    """Whether a replacement replaces a literal text with one of no more characters.
 
-    Several in a row would multiply what each adds. Llama's and Gemma's is of a space by a mark of three
-    bytes.
+    Several lengthening ones in a row would multiply. Llama's and Gemma's replace a space with one character.
     """
     literal = _literal(part["pattern"])
     return bool(literal) and len(part["content"]) <= len(literal or "")

@@ -1,8 +1,8 @@
-"""The workers of one server, and who may use which.
+"""A server's workers, and which file may use which.
 
-Templates and texts go through two lanes of one worker each; a file uses one lane at a time. One whose worker
-had to be killed lately may use the second lane only, and only while nobody else does: it can hold up others
-like it, and nobody else. Tokenizers are read by a third worker, since loads can wait.
+Two lanes with one worker each render templates and encode texts; a file uses one lane at a time. A file whose
+worker was recently killed may use only the second lane, and only if it is free, so it can't hold up
+well-behaved ones. A third worker reads tokenizers, since loads can wait.
 """
 
 from __future__ import annotations
@@ -20,26 +20,25 @@ from polygraft.engine.sandbox.process import WorkerProcess, WorkerStopped
 from polygraft.errors import ResourceExhausted
 
 CPU_SECONDS = 2.0
-"""What one chat or text may cost."""
+"""Limit for one chat or text."""
 TRIAL_CPU_SECONDS = 1.0
-"""What a small chat may cost when an adapter is loaded."""
+"""Limit for a small chat when an adapter is loaded."""
 READ_CPU_SECONDS = 20.0
-"""What reading and trying a tokenizer may cost. One of 260,000 tokens takes 4 s."""
+"""Limit for reading and trying a tokenizer. One of 260,000 tokens takes 4 s."""
 WORKER_BYTES = 2**28
 READER_BYTES = 3 * 2**29
 WAIT_SECONDS = 10.0
-"""How long a chat waits for a lane, and then for its answer: the machine may be busy."""
+"""How long a chat waits for a lane, and then for its answer, since the machine may be busy."""
 _READ_SECONDS = 300.0
 REMEMBERED_SECONDS = 60.0
-"""How long a file that had its worker killed keeps to the second lane."""
+"""How long a file whose worker was killed may use only the second lane."""
 _MOST_REMEMBERED = 1024
 _MOST_IDS_EACH = 64
 _MOST_IDS_ADDED = 2**16
 
 
 class Workers:
-    """Asks workers. Its methods block, and may be called on any thread; workers are started as they are
-    needed."""
+    """Asks workers, and starts them when needed. Its methods block, and may be called on any thread."""
 
     def __init__(self) -> None:
         self._lanes = (WorkerProcess(WORKER_BYTES), WorkerProcess(WORKER_BYTES))
@@ -57,12 +56,12 @@ class Workers:
         most_characters: int,
         cpu_seconds: float = CPU_SECONDS,
     ) -> Frame:
-        """A chat's `text`, or `failed` in the header, see `worker.py`.
+        """A chat's `text` part, or `failed` in the header; see `worker.py`.
 
         Raises:
-            WorkerStopped: the template had its worker end.
-            WorkerUnavailable: there is no worker.
-            ResourceExhausted: all workers were busy for long.
+            WorkerStopped: the template ended its worker.
+            WorkerUnavailable: no worker can be started.
+            ResourceExhausted: all workers stayed busy.
         """
         question = Frame(
             {
@@ -82,12 +81,12 @@ class Workers:
         """A text's ids, or a frame with `failed`.
 
         Args:
-            key: what `key_of` says of `core`, the tokenizer's JSON.
+            key: `key_of(core)`, where `core` is the tokenizer's JSON.
 
         Raises: as `render`.
         """
         question = Frame({"kind": "encode", "key": key, "special": special}, {"text": text.encode()})
-        # Four bytes an id. A part of a tokenizer may make many ids of a character, but not without end.
+        # Four bytes per id. A tokenizer may make many ids of one character, but not without limit.
         most = 4 * (_MOST_IDS_ADDED + _MOST_IDS_EACH * len(text))
         with self._lane(key) as worker:
             answer = worker.ask(question, cpu_seconds=CPU_SECONDS, seconds=WAIT_SECONDS, most_bytes=most)
@@ -102,7 +101,7 @@ class Workers:
         return ids.tolist()
 
     def read(self, files: Mapping[str, bytes], base: Mapping[str, Any]) -> Frame:
-        """What `read_and_try` makes of a folder's files.
+        """The answer of `read_and_try` for a folder's files.
 
         Raises:
             WorkerStopped, WorkerUnavailable.
@@ -114,7 +113,7 @@ class Workers:
             )
 
     def end(self) -> None:
-        """End all workers; they start again if they are asked."""
+        """End all workers; the next question starts them again."""
         for worker in (*self._lanes, self._reader):
             worker.end()
 
@@ -126,7 +125,7 @@ class Workers:
             while (lane := self._choose(key)) is None:
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._free.wait(left):
-                    raise ResourceExhausted("the workers that render chat templates are busy")
+                    raise ResourceExhausted("all workers for adapters' templates and tokenizers are busy")
             self._users[lane] = key
         try:
             yield self._lanes[lane]
@@ -139,13 +138,13 @@ class Workers:
                 self._free.notify_all()
 
     def _choose(self, key: str) -> int | None:
-        """A lane that is free for a file now. Raises ResourceExhausted for one that isn't to wait."""
+        """A lane that is free for a file, or None. Raises ResourceExhausted for a file that may not wait."""
         killed = self._killed.get(key)
         if killed is not None and time.monotonic() - killed < REMEMBERED_SECONDS:
             if self._users[1] is not None:
                 raise ResourceExhausted(
-                    "an earlier use of this chat template or tokenizer had to be stopped, and the worker "
-                    "that is left for it is busy",
+                    "this chat template or tokenizer had to be stopped recently, and the only worker that "
+                    "it may use is busy",
                     CPU_SECONDS,
                 )
             return 1
@@ -163,5 +162,5 @@ class Workers:
 
 
 def key_of(content: bytes) -> str:
-    """What stands for a template or a tokenizer: the hash of its content."""
+    """The hash that identifies a template or a tokenizer."""
     return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""The server's end of one worker: start it, ask it, and end it when it doesn't answer."""
+"""The server's end of one worker: starts it, asks it, and ends it if it doesn't answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PASSED_ON = (
     "LANG",
     "LC_ALL",
 )
-"""Variables that a worker gets: what Python needs to start, and the time zone that templates may print."""
+"""Variables that a worker gets: those that Python needs to start, and the time zone for templates."""
 _START_SECONDS = 30.0
 _ANSWER_HEADER_BYTES = 2**20
 
@@ -38,10 +38,10 @@ class WorkerUnavailable(Exception):
 
 
 class WorkerStopped(Exception):
-    """The worker has ended, or was ended, before it answered.
+    """The worker ended, or was ended, before it answered.
 
     Args:
-        problem: why, as the end of a sentence whose subject is the file: "used more than 2 s ...".
+        problem: why, as a predicate whose subject is the file: "used more than 2 s ...".
     """
 
     def __init__(self, problem: str) -> None:
@@ -50,7 +50,7 @@ class WorkerStopped(Exception):
 
 
 class WorkerProcess:
-    """One worker, started when it is first asked and again after it has ended. For one caller at a time.
+    """One worker, started at the first question and again after it has ended. For one caller at a time.
 
     Args:
         memory_bytes: what it may allocate beyond what it starts with.
@@ -62,10 +62,10 @@ class WorkerProcess:
         self._finalizer: weakref.finalize[..., WorkerProcess] | None = None
 
     def ask(self, question: Frame, *, cpu_seconds: float, seconds: float, most_bytes: int) -> Frame:
-        """Have a question answered. Blocks, on whichever thread it is called.
+        """Ask a question and wait for the answer. Callable on any thread.
 
         Args:
-            cpu_seconds: what the answer may cost; the worker ends itself beyond it.
+            cpu_seconds: limit of the answer, beyond which the worker ends itself.
             seconds: how long to wait for it.
             most_bytes: of the answer's parts.
 
@@ -86,7 +86,7 @@ class WorkerProcess:
         except (BadFrame, OSError) as error:
             raise WorkerStopped(self._why_ended(cpu_seconds, error)) from None
         except BaseException:
-            self.end()  # its answer is still to come, and would be taken for the next one's
+            self.end()  # its late answer would be taken for the next question's
             raise
         if answer.header.get("ends"):
             self.end()
@@ -124,7 +124,7 @@ class WorkerProcess:
         process = self._process
         assert process is not None
         try:
-            status = process.wait(1.0)  # its pipes close a moment before it is gone
+            status = process.wait(1.0)  # its pipes close a moment before it exits
         except subprocess.TimeoutExpired:
             status = None
         self.end()
@@ -133,14 +133,14 @@ class WorkerProcess:
         if status == -getattr(signal, "SIGALRM", 0):
             return "took too long"
         if status is None:
-            return f"made its process answer with what can't be read ({error})"
+            return f"made its process send an answer that can't be read ({error})"
         name = (
             signal.Signals(-status).name
             if status < 0 and -status in {*signal.Signals}
             else f"status {status}"
         )
         most = self._memory // 2**20
-        return f"ended its process ({name}): it crashed, or wanted more than {most} MiB of memory"
+        return f"ended its process ({name}): it crashed, or needed more than {most} MiB of memory"
 
 
 def _environment() -> dict[str, str]:
@@ -187,7 +187,7 @@ def _wait(selector: selectors.BaseSelector, deadline: float) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a worker and free what it leaves."""
+    """Kill a worker and release its pipes and its process entry."""
     process.kill()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:

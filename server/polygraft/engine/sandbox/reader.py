@@ -1,4 +1,4 @@
-"""Reads adapters' tokenizers by way of a worker, so that what a file does to the libraries is done there."""
+"""Reads adapters' tokenizers in a worker first, so that a malicious file hits the libraries there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_REMEMBERED = 256
 
 
 class TokenizerReader:
-    """Makes tokenizers of files. May be called on any thread; blocks while the worker reads.
+    """Makes tokenizers from files. May be called on any thread; blocks while the worker reads.
 
     Args:
         base: the base's own, whose parts are trusted.
@@ -35,14 +35,14 @@ class TokenizerReader:
         self._lock = threading.Lock()
 
     def __call__(self, name: str, files: Mapping[str, bytes]) -> TextTokenizer:
-        """The tokenizer of these files, tried on all sorts of texts.
+        """The tokenizer of these files, tried on texts of many kinds.
 
         Args:
             name: the adapter's, for errors.
             files: as `read_tokenizer` takes them.
 
         Raises:
-            AdapterInvalid: they can't be read, or what comes of them fails or isn't safe to serve.
+            AdapterInvalid: they can't be read, or the tokenizer fails or isn't safe to serve.
             ResourceExhausted: no worker can be started.
         """
         key = _key_of(files)
@@ -65,13 +65,13 @@ class TokenizerReader:
         except WorkerStopped as error:
             raise AdapterInvalid(name, [f"its tokenizer {error.problem}"]) from error
         except WorkerUnavailable as error:
-            raise ResourceExhausted(f"no process to read tokenizers in can be started: {error}") from error
+            raise ResourceExhausted(f"no process to read tokenizers can be started: {error}") from error
         found = answer.header
         match found.get("failed"):
             case "invalid":
                 raise AdapterInvalid(name, [str(problem) for problem in found["problems"]])
             case "memory":
-                raise AdapterInvalid(name, ["its tokenizer needs more memory than it may"])
+                raise AdapterInvalid(name, ["its tokenizer needs more memory than allowed"])
             case str():
                 raise AdapterInvalid(name, [f"its tokenizer fails: {found.get('problem')}"])
         core = answer.parts["core"]
@@ -97,7 +97,7 @@ def _parsed(name: str, core: bytes) -> Tokenizer:
 
 
 def _texts(found: Any) -> dict[str, Any]:
-    """What a worker says of special tokens or templates: texts, or lists of texts, by name."""
+    """Special tokens or templates from a worker: texts, or lists of texts, by name."""
     assert isinstance(found, dict)
     return found
 

@@ -1,4 +1,4 @@
-"""The chat templates and tokenizers of adapters as requests use them: through workers that can be ended."""
+"""Adapters' chat templates and tokenizers for requests, run in workers that can be killed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from polygraft.errors import (
 
 
 class WorkerEncoder:
-    """Makes ids of texts with a tokenizer whose time or memory nobody knows.
+    """Encodes texts with a tokenizer whose time or memory isn't bounded.
 
     Args:
-        core: the tokenizer's JSON, as it was tried.
+        core: the tokenizer's JSON, exactly as it was tried.
     """
 
     def __init__(self, core: bytes, workers: Workers) -> None:
@@ -32,12 +32,12 @@ class WorkerEncoder:
         self._workers = workers
 
     def __call__(self, text: str, special: bool) -> list[int]:
-        """A text's ids; blocks while the worker makes them, for some seconds at most.
+        """A text's ids; blocks while the worker encodes, for some seconds at most.
 
         Raises:
             ValueError: it fails on this text.
-            TokenizerFailed: it takes more time or memory than it may.
-            ResourceExhausted: there is no worker for it now.
+            TokenizerFailed: it exceeds its limit of time or memory.
+            ResourceExhausted: no worker is free.
         """
         with answered(TokenizerFailed):
             found = self._workers.encode(self._key, self._core, text, special=special)
@@ -49,13 +49,13 @@ class WorkerEncoder:
 
 
 class WorkerTemplate:
-    """A template that an adapter brings along.
+    """An adapter's own template.
 
     Args:
         whose: for errors: "adapter 'name'".
         source: Jinja, rendered as transformers does.
         variables: what it may use beside the messages: the special tokens by role.
-        most_characters: of a text that can fit the context.
+        most_characters: most characters of a text that can fit the context.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class WorkerTemplate:
 
         Raises:
             InvalidRequest: the template refuses these messages.
-            ChatTemplateFailed: it is wrong, or takes more time or memory than it may.
+            ChatTemplateFailed: it is broken, or exceeds its limit of time or memory.
             ContextLengthExceeded: the text can't fit the context.
-            ResourceExhausted: there is no worker for it now.
+            ResourceExhausted: no worker is free.
         """
         said = [{"role": message.role, "content": message.content} for message in messages]
         with answered(lambda problem: ChatTemplateFailed(self._whose, problem)):
@@ -85,7 +85,7 @@ class WorkerTemplate:
 
 
 def template_error(answer: Frame, whose: str, most_characters: int) -> PolygraftError:
-    """What a worker's answer that isn't a text means for the request."""
+    """The request's error for a worker's answer that isn't a text."""
     problem = str(answer.header.get("problem", "it failed"))
     match answer.header.get("failed"):
         case "refusal":
@@ -103,18 +103,18 @@ def template_error(answer: Frame, whose: str, most_characters: int) -> Polygraft
 
 @contextmanager
 def answered(failed: Callable[[str], PolygraftError]) -> Iterator[None]:
-    """Turn a worker that doesn't answer, or not with what it should, into the request's error.
+    """Turn a missing or invalid answer of a worker into the request's error.
 
     Args:
-        failed: makes the error of a problem that the file is to blame for.
+        failed: makes the error for a problem that is the file's fault.
     """
     try:
         yield
     except WorkerStopped as error:
         raise failed(f"it {error.problem}") from error
     except ValueError as error:
-        raise failed(f"its worker answered with what can't be read ({error})") from error
+        raise failed(f"its worker sent an answer that can't be read ({error})") from error
     except WorkerUnavailable as error:
         raise ResourceExhausted(
-            f"no process for what adapters bring along can be started: {error}"
+            f"no process for adapters' chat templates and tokenizers can be started: {error}"
         ) from error

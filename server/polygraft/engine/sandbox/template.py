@@ -1,7 +1,7 @@
-"""Renders chats as transformers does, in a worker; what goes wrong is said with the template's line.
+"""Renders chats as transformers does, in a worker, and reports errors with the template's line.
 
 The environment is that of transformers' `apply_chat_template` (utils/chat_template_utils.py), rebuilt here
-because importing transformers takes a second and 60 MB. The tests hold the two together.
+because importing transformers takes a second and 60 MB. Tests keep the two alike.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from polygraft.printable import printable
 
 
 class Refusal(jinja2.TemplateError):
-    """The template itself says that it doesn't take these messages, by `raise_exception`."""
+    """The template rejected these messages by `raise_exception`."""
 
 
 class TemplateFault(Exception):
-    """The template is wrong, or can't cope with these messages.
+    """The template is broken, or fails on these messages.
 
     Args:
         problem: one line.
-        line: of the template, counted from 1; None where it isn't known.
-        broken: whether no chat at all can be rendered.
+        line: of the template, counted from 1; None if unknown.
+        broken: whether it can't render any chat.
     """
 
     def __init__(self, problem: str, line: int | None, *, broken: bool = False) -> None:
@@ -55,11 +55,11 @@ def render(
     Args:
         messages: each with role and content.
         variables: what the template may use beside them: the special tokens by role.
-        most_characters: of the text.
+        most_characters: limit of the text.
 
     Raises:
-        Refusal, TemplateFault, TooLong: as they say.
-        MemoryError: it takes more than there is.
+        Refusal, TemplateFault, TooLong: see there.
+        MemoryError: it needs more than there is.
     """
     found = {
         **variables,
@@ -84,7 +84,7 @@ def render(
                 raise TooLong
             pieces.append(piece)
         text = "".join(pieces)
-        text.encode()  # an escape such as "\ud800" makes half a character
+        text.encode()  # an escape such as "\ud800" gives a lone surrogate, which isn't text
     except (Refusal, TooLong, MemoryError):
         raise
     except Exception as error:
@@ -93,15 +93,14 @@ def render(
 
 
 def fault_of(error: Exception) -> TemplateFault:
-    """What an exception out of a template says, with the line that it came from."""
+    """The fault for an exception from a template, with the line that it came from."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return TemplateFault(printable(error.message or "it isn't Jinja"), error.lineno)
     return TemplateFault(printable(f"{type(error).__name__}: {error}"), _line_of(error.__traceback__))
 
 
 def _line_of(traceback: TracebackType | None) -> int | None:
-    """The template's line that an error came from: Jinja puts frames with the template's lines in the
-    traceback."""
+    """The template's line that an error came from: Jinja gives its frames the template's line numbers."""
     line = None
     while traceback is not None:
         if "__jinja_exception__" in traceback.tb_frame.f_globals:
@@ -124,7 +123,7 @@ def compiled(source: str) -> jinja2.Template:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks what the assistant says, for trainers; here it is its content."""
+    """`{% generation %}` marks the assistant's text for trainers; here it just renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 - as in Jinja's own extensions
 
@@ -144,7 +143,7 @@ def _raise_exception(message: str) -> NoReturn:
 def _tojson(
     x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Unlike Jinja's own it doesn't escape for HTML."""
+    """Unlike Jinja's own, it doesn't escape for HTML."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -153,7 +152,7 @@ def _strftime_now(format: str) -> str:  # noqa: A002 - as transformers calls it
 
 
 class _Dict:
-    """`dict` for templates: makes dictionaries, and has nothing else of the type."""
+    """`dict` for templates: makes dictionaries, and exposes nothing else of the type."""
 
     def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
         return dict(*args, **values)

@@ -1,4 +1,4 @@
-"""Tries the chat templates of adapters with small chats before they are served, each but once."""
+"""Tries adapters' chat templates with small chats before they are served, each template once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polygraft.engine.sandbox.process import WorkerStopped, WorkerUnavailable
 from polygraft.errors import AdapterInvalid, ResourceExhausted
 
 MAX_TEMPLATE_BYTES = 2**18
-"""Jinja takes 8 s to compile each MiB; templates of real models have some tens of KiB."""
+"""Jinja takes 8 s to compile a MiB; templates of real models have some tens of KiB."""
 _CHATS = (
     [{"role": "user", "content": "Hi"}],
     [
@@ -28,14 +28,14 @@ _MOST_REMEMBERED = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What is wrong with a template, if anything, and what an operator should know."""
+    """What is wrong with a template, if anything, and warnings for the operator."""
 
     problem: str | None = None
     warnings: tuple[str, ...] = ()
 
 
 class TemplateTrials:
-    """May be asked on any thread; blocks while a worker renders."""
+    """May be called on any thread; blocks while a worker renders."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
@@ -52,8 +52,8 @@ class TemplateTrials:
             source, variables, most_characters: as of `WorkerTemplate`.
 
         Raises:
-            AdapterInvalid: it is too large or isn't Jinja, or takes more than a small chat may.
-            ResourceExhausted: there is no worker for it now.
+            AdapterInvalid: it is too large, isn't Jinja, or exceeds the limits of a small chat.
+            ResourceExhausted: no worker is free.
         """
         key = key_of(json.dumps([source, dict(variables), most_characters]).encode())
         with self._lock:
@@ -83,7 +83,7 @@ class TemplateTrials:
                 return _Outcome(f"its chat template {error.problem} with a small chat")
             except WorkerUnavailable as error:
                 raise ResourceExhausted(
-                    f"no process to try chat templates in can be started: {error}"
+                    f"no process to try chat templates can be started: {error}"
                 ) from error
             match answer.header.get("failed"):
                 case "memory":
@@ -98,7 +98,7 @@ class TemplateTrials:
                 case "refusal":
                     warnings.append(f"its chat template refuses a small chat{_said(answer)}")
                 case "long":
-                    warnings.append("its chat template makes more of a small chat than fits the context")
+                    warnings.append("its chat template turns a small chat into more than fits the context")
         return _Outcome(warnings=tuple(warnings[:1]))
 
 

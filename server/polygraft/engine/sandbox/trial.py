@@ -1,7 +1,7 @@
-"""Reads the tokenizer of a folder in a worker, and tries it before the server gets it.
+"""Reads a folder's tokenizer in a worker, and tries it before the server gets it.
 
-The server parses what this hands back, and not the folder's files: the tokenizer as one JSON, as it was
-tried.
+The server builds its tokenizer from what this returns, not from the folder's files: one JSON, exactly as it
+was tried.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PROBES = (
 """Texts of the usual kinds."""
 _RUNS = ("a", " ", "1", "\n", ".", "é", "日", "ab1 .\n")
 _RUN_CHARACTERS = 2000
-"""Long runs show what takes time by the square of a text's length, or more."""
+"""Long runs reveal quadratic time, or worse."""
 _IDS_AT_ONCE = 1024
 _MOST_SPECIAL_TOKENS = 2**14
 _MOST_SAID = 2**18
-"""Characters of the special tokens together, which every chat's template gets."""
+"""Limit in characters of all special tokens, which are passed with every chat."""
 
 
 def read_and_try(files: Mapping[str, bytes], base: Mapping[str, Any]) -> Frame:
-    """The tokenizer of these files: `core`, its JSON, with what its other files say; or what is wrong with
+    """The tokenizer of these files: its JSON as `core`, and what the other files say; or what is wrong with
     it.
 
     Args:
@@ -75,9 +75,9 @@ def read_and_try(files: Mapping[str, bytes], base: Mapping[str, Any]) -> Frame:
 
 
 def try_out(tokenizer: TextTokenizer, special: Sequence[str]) -> list[str]:
-    """Encode and decode all sorts of texts, and every token; returns what fails.
+    """Encode and decode texts of many kinds and every token; returns what fails.
 
-    The server contains an error or a panic. What it can't survive, such as an abort, ends this process.
+    The server survives an error or a panic. What it wouldn't survive, such as an abort, ends this process.
     """
     failures: list[str] = []
     runs = (run * (_RUN_CHARACTERS // len(run)) for run in _RUNS)
@@ -99,7 +99,7 @@ def _there_and_back(backend: Tokenizer, text: str, special: bool) -> None:
 
 
 def _stream(tokenizer: TextTokenizer, ids: Sequence[int]) -> None:
-    """As an answer is decoded: token by token behind the last of a prompt."""
+    """Decode like an answer: token by token after the prompt's last tokens."""
     stream = TextStream(tokenizer, ids[:8], ())
     for token in ids[8:24]:
         stream.push(token)

@@ -1,9 +1,8 @@
-"""A worker: `python -m` with this module's name. It answers what it is asked on its standard input, one at a
-time.
+"""A worker's main module, run by `python -m`. It answers questions on its standard input, one at a time.
 
-It has no secrets, since its environment is what `process.py` gives it, and bounds its memory and the time of
-each answer itself. What a file does to Jinja, Python's compiler or the tokenizers library ends here. It ends
-when its standard input does, that is with the server.
+It holds no secrets, since it has only the environment that `process.py` gives it, and it bounds its own
+memory and the time of each answer. Whatever a file does to Jinja, Python's compiler or the tokenizers library
+stays in this process. It ends when its standard input does, that is with the server.
 
 Arguments: most bytes of memory beyond what the process starts with.
 """
@@ -16,7 +15,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 
-import jinja2.sandbox  # noqa: F401 - before memory is bounded, and before there is anything to do
+import jinja2.sandbox  # noqa: F401 - imported before memory is bounded and time counts
 from tokenizers import Tokenizer
 
 from polygraft.engine.sandbox import template
@@ -28,7 +27,7 @@ from polygraft.printable import printable
 MAX_BODY_BYTES = 2**28
 _KEPT_TOKENIZERS = 4
 _MOST_RESIDENT_KIB = 2**18
-"""A worker that has grown beyond so much ends after its answer; the next one begins small."""
+"""A worker that has grown beyond this ends after its answer; its successor starts small."""
 
 
 def main(arguments: list[str]) -> int:
@@ -36,7 +35,7 @@ def main(arguments: list[str]) -> int:
     limit_process()
     limit_memory(int(arguments[0]))
     questions, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # whatever prints must not print into the answers
+    sys.stdout = sys.stderr  # nothing may print into the answers
     worker = Worker()
     while True:
         try:
@@ -55,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Worker:
-    """Answers questions; what it keeps between them is compiled templates and parsed tokenizers."""
+    """Answers questions, and keeps compiled templates and parsed tokenizers between them."""
 
     def __init__(self) -> None:
         self._tokenizers: OrderedDict[str, Tokenizer] = OrderedDict()
@@ -67,7 +66,7 @@ class Worker:
         }
 
     def answer(self, question: Frame) -> tuple[Frame, bool]:
-        """The answer, and whether this process may go on: not behind what has shaken it."""
+        """The answer, and whether this process may go on: not after a panic or exhausted memory."""
         try:
             return self._kinds[question.header["kind"]](question), True
         except MemoryError:
@@ -112,7 +111,7 @@ class Worker:
         return Frame({}, {"ids": array("I", found.ids).tobytes()})
 
     def _read(self, question: Frame) -> Frame:
-        # With transformers, which takes most of a second: only workers that read tokenizers import it.
+        # This imports transformers, which takes most of a second: only workers that read tokenizers need it.
         from polygraft.engine.sandbox.trial import read_and_try
 
         return read_and_try(question.parts, question.header["base"])
