@@ -184,7 +184,7 @@ async def thirty_loads_of_75_mib_at_once(target: Target) -> str:
         shutil.rmtree(target.store / name, ignore_errors=True)
         shutil.copytree(first, target.store / name)
     async with target.channel() as channel:
-        calls = [adapters(channel).LoadAdapter(ap.LoadAdapterRequest(name=n), timeout=300) for n in names]
+        calls = [adapters(channel).LoadAdapter(ap.LoadAdapterRequest(name=n), timeout=900) for n in names]
         result = counted(await asyncio.gather(*map(outcome, calls)))
         for name in names:
             await outcome(adapters(channel).UnloadAdapter(ap.UnloadAdapterRequest(name=name), timeout=60))
