@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import threading
 import time
@@ -438,6 +439,23 @@ async def test_a_caller_that_gives_up_doesnt_stop_a_load(start: Start, store: Pa
         await stream
         while running.handle.get_adapter("new").state is not AdapterState.READY:
             await asyncio.sleep(0.001)
+
+
+async def test_an_error_that_nobody_waits_for_any_more_is_not_logged_as_lost(start: Start) -> None:
+    lost: list[dict[str, Any]] = []
+    async with start() as running:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
+        unload = asyncio.create_task(running.handle.unload_adapter("nobody"))
+        await asyncio.sleep(0)
+        unload.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unload
+        del unload
+        with pytest.raises(AdapterNotFound):
+            await running.handle.unload_adapter("nobody")
+        gc.collect()
+        await asyncio.sleep(0)
+    assert not lost
 
 
 async def test_nearest_tokens(start: Start) -> None:

@@ -31,7 +31,9 @@ class Commands:
         done.add_done_callback(self._unanswered.discard)
         self._loop.post(lambda: command(done))
         # Shielded: a caller that gives up must not cancel what the engine is doing.
-        return await asyncio.shield(asyncio.wrap_future(done))
+        answer = asyncio.wrap_future(done)
+        answer.add_done_callback(_hear)
+        return await asyncio.shield(answer)
 
     def end(self, error: PolygraftError) -> None:
         """Answer all with an error, since the engine's thread no longer will."""
@@ -39,3 +41,10 @@ class Commands:
             # The thread may come out of a hang and answer first.
             with contextlib.suppress(InvalidStateError):
                 done.set_exception(error)
+
+
+def _hear(answer: asyncio.Future[Any]) -> None:
+    """Take an error off a future: where its caller has given up, nobody else does, and asyncio logs it as
+    lost."""
+    if not answer.cancelled():
+        answer.exception()
