@@ -21,7 +21,8 @@ async def test_a_key_that_hangs_holds_up_itself_alone() -> None:
     go_on.set()
     assert all(await asyncio.gather(*hanging))
     assert not workers._waiting
-    assert not workers._running
+    while workers._running:  # a thread leaves it a moment after its caller has the result
+        await asyncio.sleep(0.001)
 
 
 async def test_a_key_has_one_thread_and_its_own_order() -> None:

@@ -17,7 +17,7 @@ import pytest
 from polygraft.engine.sandbox import pool, process
 from polygraft.engine.sandbox.frames import BadFrame, Frame, pack, read
 from polygraft.engine.sandbox.pool import Workers
-from polygraft.engine.sandbox.process import WorkerProcess, WorkerStopped, WorkerUnavailable
+from polygraft.engine.sandbox.process import WorkerProcess, WorkerStopped, WorkerTimedOut, WorkerUnavailable
 from polygraft.errors import ResourceExhausted
 
 HI = [{"role": "user", "content": "hi"}]
@@ -143,7 +143,7 @@ def test_a_worker_that_hangs_or_dies_is_replaced(workers: Workers) -> None:
     assert worker._process is not None
     first = worker._process.pid
     os.kill(first, signal.SIGSTOP)
-    with pytest.raises(WorkerStopped, match=r"took longer than 0.2 s"):
+    with pytest.raises(WorkerTimedOut, match=r"within 0.2 s"):
         worker.ask(Frame({"kind": "keep", "key": ""}), cpu_seconds=1, seconds=0.2, most_bytes=10)
     assert text(workers) == "<user>hi"
     second = worker._process
@@ -152,6 +152,42 @@ def test_a_worker_that_hangs_or_dies_is_replaced(workers: Workers) -> None:
     second.kill()
     second.wait()
     assert text(workers) == "<user>hi"
+
+
+def test_an_answer_that_is_late_isnt_held_against_the_template(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text(workers)
+    running = workers._lanes[0]._process
+    assert running is not None
+    monkeypatch.setattr(pool, "_SECONDS_PER_CPU_SECOND", 0.1)
+    os.kill(running.pid, signal.SIGSTOP)
+    with pytest.raises(ResourceExhausted, match="the machine is busy"):
+        workers.render(PLAIN, HI, {}, 1000)
+    assert not workers._killed
+    assert workers._users == [None, None]
+
+
+def test_files_take_turns(workers: Workers) -> None:
+    """However many calls for one file wait, the next free lane is another file's."""
+    go_on = threading.Event()
+
+    def ask(key: str) -> None:
+        with workers._lane(key):
+            go_on.wait()
+
+    threads = [threading.Thread(target=ask, args=(key,)) for key in ("a", "a", "a", "b", "b", "c")]
+    with workers._lane("a"):
+        with workers._lane("b"):
+            for thread in threads:
+                thread.start()
+            while len(workers._waiting) < len(threads):
+                time.sleep(0.001)
+        assert workers._users == ["a", "c"]
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert not workers._waiting
 
 
 def test_what_no_process_can_be_had_for_is_said(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:

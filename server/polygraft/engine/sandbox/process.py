@@ -49,6 +49,13 @@ class WorkerStopped(Exception):
         self.problem = problem
 
 
+class WorkerTimedOut(Exception):
+    """No answer came in time, though the CPU time wasn't used up; the worker is gone.
+
+    The machine is busy, or somebody stopped the process: nothing is known against the file.
+    """
+
+
 class WorkerProcess:
     """One worker, started at the first question and again after it has ended. For one caller at a time.
 
@@ -72,6 +79,7 @@ class WorkerProcess:
         Raises:
             WorkerUnavailable: it can't be started.
             WorkerStopped: no answer came; the worker is gone.
+            WorkerTimedOut: it didn't come in time.
         """
         fresh = self._process is None or self._process.poll() is not None
         process = self._start() if fresh else self._process
@@ -82,9 +90,9 @@ class WorkerProcess:
             answer = _exchange(process, data, time.monotonic() + limit, most_bytes)
         except TimeoutError:
             self.end()
-            raise WorkerStopped(f"took longer than {seconds:g} s") from None
+            raise WorkerTimedOut(f"no answer within {seconds:g} s") from None
         except (BadFrame, OSError) as error:
-            raise WorkerStopped(self._why_ended(cpu_seconds, error)) from None
+            raise self._ended(cpu_seconds, error) from None
         except BaseException:
             self.end()  # its late answer would be taken for the next question's
             raise
@@ -120,7 +128,7 @@ class WorkerProcess:
         self._finalizer = weakref.finalize(self, _end, process)
         return process
 
-    def _why_ended(self, cpu_seconds: float, error: Exception) -> str:
+    def _ended(self, cpu_seconds: float, error: Exception) -> WorkerStopped | WorkerTimedOut:
         process = self._process
         assert process is not None
         try:
@@ -129,18 +137,20 @@ class WorkerProcess:
             status = None
         self.end()
         if status == -getattr(signal, "SIGPROF", 0):
-            return f"used more than {cpu_seconds:g} s of CPU time"
+            return WorkerStopped(f"used more than {cpu_seconds:g} s of CPU time")
         if status == -getattr(signal, "SIGALRM", 0):
-            return "took too long"
+            return WorkerTimedOut("it got too little processor time")
         if status is None:
-            return f"made its process send an answer that can't be read ({error})"
+            return WorkerStopped(f"made its process send an answer that can't be read ({error})")
         name = (
             signal.Signals(-status).name
             if status < 0 and -status in {*signal.Signals}
             else f"status {status}"
         )
         most = self._memory // 2**20
-        return f"ended its process ({name}): it crashed, or needed more than {most} MiB of memory"
+        return WorkerStopped(
+            f"ended its process ({name}): it crashed, or needed more than {most} MiB of memory"
+        )
 
 
 def _environment() -> dict[str, str]:
