@@ -133,7 +133,7 @@ class ServerConfig(BaseSettings):
     max_num_seqs: int = Field(256, ge=1, le=4096, description="most requests that run at once")
     max_num_batched_tokens: int = Field(512, ge=1, description="most tokens in one step")
     max_step_ms: float = Field(
-        1000.0,
+        500.0,
         ge=0,
         description="target milliseconds per step; bounds long prompts and scores. 0 is no bound",
     )
