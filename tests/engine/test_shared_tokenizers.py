@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,17 @@ def test_a_sentencepiece_model_is_compared_with_the_base(
         tokenizers.of("a", {"tokenizer.model": model.SerializeToString(), **config})
     with pytest.raises(AdapterInvalid, match=r"tokenizer\.model can't be read"):
         tokenizers.of("a", {"tokenizer.model": b"\xff" * 50, **config})
+
+
+@pytest.mark.parametrize("file", ["tekken.json", "tiktoken.model", "qwen.tiktoken"])
+def test_a_vocabulary_that_cant_be_read_is_the_bases_own_file_or_refused(
+    base: TextTokenizer, file: str
+) -> None:
+    content = b"IQ== 0"
+    own = replace(base, hashes={**base.hashes, file: hashlib.sha256(content).hexdigest()})
+    assert SharedTokenizers(own).of("a", {file: content}).backend is base.backend
+    with pytest.raises(AdapterInvalid, match=rf"in {file} alone, isn't the base's"):
+        SharedTokenizers(base).of("a", {file: content})
 
 
 def test_special_tokens_that_a_folder_does_not_name_are_the_bases(

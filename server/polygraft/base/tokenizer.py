@@ -21,7 +21,18 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 _END_ROLES = ("eos_token", "eot_token")
 """Special tokens that end an answer: at the end of the sequence, and of a turn."""
 _PROBE = "a b"
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
+    "qwen.tiktoken",
+)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from polygraft.adapters.folder import TOKENIZER
 from polygraft.base.tokenizer import TextTokenizer, text_tokenizer
-from polygraft.engine.prompt_files import CONFIG, SENTENCEPIECE, read_object
+from polygraft.engine.prompt_files import CONFIG, OPAQUE, SENTENCEPIECE, read_object
 from polygraft.errors import AdapterInvalid
 
 _CLASS = re.compile(r"[A-Za-z0-9_]+Tokenizer(Fast)?")
@@ -64,6 +64,7 @@ def slow_class(name: str, files: Mapping[str, bytes]) -> Any:
         return None
     roles: dict[str, str] = getattr(found, "vocab_files_names", {})
     needed = [file for role, file in roles.items() if role != "tokenizer_file"]
-    if not needed or not all(file in files and file != SENTENCEPIECE for file in needed):
+    unread = (*SENTENCEPIECE, *OPAQUE)
+    if not needed or not all(file in files and file not in unread for file in needed):
         return None
     return found

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from polygraft.base.tokenizer import TextTokenizer
-from polygraft.engine.prompt_files import SENTENCEPIECE
+from polygraft.engine.prompt_files import OPAQUE, SENTENCEPIECE
 from polygraft.errors import AdapterInvalid
 
 _MAX_SENTENCEPIECE_BYTES = 2**23
@@ -66,8 +66,10 @@ class BaseVocabulary:
         Raises:
             AdapterInvalid: the file can't be read.
         """
+        if file in OPAQUE:
+            return False
         try:
-            if file == SENTENCEPIECE:
+            if file in SENTENCEPIECE:
                 return self._has_pieces(content)
             model = json.loads(self.whole)["model"]
             if file == "vocab.json":

@@ -15,8 +15,10 @@ TEMPLATE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
 ADDED_TOKENS = "added_tokens.json"
 GENERATION = "generation_config.json"
-SENTENCEPIECE = "tokenizer.model"
-VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", SENTENCEPIECE)
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+OPAQUE = ("tekken.json", "tiktoken.model", "qwen.tiktoken")
+"""Vocabularies in forms that are compared to the base's files by hash alone."""
+VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", *SENTENCEPIECE, *OPAQUE)
 """What a slow tokenizer has instead of tokenizer.json."""
 _MAX_OBJECT_BYTES = 2**23
 """Limit of a settings file: parsing one holds up everybody, by some 10 ms per MiB."""
