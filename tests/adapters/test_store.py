@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from polygraft.adapters import open_folder as open_folder_module
-from polygraft.adapters.folder import CONFIG, TOKENIZER, WEIGHTS
+from polygraft.adapters.folder import CONFIG, WEIGHTS
 from polygraft.adapters.open_folder import OpenFolder
 from polygraft.adapters.store import AdapterStore
+from polygraft.base.tokenizer import TOKENIZER
 from polygraft.errors import AdapterInvalid, ConfigError, InvalidRequest, PolygraftError
 from tests.adapters.specimen import Specimen
 from tests.engine.stores import strengthen

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from polygraft.adapters.folder import CONFIG, TOKENIZER, WEIGHTS
+from polygraft.adapters.folder import CONFIG, WEIGHTS
 from polygraft.adapters.info import AdapterState
+from polygraft.base.tokenizer import TOKENIZER
 from polygraft.config import ServerConfig
 from polygraft.engine.check import CheckReport, check_folder
 from polygraft.engine.engine import Engine

@@ -20,6 +20,7 @@ from polygraft.adapters.adapterhub.form import (
     is_adapterhub,
 )
 from polygraft.adapters.open_folder import FileUnreadable, FolderChanged, OpenFolder, read_descriptor
+from polygraft.base.tokenizer import TOKENIZER, VOCABULARIES
 from polygraft.errors import AdapterInvalid, PolygraftError
 
 if TYPE_CHECKING:
@@ -31,21 +32,12 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", ADAPTERHUB_PICKLE, "adapter_model.pt")
 MAX_CONFIG_BYTES = 2**20
-TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "tiktoken.model",
-    "qwen.tiktoken",
+    *VOCABULARIES,
     "chat_template.jinja",
     "generation_config.json",
 )
@@ -138,7 +130,7 @@ def untrusted(name: str, what: str) -> Iterator[None]:
         raise AdapterInvalid(name, [f"{what} can't be read: {why}"]) from None
 
 
-def folder_bytes(name: str, folder: OpenFolder) -> int:
+def folder_bytes(folder: OpenFolder) -> int:
     """Bytes of all files that `read_open_folder` reads."""
     files = (CONFIG, WEIGHTS, ADAPTERHUB_WEIGHTS, *TOKENIZER_FILES)
     return sum(folder.size(file) for file in files)

@@ -48,7 +48,7 @@ class AdapterStore:
 
     def size(self, name: str, source: str) -> int:
         """Bytes of the files that `read` would read; it raises as that does."""
-        return self._with_folder(name, source, lambda folder: folder_bytes(name, folder))
+        return self._with_folder(name, source, lambda folder: folder_bytes(folder))
 
     def read(self, name: str, source: str, most: int | None = None) -> AdapterFolder:
         """Read one folder; blocks on the disk.
@@ -63,7 +63,7 @@ class AdapterStore:
         """
 
         def read(folder: OpenFolder) -> AdapterFolder:
-            if most is not None and folder_bytes(name, folder) > most:
+            if most is not None and folder_bytes(folder) > most:
                 raise AdapterInvalid(name, ["it has grown since its load began; load it again"])
             found = read_open_folder(name, folder, self._max_bytes)
             folder.check_unchanged()

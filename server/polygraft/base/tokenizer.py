@@ -21,18 +21,12 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 _END_ROLES = ("eos_token", "eot_token")
 """Special tokens that end an answer: at the end of the sequence, and of a turn."""
 _PROBE = "a b"
-_VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "tiktoken.model",
-    "qwen.tiktoken",
-)
+TOKENIZER = "tokenizer.json"
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+OPAQUE = ("tekken.json", "tiktoken.model", "qwen.tiktoken")
+"""Vocabularies in forms that are compared to the base's files by hash alone."""
+VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", *SENTENCEPIECE, *OPAQUE)
+"""What a slow tokenizer has instead of tokenizer.json."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -48,7 +42,6 @@ class TextTokenizer:
         special_tokens: texts of the special tokens by role, such as "bos_token"; chat templates see them.
         chat_templates: by name; `DEFAULT_TEMPLATE` is used.
         ends: texts of the special tokens that end an answer.
-        class_name: its class in transformers.
         hashes: SHA-256 in hexadecimal of the vocabulary's files that it was read from, by file name.
         encoder: encodes a text, with special tokens or without, in place of a backend whose time and memory
             aren't known to be bounded.
@@ -62,7 +55,6 @@ class TextTokenizer:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_templates: Mapping[str, str] = field(default_factory=dict)
     ends: tuple[str, ...] = ()
-    class_name: str = ""
     hashes: Mapping[str, str] = field(default_factory=dict)
     encoder: Callable[[str, bool], list[int]] | None = None
     warnings: tuple[str, ...] = ()
@@ -143,7 +135,6 @@ def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> Text
         backend,
         special_tokens=dict(loaded.special_tokens_map),
         chat_templates={DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else dict(templates),
-        class_name=type(loaded).__name__,
         hashes=hashes,
     )
     tokenizer.encode(_PROBE, special=True)
@@ -159,7 +150,6 @@ def tokenizer_of(
     *,
     special_tokens: Mapping[str, str],
     chat_templates: Mapping[str, str],
-    class_name: str,
     hashes: Mapping[str, str] | None = None,
     encoder: Callable[[str, bool], list[int]] | None = None,
 ) -> TextTokenizer:
@@ -175,7 +165,6 @@ def tokenizer_of(
         special_tokens=special_tokens,
         chat_templates=chat_templates,
         ends=named_ends(special_tokens),
-        class_name=class_name,
         hashes=hashes or {},
         encoder=encoder,
     )
@@ -202,7 +191,7 @@ def load_tokenizer(folder: str) -> TextTokenizer:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    contents = {file: _read(folder, file) for file in _VOCABULARIES}
+    contents = {file: _read(folder, file) for file in (TOKENIZER, *VOCABULARIES)}
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items() if content}
     tokenizer = text_tokenizer(loaded, hashes)
     # transformers ignores this file if the tokens are listed elsewhere.

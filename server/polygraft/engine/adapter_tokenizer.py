@@ -10,9 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from polygraft.adapters.folder import TOKENIZER
-from polygraft.base.tokenizer import TextTokenizer, text_tokenizer
-from polygraft.engine.prompt_files import CONFIG, OPAQUE, SENTENCEPIECE, read_object
+from polygraft.base.tokenizer import OPAQUE, SENTENCEPIECE, TOKENIZER, TextTokenizer, text_tokenizer
+from polygraft.engine.prompt_files import CONFIG, read_object
 from polygraft.errors import AdapterInvalid
 
 _CLASS = re.compile(r"[A-Za-z0-9_]+Tokenizer(Fast)?")

@@ -10,8 +10,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from polygraft.base.tokenizer import TextTokenizer
-from polygraft.engine.prompt_files import OPAQUE, SENTENCEPIECE
+from polygraft.base.tokenizer import OPAQUE, SENTENCEPIECE, TextTokenizer
 from polygraft.errors import AdapterInvalid
 
 _MAX_SENTENCEPIECE_BYTES = 2**23

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polygraft.adapters.folder import TOKENIZER
-from polygraft.base.tokenizer import DEFAULT_TEMPLATE, SPECIAL_TOKENS, named_ends
+from polygraft.base.tokenizer import (
+    DEFAULT_TEMPLATE,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    VOCABULARIES,
+    named_ends,
+)
 from polygraft.errors import AdapterInvalid
 
 TEMPLATE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
 ADDED_TOKENS = "added_tokens.json"
 GENERATION = "generation_config.json"
-SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-OPAQUE = ("tekken.json", "tiktoken.model", "qwen.tiktoken")
-"""Vocabularies in forms that are compared to the base's files by hash alone."""
-VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", *SENTENCEPIECE, *OPAQUE)
-"""What a slow tokenizer has instead of tokenizer.json."""
 _MAX_OBJECT_BYTES = 2**23
 """Limit of a settings file: parsing one holds up everybody, by some 10 ms per MiB."""
 _IRRELEVANT = (

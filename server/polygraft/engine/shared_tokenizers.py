@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
-from polygraft.adapters.folder import TOKENIZER
-from polygraft.base.tokenizer import TextTokenizer
+from polygraft.base.tokenizer import TOKENIZER, VOCABULARIES, TextTokenizer
 from polygraft.engine.adapter_tokenizer import read_tokenizer, slow_class
 from polygraft.engine.base_vocabulary import BaseVocabulary
-from polygraft.engine.prompt_files import VOCABULARIES, listed_tokens, tokenizer_files
+from polygraft.engine.prompt_files import listed_tokens, tokenizer_files
 from polygraft.errors import AdapterInvalid
 
 _KEPT = 64

@@ -13,7 +13,7 @@ from polygraft_api.v1 import inference_pb2 as pb
 
 M = TypeVar("M", bound=Message)
 
-_QUICK_ENTRIES = 500
+QUICK_ENTRIES = 500
 """Up to so many log-probabilities the event loop builds the messages itself, in some 2 ms."""
 _QUICK_BYTES = 65_536
 """Up to about so many bytes it serializes itself."""
@@ -59,7 +59,7 @@ class Answer:
                 chunk.logprobs.extend(messages.logprobs(output.logprobs))
                 whole.logprobs.extend(chunk.logprobs)
 
-            if count <= _QUICK_ENTRIES:
+            if count <= QUICK_ENTRIES:
                 add()
             else:
                 await self._worker.run(add)

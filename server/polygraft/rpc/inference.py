@@ -14,7 +14,7 @@ from polygraft.engine.handle import EngineHandle
 from polygraft.engine.worker import Worker
 from polygraft.errors import Draining
 from polygraft.rpc import convert, messages
-from polygraft.rpc.answer import Answer, encode, entries
+from polygraft.rpc.answer import QUICK_ENTRIES, Answer, encode, entries
 from polygraft.telemetry.logging import request_id
 from polygraft_api.v1 import inference_pb2 as pb
 from polygraft_api.v1 import inference_pb2_grpc
@@ -25,7 +25,6 @@ T = TypeVar("T")
 _QUICK_ELEMENTS = 500
 """Up to so many messages of a chat, or continuations, the event loop converts itself, in some 2 ms."""
 _QUICK_TOKENS = 8_192
-_QUICK_ENTRIES = 500
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -104,7 +103,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if finished is None or not output.scores:
             raise Draining("the server is shutting down")
         count = sum(1 + entries(score.tokens) for score in output.scores)
-        if count <= _QUICK_ENTRIES:
+        if count <= QUICK_ENTRIES:
             return messages.scores(output, finished, call)
         made = await self._answers.run(lambda: messages.scores(output, finished, call))
         return await encode(self._answers, made, count * messages.ENTRY_BYTES)

@@ -126,7 +126,6 @@ def test_the_rest_comes_along(read: Callable[..., TextTokenizer]) -> None:
     assert tokenizer.special_tokens["eos_token"] == "A"
     assert tokenizer.chat_template == "x"
     assert tokenizer.encoder is None
-    assert tokenizer.class_name
     files = {"tokenizer.json": changed().encode(), "tokenizer_config.json": b'{"eos_token": "A"}'}
     assert tokenizer.backend.to_str() == read_tokenizer("x", files).backend.to_str()
 

@@ -79,7 +79,6 @@ class TokenizerReader:
             _parsed(name, core),
             special_tokens=_texts(found["special_tokens"]),
             chat_templates=_texts(found["chat_templates"]),
-            class_name=str(found["class_name"]),
             encoder=WorkerEncoder(core, self._workers) if found["needs_worker"] else None,
         )
         return replace(tokenizer, warnings=tuple(map(str, found["warnings"])))

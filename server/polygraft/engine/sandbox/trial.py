@@ -67,7 +67,6 @@ def read_and_try(files: Mapping[str, bytes], base: Mapping[str, Any]) -> Frame:
     header = {
         "special_tokens": dict(read.special_tokens),
         "chat_templates": dict(read.chat_templates),
-        "class_name": read.class_name,
         "needs_worker": needs_worker(own, dict(base)),
         "warnings": warnings,
     }
