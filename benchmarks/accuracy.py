@@ -75,7 +75,7 @@ class Exact:
 
 
 class Measured:
-    """What one precision does.
+    """Adds up the errors of one precision.
 
     Args:
         texts: token ids of the windows.

@@ -10,7 +10,14 @@ import torch
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
-from polygraft.engine.request import AdapterRef, CombinationType, FinishReason, Request, StoppingParams
+from polygraft.engine.request import (
+    AdapterRef,
+    CombinationType,
+    FinishReason,
+    LoraPath,
+    Request,
+    StoppingParams,
+)
 from polygraft.engine.sequence import CanarySequence
 
 
@@ -79,3 +86,17 @@ def forced_logits(
         engine.step()
     engine.check_integrity()
     return torch.cat([sequence.logits for sequence in sequences if sequence.logits is not None])
+
+
+def merged_logits(engine: Engine, tokens: list[int], adapter: str) -> torch.Tensor:
+    """Logits [vocabulary] behind some tokens, on the adapter's merged copy."""
+    sequence = CanarySequence("merged", tokens, engine.intake.resolve((AdapterRef(adapter),)))
+    sequence.path = LoraPath.MERGED
+    engine.paths.queue(sequence)
+    engine.scheduler.add(sequence)
+    while engine.has_work:
+        engine.step()
+    engine.check_integrity()
+    assert sequence.copy is not None
+    assert sequence.logits is not None
+    return sequence.logits[0]

@@ -21,14 +21,12 @@ from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig
 from safetensors.torch import save_file
 
 from polygraft.adapters.info import AdapterState
-from polygraft.engine.engine import Engine
 from polygraft.engine.request import AdapterRef, CombinationType, LoraPath, Request, StoppingParams
-from polygraft.engine.sequence import CanarySequence
 from polygraft.errors import AdapterUnavailable, InvalidRequest
 from polygraft.layers.experts import sites
 from polygraft.layers.experts.forward import experts_forward
 from tests.architectures import EXPERTS, MATRIX, SMOKE, WINDOW
-from tests.engines import forced_logits, greedy, make_engine, run_greedy
+from tests.engines import forced_logits, greedy, make_engine, merged_logits, run_greedy
 from tests.equivalence.cases import (
     ALLOWANCE,
     BASE,
@@ -212,20 +210,6 @@ def test_chunks_and_preemption_change_nothing(
     )
     requests = [greedy(row, prompt(row), None if row == BASE else row, STEPS) for row in ROWS]
     assert run_greedy(crowded, requests) == [this.exact[row].tokens for row in ROWS]
-
-
-def merged_logits(engine: Engine, tokens: list[int], adapter: str) -> torch.Tensor:
-    """Logits [vocabulary] behind some tokens, on the adapter's merged copy."""
-    sequence = CanarySequence("merged", tokens, engine.intake.resolve((AdapterRef(adapter),)))
-    sequence.path = LoraPath.MERGED
-    engine.paths.queue(sequence)
-    engine.scheduler.add(sequence)
-    while engine.has_work:
-        engine.step()
-    engine.check_integrity()
-    assert sequence.copy is not None
-    assert sequence.logits is not None
-    return sequence.logits[0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

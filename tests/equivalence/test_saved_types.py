@@ -31,11 +31,9 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
-from polygraft.engine.engine import Engine
-from polygraft.engine.request import AdapterRef, CombinationType, LoraPath
-from polygraft.engine.sequence import CanarySequence
+from polygraft.engine.request import AdapterRef, CombinationType
 from tests.architectures import MATRIX
-from tests.engines import forced_logits
+from tests.engines import forced_logits, merged_logits
 from tests.equivalence.cases import (
     ALLOWANCE,
     BASE,
@@ -249,17 +247,3 @@ def test_experts_and_routers(tmp_path: Path, saved: str) -> None:
         logits = merged_logits(this.engine, prompts[row], row)
         assert (logits - this.exact[row].logits[0]).abs().max() < TOLERANCE
     check_rows_differ(this)
-
-
-def merged_logits(engine: Engine, tokens: list[int], adapter: str) -> torch.Tensor:
-    """Logits [vocabulary] behind some tokens, on the adapter's merged copy."""
-    sequence = CanarySequence("merged", tokens, engine.intake.resolve((AdapterRef(adapter),)))
-    sequence.path = LoraPath.MERGED
-    engine.paths.queue(sequence)
-    engine.scheduler.add(sequence)
-    while engine.has_work:
-        engine.step()
-    engine.check_integrity()
-    assert sequence.copy is not None
-    assert sequence.logits is not None
-    return sequence.logits[0]
