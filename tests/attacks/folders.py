@@ -159,7 +159,7 @@ async def headers_that_lie(target: Target) -> str:
 
 @attack
 async def thirty_loads_of_75_mib_at_once(target: Target) -> str:
-    rank = 240
+    rank = 128  # 78 MB in bfloat16
     shapes = {
         "self_attn.q_proj": (576, 576),
         "self_attn.k_proj": (576, 192),
