@@ -8,6 +8,9 @@ PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I pr
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
 THREADS := OMP_NUM_THREADS=2
 OUT ?= build/compare
+# Processes that share the tests. Each takes up to 3 GiB; 0 runs the tests in one, which a debugger needs.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10
 
 .PHONY: help setup model demo serve test test-full attacks check format protos adapters bench bench-w bench-compare bench-peers bench-boundary clean
 
@@ -40,10 +43,10 @@ serve: model  ## Serve the sample adapters until interrupted
 	$(BIN)/polygraft serve --adapters adapters
 
 test: model  ## Run the tests, the demo included
-	$(BIN)/python -m pytest -m 'not full'
+	$(PYTEST) -m 'not full'
 
 test-full: model  ## Run the tests with the whole equivalence matrix
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 attacks: model  ## Attack a server of the default model, one fault after another, and report what others felt
 	$(BIN)/python -m tests.attacks
