@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.workload import ADAPTERS, RANK, TARGETS, adapter_names
-from polygraft.base.loader import DEFAULT_NAME
+from polygraft.base.default_model import HUB_ID
 from polygraft.base.spec import BaseSpec
 
 
@@ -18,7 +18,7 @@ def write_adapters(store: Path, base: BaseSpec, count: int = ADAPTERS, rank: int
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": DEFAULT_NAME,
+        "base_model_name_or_path": HUB_ID,
         "r": rank,
         "lora_alpha": rank,
         "target_modules": TARGETS,

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from benchmarks.adapter_files import write_adapters
 from benchmarks.workload import adapter_names
-from polygraft.base.loader import DEFAULT_NAME
+from polygraft.base.default_model import HUB_ID
 from polygraft.base.spec import BaseSpec
 
 DISTINCT = 8
@@ -58,7 +58,7 @@ def prefix_store(store: Path, base: BaseSpec, lengths: Iterable[int]) -> dict[in
         config = {
             "peft_type": "PREFIX_TUNING",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": DEFAULT_NAME,
+            "base_model_name_or_path": HUB_ID,
             "num_virtual_tokens": length,
             "num_layers": layers,
             "num_attention_heads": site.kv_heads,

@@ -104,7 +104,7 @@ class Reservation:
     """
 
     def __init__(self, settings: Mapping[str, str]) -> None:
-        self._sockets: list[socket.socket] = []
+        self._sockets: dict[str, list[socket.socket]] = {flag: [] for flag in settings}
         held: list[Address] = []
         try:
             for flag, text in settings.items():
@@ -116,16 +116,21 @@ class Reservation:
                             raise ConfigError(
                                 flag, f"{wanted} is {other.flag}'s as well: each needs a port of its own"
                             )
-                    self._sockets.append(_bound(address, wanted))
+                    self._sockets[flag].append(_bound(address, wanted))
                 held += found
         except ConfigError:
-            self.release()
+            self.release_all()
             raise
 
-    def release(self) -> None:
-        """Release the ports. Listen on them right afterwards, before another process can."""
-        while self._sockets:
-            self._sockets.pop().close()
+    def release(self, flag: str) -> None:
+        """Release a setting's ports. Listen on them right afterwards, before another process can."""
+        for holder in self._sockets.pop(flag, ()):
+            holder.close()
+
+    def release_all(self) -> None:
+        """Release every port that is still reserved."""
+        for flag in [*self._sockets]:
+            self.release(flag)
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +138,7 @@ class Reservation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.release()
+        self.release_all()
 
 
 def listening_error(address: Address, error: OSError) -> ConfigError:

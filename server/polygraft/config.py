@@ -80,6 +80,13 @@ class ServerConfig(BaseSettings):
     model: str = Field(
         "default", description="local folder or hub id of the base model; default is SmolLM2-135M-Instruct"
     )
+    served_model_name: str | None = Field(
+        None,
+        min_length=1,
+        max_length=128,
+        description="the base's name in GetModel, metrics and the log [default: the hub id, or the "
+        "folder's own name]",
+    )
     adapters: Path | None = Field(None, description="folder whose sub-folders are adapters")
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 picks one")
     metrics: str = Field(
@@ -168,6 +175,10 @@ class ServerConfig(BaseSettings):
         None, ge=1, description="compute threads [default: one per core that the process may use]"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="form of the log: a readable line for each record, or a JSON object"
+    )
+    log_requests: bool = Field(True, description="log a line for each finished request")
 
     @classmethod
     def settings_customise_sources(

@@ -9,18 +9,23 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+import polygraft
 from polygraft.addresses import Address, Reservation
 from polygraft.config import ServerConfig
 from polygraft.early_signals import force_from_now
 from polygraft.engine.machine import Machine
+from polygraft.stages import Stages
 from polygraft.telemetry.logging import configure_logging
 
 if TYPE_CHECKING:
     from polygraft.engine.engine import Engine
     from polygraft.engine.engine_thread import EngineThread
-    from polygraft.rpc.serve import Ports
+    from polygraft.telemetry.metrics import Metrics
+    from polygraft.telemetry.probes import Probes
 
 SWITCH_SECONDS = 0.0005
+
+log = logging.getLogger(__name__)
 
 
 def run(config: ServerConfig) -> int:
@@ -28,28 +33,42 @@ def run(config: ServerConfig) -> int:
 
     Prints one line on standard output once calls are answered: `polygraft ready: grpc=HOST:PORT
     metrics=HOST:PORT` (without the second where metrics are off), so that whoever asked for port 0 learns
-    which it became.
+    which it became. `/healthz` and `/readyz` answer before the model is loaded.
 
     Raises:
         ConfigError, BaseModelError, UnsupportedArchitecture.
     """
-    configure_logging(config.log_level)
+    stages = Stages()
+    configure_logging(config.log_level, config.log_format)
+    logging.captureWarnings(True)
+    log.info("polygraft %s starts: importing torch and transformers", polygraft.__version__)
     addresses = {"--listen": config.listen}
     if config.metrics:
         addresses["--metrics"] = config.metrics
-    # Reports a port that can't be had now, not after the model has been loaded.
     _limit_openmp()
-    with Reservation(addresses) as ports:
-        from polygraft.engine.engine import Engine  # imports torch, which takes seconds
-        from polygraft.engine.engine_thread import EngineThread
+    # Reports a port that can't be had now, not after the model has been loaded.
+    with Reservation(addresses) as reserved, contextlib.ExitStack() as stack:
+        from polygraft.telemetry.endpoint import MetricsEndpoint
+        from polygraft.telemetry.metrics import Metrics
+        from polygraft.telemetry.probes import Probes
+
+        metrics, probes, scraped = Metrics(), Probes(), None
+        if config.metrics:
+            reserved.release("--metrics")
+            endpoint = stack.enter_context(MetricsEndpoint(metrics.registry, config.metrics, probes))
+            scraped = Address.parse("--metrics", config.metrics).with_port(endpoint.port)
+        with stages.timed("libraries"):
+            from polygraft.engine.engine import Engine  # imports torch, which takes seconds
+            from polygraft.engine.engine_thread import EngineThread
 
         # The event loop's thread and the engine's take turns at the interpreter. With Python's own 5 ms the
         # engine, which gives it up at every operator, would wait that long again and again.
         sys.setswitchinterval(SWITCH_SECONDS)
         thread = EngineThread()
-        engine = thread.submit(lambda: Engine.from_config(config)).result()
+        engine = thread.submit(lambda: Engine.from_config(config, stages)).result()
         try:
-            return asyncio.run(_serve(config, engine, thread, ports))
+            reserved.release("--listen")
+            return asyncio.run(_serve(config, engine, thread, metrics, probes, scraped, stages))
         finally:
             force_from_now()
 
@@ -61,24 +80,33 @@ def _limit_openmp() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores.count))
 
 
-async def _serve(config: ServerConfig, engine: Engine, thread: EngineThread, reserved: Reservation) -> int:
+async def _serve(
+    config: ServerConfig,
+    engine: Engine,
+    thread: EngineThread,
+    metrics: Metrics,
+    probes: Probes,
+    scraped: Address | None,
+    stages: Stages,
+) -> int:
     from polygraft.engine.async_engine import AsyncEngine
     from polygraft.rpc.serve import serve
-    from polygraft.telemetry.metrics import Metrics
+    from polygraft.telemetry.greeting import greeting
 
-    metrics = Metrics()
     handle = AsyncEngine(engine, metrics, max_waiting=config.max_waiting, thread=thread)
     handle.start()
+    metrics.describe_model(handle.model, polygraft.__version__)
 
-    def announce(ports: Ports) -> None:
-        line = f"polygraft ready: grpc={Address.parse('--listen', config.listen).with_port(ports.grpc)}"
-        if ports.metrics is not None:
-            line += f" metrics={Address.parse('--metrics', config.metrics).with_port(ports.metrics)}"
+    def announce(port: int) -> None:
+        listening = Address.parse("--listen", config.listen).with_port(port)
+        for line in greeting(handle.model, handle.list_adapters(), listening, scraped):
+            log.info("%s", line)
+        log.info("ready in %s", stages.summary())
+        line = f"polygraft ready: grpc={listening}" + (f" metrics={scraped}" if scraped else "")
         with contextlib.suppress(OSError):  # nobody reads it
             print(line, flush=True)  # noqa: T201 - this line is for programs
 
-    reserved.release()
-    status = await serve(config, handle, metrics, on_ready=announce)
+    status = await serve(config, handle, metrics, probes=probes, on_ready=announce)
     if handle.failure is not None:
         _leave(status)
     return status

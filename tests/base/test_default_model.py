@@ -4,11 +4,13 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.progress import Progress, TaskID
 
 from polygraft.base import default_model
-from polygraft.base.default_model import FOLDER_NAME, ensure_default_model
+from polygraft.base.default_model import FOLDER_NAME, ensure_default_model, show_progress
 from polygraft.errors import BaseModelError
 
 GGUF = b"GGUF stand-in"
@@ -45,7 +47,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 
 def made(cache: Path) -> Path:
-    return ensure_default_model(cache, progress=False)
+    return ensure_default_model(cache)
 
 
 def leftovers(cache: Path) -> set[str]:
@@ -145,8 +147,41 @@ def test_unwritable_cache_says_what_to_do(tmp_path: Path) -> None:
         made(tmp_path / "file")
 
 
-def test_progress_goes_to_stderr(steps: Steps, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ensure_default_model(tmp_path, progress=True)
+def test_each_phase_is_a_line_where_there_is_no_terminal(
+    steps: Steps, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with show_progress() as report:
+        ensure_default_model(tmp_path, report=report)
     out, err = capfd.readouterr()
     assert out == ""
-    assert "default model" in err
+    lines = err.splitlines()
+    assert [line.split()[2] for line in lines if "/4" in line] == ["1/4", "2/4", "3/4", "4/4"]
+    assert all(line.startswith("default model: ") for line in lines if line.startswith("default"))
+    assert "\r" not in err
+
+
+def test_the_bar_fills_on_a_terminal(
+    steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[float, float | None]] = []
+    update = Progress.update
+
+    def noting(self: Progress, task: TaskID, **fields: Any) -> None:
+        update(self, task, **fields)
+        seen.append((self.tasks[0].completed, self.tasks[0].total))
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(Progress, "update", noting)
+    with show_progress() as report:
+        ensure_default_model(tmp_path, report=report)
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert capfd.readouterr().out == ""
+
+
+def test_the_server_logs_each_phase(
+    steps: Steps, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level("INFO"):
+        ensure_default_model(tmp_path)
+    assert [message for message in caplog.messages if "default model: 3/4 converting" in message]
+    assert capfd.readouterr().err == ""

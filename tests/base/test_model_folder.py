@@ -51,7 +51,7 @@ def test_a_folder_that_cant_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_others_see_a_folders_own_name_alone(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shown_name("default") == "default"
+    assert shown_name("default") == "SmolLM2-135M-Instruct"
     assert shown_name(str(llama)) == shown_name(f"{llama}/") == llama.name
     monkeypatch.chdir(llama)
     assert shown_name(".") == llama.name

@@ -90,7 +90,7 @@ def with_adapter(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
 def test_every_answer_of_the_burst_is_the_librarys_own(
     mixed: dict[str, Generation], adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = ensure_default_model(progress=False)
+    folder = ensure_default_model()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter:
         model = with_adapter(model, SAMPLES / adapter, monkeypatch)

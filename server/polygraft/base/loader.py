@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base import bitsandbytes
 from polygraft.base.default_config import default_config
+from polygraft.base.default_model import HUB_ID
 from polygraft.base.device import check_device
 from polygraft.base.fusing import fuse
 from polygraft.base.model_folder import DEFAULT, locate, resolve_model, shown_name
@@ -30,7 +31,6 @@ from polygraft.layers.native.kernels import DTYPES, load_kernels
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DEFAULT_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Base:
     """A loaded base model. The engine wraps its modules in place; nothing else may run it.
 
     Args:
-        name: as given to `--model`; for a folder only its own name, since clients see it.
+        name: the hub id, or a folder's own name: clients see it.
         context_length: most positions that are exact.
         parameters: of the whole model, counted before quantization packs them.
         weight_bytes: of all weights as they are held, shared ones once.
@@ -117,7 +117,7 @@ def load_base(
     ours = device == "cpu" and compute in DTYPES and (quantization == "int8" or load_kernels() is not None)
     loaded = load(by_bitsandbytes=quantization != "none" and not ours)
     tokenizer = _read(lambda: load_tokenizer(folder), model)
-    name = DEFAULT_NAME if model == DEFAULT else shown_name(model)
+    name = HUB_ID if model == DEFAULT else shown_name(model)
     spec = inspect_base(loaded, name)
     body = {n: shape for n, shape in spec.linears.items() if not shape.is_head}
     if ours and quantization in ("nf4", "fp4") and any(s.in_features % BLOCK for s in body.values()):
@@ -196,7 +196,7 @@ def inspect_without_weights(model: str) -> BaseSpec:
             ),
             model,
         ).eval()
-    return inspect_base(empty, DEFAULT_NAME if model == DEFAULT else shown_name(model))
+    return inspect_base(empty, HUB_ID if model == DEFAULT else shown_name(model))
 
 
 def context_limit(config: Any) -> tuple[int, tuple[str, ...]]:

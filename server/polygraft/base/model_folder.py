@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from polygraft.base.default_model import ensure_default_model
+from polygraft.base.default_model import HUB_ID, ensure_default_model
 from polygraft.errors import BaseModelError
 
 DEFAULT = "default"
+DEFAULT_NAME = HUB_ID.rpartition("/")[2]
 CONFIGURATION = "config.json"
 
 
@@ -54,5 +55,7 @@ def could_be_hub_id(model: str) -> bool:
 
 def shown_name(model: str) -> str:
     """What clients and metrics may see: the hub id, or a folder's own name without its path."""
+    if model == DEFAULT:
+        return DEFAULT_NAME
     folder = Path(model).expanduser() if model.startswith("~") else Path(model)
-    return folder.resolve().name if model != DEFAULT and folder.is_dir() else model
+    return folder.resolve().name if folder.is_dir() else model

@@ -181,5 +181,5 @@ def _kernel(weight: torch.Tensor, kernels: Kernels | None, table: dict[torch.dty
     """The kernel for a type of weights, measured when the first of them comes."""
     if weight.dtype not in table:
         table[weight.dtype] = found = calibrate(weight, kernels)
-        log.info("products in %s: %s %s", weight.dtype, found.kernel, found.microseconds or "")
+        log.info("products in %s use %s", str(weight.dtype).removeprefix("torch."), found.describe())
     return table[weight.dtype].kernel

@@ -265,7 +265,7 @@ class AdapterManager:
             return
         for warning in info.warnings:
             log.warning("adapter %s: %s", name, warning)
-        log.info("adapter %s (%s) is generation %d", name, info.kind, info.generation)
+        log.info("adapter %s is loaded (%s, generation %d)", name, info.kind, info.generation)
         self._events.append((AdapterChange.CHANGED, info))
         done.set_result(info)
 

@@ -14,6 +14,7 @@ from polygraft.adapters.registry import Adapter, AdapterRegistry
 from polygraft.adapters.store import AdapterStore
 from polygraft.base.layer_fusing import fuse_decoder_layers
 from polygraft.base.loader import Base, load_base
+from polygraft.base.model_folder import shown_name
 from polygraft.config import ServerConfig
 from polygraft.engine.adapter_manager import AdapterChange, AdapterManager
 from polygraft.engine.adapter_prompts import AdapterPrompts
@@ -55,6 +56,7 @@ from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.merging import WeightSwitch
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import StepContext
+from polygraft.stages import Stages
 
 log = logging.getLogger(__name__)
 
@@ -167,30 +169,39 @@ class Engine:
         )
 
     @classmethod
-    def from_config(cls, config: ServerConfig) -> Engine:
+    def from_config(cls, config: ServerConfig, stages: Stages | None = None) -> Engine:
         """Load the base and every adapter of the store; see `keep_for_good` for what else becomes of objects.
+
+        Args:
+            stages: is told how long each stage takes.
 
         Raises:
             ConfigError, BaseModelError, UnsupportedArchitecture.
         """
+        stages = stages or Stages()
         set_threads(config.threads, Machine().cores())
-        log.info("loading the base %s", config.model)
-        base = load_base(
-            config.model,
-            dtype=config.dtype,
-            quantization=config.quantization,
-            head_quantization=config.head_quantization,
-            double_quantization=config.double_quantization,
-            device=config.device,
-            max_context_length=config.max_context_length,
-        )
-        # Before the cache is made: in memory that loading has touched, all of it would count at once.
-        keep_for_good()
-        engine = cls(base, config)
-        for line in engine.plan.lines():
-            log.info("%s", line)
-        engine.adapters.load_store()
-        engine.finish_background()
+        with stages.timed("base model"):
+            log.info("loading the base model %s", shown_name(config.model))
+            base = load_base(
+                config.model,
+                dtype=config.dtype,
+                quantization=config.quantization,
+                head_quantization=config.head_quantization,
+                double_quantization=config.double_quantization,
+                device=config.device,
+                max_context_length=config.max_context_length,
+            )
+            # Before the cache is made: in memory that loading has touched, all of it would count at once.
+            keep_for_good()
+        with stages.timed("engine"):
+            engine = cls(base, config)
+            for line in engine.plan.lines():
+                log.info("%s", line)
+        with stages.timed("adapters"):
+            if config.adapters is not None:
+                log.info("loading the adapters in %s", config.adapters)
+            engine.adapters.load_store()
+            engine.finish_background()
         taken = sum(info.compiled_bytes for info in engine.adapters.registry.list())
         if taken > engine.plan.adapters:
             log.warning(

@@ -23,7 +23,7 @@ def model_info(
         prompts: the base's own.
     """
     return ModelInfo(
-        model=base.name,
+        model=config.served_model_name or base.name,
         architecture=base.spec.architecture,
         dtype=str(base.dtype).removeprefix("torch."),
         quantization=base.quantization,

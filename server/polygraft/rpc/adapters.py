@@ -14,6 +14,7 @@ from polygraft.adapters.names import check_name
 from polygraft.engine.handle import EngineHandle
 from polygraft.errors import InvalidRequest, NotSupported
 from polygraft.rpc import messages
+from polygraft.rpc.access_log import note_adapters
 from polygraft_api.v1 import adapters_pb2 as pb
 from polygraft_api.v1 import adapters_pb2_grpc
 
@@ -40,7 +41,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:  # noqa: N802
         """Load a folder of the store."""
-        name = check_name(request.name)
+        name = _name(request.name)
         info = await self._handle.load_adapter(name, request.source)
         return pb.LoadAdapterResponse(adapter=messages.adapter(info))
 
@@ -48,7 +49,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterResponse:
         """Unload, waiting for running requests or refusing if there are any."""
-        name = check_name(request.name)
+        name = _name(request.name)
         if request.mode not in pb.UnloadMode.values():
             raise InvalidRequest("mode", f"unknown value {request.mode}")
         info = await self._handle.unload_adapter(name, wait=request.mode != pb.UNLOAD_MODE_REFUSE)
@@ -58,12 +59,12 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.ReloadAdapterRequest, context: Context
     ) -> pb.ReloadAdapterResponse:
         """Load a folder again under a new generation."""
-        info = await self._handle.reload_adapter(check_name(request.name))
+        info = await self._handle.reload_adapter(_name(request.name))
         return pb.ReloadAdapterResponse(adapter=messages.adapter(info))
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:  # noqa: N802
         """Show one adapter."""
-        name = check_name(request.name)
+        name = _name(request.name)
         count = request.nearest_tokens
         if count > _MAX_NEAREST:
             raise InvalidRequest("nearest_tokens", f"must be in [0, {_MAX_NEAREST}], got {count}")
@@ -105,7 +106,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: pb.UpdateAdapterRequest, context: Context
     ) -> pb.UpdateAdapterResponse:
         """Keep a merged copy for an adapter, or keep it no longer."""
-        name = check_name(request.name)
+        name = _name(request.name)
         if request.HasField("pinned"):
             raise NotSupported("pinned", "not served yet: every loaded adapter is resident")
         if not request.HasField("merged"):
@@ -123,6 +124,13 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 def _page_token(last: str) -> str:
     # The last name rather than an index: adapters may come and go between two pages.
     return base64.urlsafe_b64encode(_TOKEN_PREFIX + last.encode()).decode()
+
+
+def _name(given: str) -> str:
+    """Check an adapter's name, and note it for the access log. Raises InvalidRequest."""
+    name = check_name(given)
+    note_adapters(name)
+    return name
 
 
 def _read_page_token(token: str) -> str | None:

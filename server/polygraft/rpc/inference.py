@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -11,9 +11,11 @@ import grpc
 from google.protobuf.message import Message
 
 from polygraft.engine.handle import EngineHandle
+from polygraft.engine.request import AdapterRef
 from polygraft.engine.worker import Worker
 from polygraft.errors import Draining
 from polygraft.rpc import convert, messages
+from polygraft.rpc.access_log import note_adapters, note_finished
 from polygraft.rpc.answer import QUICK_ENTRIES, Answer, encode, entries
 from polygraft.telemetry.logging import request_id
 from polygraft_api.v1 import inference_pb2 as pb
@@ -71,12 +73,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         call, unique = self._ids()
         model = self._handle.model
         domain = await self._convert(request, lambda: convert.generate_request(request, unique, model))
+        _note(domain.adapters)
         async with aclosing(self._handle.generate(domain)) as outputs:
             async for output in outputs:
                 if output.error is not None:
                     raise output.error
                 chunk = await answer.chunk(output)
                 if output.finished is not None:
+                    note_finished(output.finished)
                     answer.finish(output.finished, call)
                     return
                 yield chunk
@@ -98,10 +102,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         call, unique = self._ids()
         model = self._handle.model
         domain = await self._convert(request, lambda: convert.score_request(request, unique, model))
+        _note(domain.adapters)
         output = await self._handle.score(domain)
         finished = output.finished
         if finished is None or not output.scores:
             raise Draining("the server is shutting down")
+        note_finished(finished)
         count = sum(1 + entries(score.tokens) for score in output.scores)
         if count <= QUICK_ENTRIES:
             return messages.scores(output, finished, call)
@@ -112,6 +118,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Text to token ids."""
         model = self._handle.model
         prompt, adapters = await self._convert(request, lambda: convert.tokenize_request(request, model))
+        _note(adapters)
         ids = await self._handle.tokenize(prompt, adapters)
         if len(ids) <= _QUICK_TOKENS:
             return pb.TokenizeResponse(token_ids=ids)
@@ -121,8 +128,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
         """Token ids to text."""
         ids, adapters = convert.detokenize_request(request, self._handle.model)
+        _note(adapters)
         return pb.DetokenizeResponse(text=await self._handle.detokenize(ids, adapters))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         """What is being served."""
-        return messages.model(self._handle.model_for(convert.adapter_refs(request)))
+        adapters = convert.adapter_refs(request)
+        _note(adapters)
+        return messages.model(self._handle.model_for(adapters))
+
+
+def _note(adapters: Sequence[AdapterRef]) -> None:
+    note_adapters(*(ref.name for ref in adapters))

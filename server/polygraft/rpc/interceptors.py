@@ -14,7 +14,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from polygraft.engine.worker import Worker
-from polygraft.errors import InvalidRequest, ResourceExhausted, Unauthenticated
+from polygraft.errors import InvalidRequest, PolygraftError, ResourceExhausted, Unauthenticated
+from polygraft.rpc.access_log import AccessLog, CallRecord
 from polygraft.rpc.calls import Calls
 from polygraft.rpc.limits import MessageLimits
 from polygraft.rpc.plain_services import bounded
@@ -59,6 +60,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         limits: on the size of messages.
         worker: parses large messages.
         writes: sends the messages of streams.
+        access_log: gets a line for each call.
         observer: is told about each call's end.
         admin_token: what AdapterService asks for; None asks for nothing.
     """
@@ -69,6 +71,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         limits: MessageLimits,
         worker: Worker,
         writes: Writes,
+        access_log: AccessLog,
         observer: CallObserver | None = None,
         admin_token: str | None = None,
     ) -> None:
@@ -76,6 +79,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._limits = limits
         self._worker = worker
         self._writes = writes
+        self._access_log = access_log
         self._observer = observer
         self._expected = None if admin_token is None else f"Bearer {admin_token}".encode()
 
@@ -134,6 +138,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metadata = dict(details.invocation_metadata)
         name = self._calls.enter(_text(metadata.get(REQUEST_ID_KEY)))
         request_id.set(name)
+        record = self._access_log.begin(details.method, context.peer())
         started = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
@@ -145,7 +150,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if task is None or not task.cancelling():
                 # Not this call was cancelled but something it waited for: gRPC would answer nothing at all.
                 code = grpc.StatusCode.INTERNAL
-                await self._abort(details.method, context, name, RuntimeError(repr(error)))
+                await self._abort(record, context, name, RuntimeError(repr(error)))
             remaining = context.time_remaining()
             # The caller's clock may end the call first, and its word for that is a cancellation.
             expired = remaining is not None and remaining <= _TRAVEL
@@ -159,18 +164,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except BaseException as error:  # noqa: BLE001 - the one place where errors become statuses
             # A Rust panic isn't an Exception, and gRPC would never answer. A SystemExit would end the loop.
             code = code_of(error)
-            await self._abort(details.method, context, name, error)
+            await self._abort(record, context, name, error)
         finally:
             self._calls.leave(name)
             if self._observer is not None:
                 self._observer.call_finished(details.method, code.name)
-            level = logging.DEBUG if code is grpc.StatusCode.OK else logging.INFO
-            _log.log(level, "%s %s %.3f s", details.method, code.name, time.perf_counter() - started)
+            self._access_log.end(record, code, time.perf_counter() - started)
 
-    async def _abort(self, method: str, context: Context, name: str, error: BaseException) -> NoReturn:
+    async def _abort(self, record: CallRecord, context: Context, name: str, error: BaseException) -> NoReturn:
         code = code_of(error)
+        record.reason = error.reason if isinstance(error, PolygraftError) else "INTERNAL"
         if code is grpc.StatusCode.INTERNAL:
-            _log.error("%s failed", method, exc_info=error)
+            _log.error("%s failed", record.method, exc_info=error)
         status = to_status(error, name)
         trailers = ((_DETAILS_KEY, status.SerializeToString()), (REQUEST_ID_KEY, name))
         try:

@@ -5,31 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import polygraft
 from polygraft.config import ServerConfig
 from polygraft.early_signals import CAUGHT, as_before
 from polygraft.engine.handle import EngineHandle
 from polygraft.errors import Draining, EngineDead
+from polygraft.rpc.interceptors import CallObserver
 from polygraft.rpc.server import RpcServer
-from polygraft.telemetry.endpoint import MetricsEndpoint
-from polygraft.telemetry.metrics import Metrics
+from polygraft.telemetry.probes import BEAT_SECONDS, Probes
 
 # What the last messages get to leave the process once nothing is in flight any more.
 _FLUSH_SECONDS = 0.5
 
 _log = logging.getLogger("polygraft.serve")
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """Where the server listens; `metrics` is None where the endpoint is off."""
-
-    grpc: int
-    metrics: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +38,10 @@ class Shutdown:
 async def serve(
     config: ServerConfig,
     handle: EngineHandle,
-    metrics: Metrics | None = None,
+    observer: CallObserver | None = None,
     *,
-    on_ready: Callable[[Ports], None] | None = None,
+    probes: Probes | None = None,
+    on_ready: Callable[[int], None] | None = None,
     shutdown: Shutdown | None = None,
 ) -> int:
     """Serve until SIGTERM, SIGINT, `shutdown` or the engine's death; returns the exit status.
@@ -58,48 +50,61 @@ async def serve(
     signal or a dead engine return 1. The engine is stopped, except where it has died.
 
     Args:
-        metrics: counts the calls and is served on `config.metrics` (unless that is empty); the
-            engine reports to the same object.
-        on_ready: is called once everything listens.
+        observer: is told about every call's end.
+        probes: is told what the server's state is.
+        on_ready: is called with the gRPC port once calls are answered.
         shutdown: ends the server as signals do.
 
     Raises:
-        ConfigError: an address is taken.
+        ConfigError: the address is taken.
     """
-    shutdown = shutdown or Shutdown()
-    with ExitStack() as stack:
-        stack.enter_context(_signals(shutdown))
-        endpoint = None
-        if metrics is not None:
-            metrics.describe_model(handle.model, polygraft.__version__)
-            if config.metrics:
-                endpoint = stack.enter_context(MetricsEndpoint(metrics.registry, config.metrics))
-        server = RpcServer(config, handle, metrics)
-        ports = Ports(await server.start(), endpoint.port if endpoint else None)
-        _log.info("serving %s on port %d", handle.model.model, ports.grpc)
-        if on_ready is not None:
-            on_ready(ports)
-        return await _until_stopped(config.drain_timeout, server, handle, shutdown)
+    shutdown, probes = shutdown or Shutdown(), probes or Probes()
+    with _signals(shutdown):
+        server = RpcServer(config, handle, observer)
+        port = await server.start()
+        beating = asyncio.create_task(_beat(probes))
+        try:
+            probes.ready()
+            if on_ready is not None:
+                on_ready(port)
+            return await _until_stopped(config.drain_timeout, server, handle, shutdown, probes)
+        finally:
+            beating.cancel()
+
+
+async def _beat(probes: Probes) -> None:
+    try:
+        while True:
+            probes.beat()
+            await asyncio.sleep(BEAT_SECONDS)
+    finally:
+        probes.rest()
 
 
 async def _until_stopped(
-    drain_timeout: float, server: RpcServer, handle: EngineHandle, shutdown: Shutdown
+    drain_timeout: float, server: RpcServer, handle: EngineHandle, shutdown: Shutdown, probes: Probes
 ) -> int:
     failed = asyncio.create_task(handle.wait_failed())
     try:
         await _first(failed, shutdown.requested.wait())
         if failed.done():
-            return await _fail(drain_timeout, server, handle.failure)
-        return await _drain(drain_timeout, server, handle, shutdown, failed)
+            return await _fail(drain_timeout, server, handle.failure, probes)
+        return await _drain(drain_timeout, server, handle, shutdown, failed, probes)
     finally:
         failed.cancel()
         await server.stop(None)
 
 
 async def _drain(
-    timeout: float, server: RpcServer, handle: EngineHandle, shutdown: Shutdown, failed: asyncio.Task[None]
+    timeout: float,
+    server: RpcServer,
+    handle: EngineHandle,
+    shutdown: Shutdown,
+    failed: asyncio.Task[None],
+    probes: Probes,
 ) -> int:
-    _log.info("draining: %d calls get up to %g s", len(server.calls), timeout)
+    _log.info("draining: calls in flight (%d) have up to %g s to finish", len(server.calls), timeout)
+    probes.unready("draining: the server is shutting down")
     await server.refuse(Draining("the server is shutting down"))
     deadline = asyncio.get_running_loop().time() + timeout
     drained = asyncio.create_task(handle.drain(timeout))
@@ -112,9 +117,9 @@ async def _drain(
         return 1
     if failed.done():
         drained.cancel()
-        return await _fail(timeout, server, handle.failure)
+        return await _fail(timeout, server, handle.failure, probes)
     if error := drained.exception():
-        return await _fail(timeout, server, error)
+        return await _fail(timeout, server, error, probes)
     if aborted := drained.result():
         _log.warning("aborted %d requests that were still running after %g s", aborted, timeout)
     # The engine is done; answers may still be on their way to slow readers.
@@ -125,8 +130,9 @@ async def _drain(
     return 0
 
 
-async def _fail(timeout: float, server: RpcServer, cause: BaseException | None) -> int:
+async def _fail(timeout: float, server: RpcServer, cause: BaseException | None, probes: Probes) -> int:
     _log.critical("the engine failed", exc_info=cause)
+    probes.dead("the engine failed; the log has the cause")
     await server.refuse(EngineDead("the engine failed"))
     await server.calls.wait_idle(timeout)
     await server.stop(_FLUSH_SECONDS)

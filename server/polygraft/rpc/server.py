@@ -11,6 +11,7 @@ from polygraft.config import ServerConfig
 from polygraft.engine.handle import EngineHandle
 from polygraft.engine.worker import Worker
 from polygraft.errors import ConfigError, PolygraftError
+from polygraft.rpc.access_log import AccessLog
 from polygraft.rpc.adapters import AdapterServicer
 from polygraft.rpc.calls import Calls
 from polygraft.rpc.inference import InferenceServicer
@@ -53,6 +54,7 @@ class RpcServer:
             MessageLimits(handle.model),
             worker,
             Writes(config.unread_timeout, note_unread),
+            AccessLog(enabled=config.log_requests),
             observer,
             token.get_secret_value() if token else None,
         )
@@ -81,7 +83,7 @@ class RpcServer:
         except RuntimeError as error:
             await self._server.stop(None)
             # gRPC doesn't say why it failed; binding the port ourselves does.
-            Reservation({"--listen": str(wanted)}).release()
+            Reservation({"--listen": str(wanted)}).release_all()
             raise ConfigError("--listen", f"can't listen on {wanted}: {error}") from error
         await self._server.start()
         for name in (INFERENCE, ADAPTERS):

@@ -1,4 +1,4 @@
-"""The HTTP endpoint that Prometheus scrapes.
+"""The HTTP endpoint that Prometheus scrapes and Kubernetes probes.
 
 Anyone who can reach it may connect, so the cost of connections is bounded: one thread serves them all, each
 gets a few seconds for one request, and a new one beyond the limit closes the oldest.
@@ -23,8 +23,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from polygraft.addresses import Address, listening_error
+from polygraft.telemetry.probes import Probes
 
-PATH = "/metrics"
+METRICS = "/metrics"
+HEALTH = "/healthz"
+READINESS = "/readyz"
 CONNECTIONS = 32
 """At a time; a scraper needs one or two."""
 
@@ -37,18 +40,22 @@ ANSWER_SECONDS = 10.0
 
 
 class MetricsEndpoint:
-    """Serves a registry at `http://HOST:PORT/metrics` from a thread of its own until closed.
+    """Serves `/metrics`, `/healthz` and `/readyz` over HTTP from a thread of its own until closed.
+
+    The probes answer 200, or 503 with the reason. `/healthz` fails if the process should be restarted,
+    `/readyz` if it should get no requests: while it starts or drains as well.
 
     Args:
-        registry: what to serve.
+        registry: the metrics.
         address: HOST:PORT as given to `--metrics`; port 0 picks one.
 
     Raises:
         ConfigError: the address is malformed, taken, or not this machine's.
     """
 
-    def __init__(self, registry: CollectorRegistry, address: str) -> None:
+    def __init__(self, registry: CollectorRegistry, address: str, probes: Probes) -> None:
         self._registry = registry
+        self._probes = probes
         self._wanted = Address.parse("--metrics", address)
         self._hosts = self._wanted.resolve()
         self._connections: dict[asyncio.Task[None], None] = {}  # the oldest first
@@ -136,10 +143,17 @@ class MetricsEndpoint:
         request = _Request.parse(head)
         if request is None:
             return _refusal(HTTPStatus.BAD_REQUEST)
-        if request.path != PATH:
+        if request.path not in (METRICS, HEALTH, READINESS):
             return _refusal(HTTPStatus.NOT_FOUND)
         if request.method not in ("GET", "HEAD"):
             return _refusal(HTTPStatus.METHOD_NOT_ALLOWED, "Allow: GET, HEAD")
+        if request.path == HEALTH:
+            return _probe(self._probes.unhealthy_because(), request)
+        if request.path == READINESS:
+            return _probe(self._probes.unready_because(), request)
+        return self._metrics(request)
+
+    def _metrics(self, request: _Request) -> bytes:
         encode, content_type = choose_encoder(request.accept)
         registry = self._registry.restricted_registry(request.names) if request.names else self._registry
         body = encode(registry)
@@ -181,8 +195,14 @@ class _Request:
         return cls(method, url.path, names, headers.get("Accept", ""), takes_gzip)
 
 
+def _probe(problem: str | None, request: _Request) -> bytes:
+    status = HTTPStatus.OK if problem is None else HTTPStatus.SERVICE_UNAVAILABLE
+    headers = ["Content-Type: text/plain; charset=utf-8", "Cache-Control: no-store"]
+    return _response(status, headers, f"{problem or 'ok'}\n".encode(), with_body=request.method == "GET")
+
+
 def _refusal(status: HTTPStatus, *headers: str) -> bytes:
-    text = f"{status.value} {status.phrase}; the metrics are at {PATH}\n".encode()
+    text = f"{status.value} {status.phrase}; served here: {METRICS}, {HEALTH}, {READINESS}\n".encode()
     return _response(status, ["Content-Type: text/plain; charset=utf-8", *headers], text)
 
 

@@ -1,10 +1,12 @@
-"""How the process logs: one readable line a record, with the id of the request it belongs to."""
+"""How the process logs: a line for each record, readable or JSON, with the id of its request."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from polygraft.printable import printable
@@ -30,6 +32,25 @@ class _OneLine(logging.Formatter):
         return "\n".join(f"    {printable(line, _MOST)}" for line in lines)
 
 
+class _Json(logging.Formatter):
+    """A JSON object for each record, tracebacks included. A record's `fields` become keys of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The object, in one line."""
+        shown: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": printable(record.getMessage(), _MOST),
+        }
+        if (call := getattr(record, "request_id", "-")) != "-":
+            shown["request_id"] = call
+        shown |= getattr(record, "fields", {})
+        if record.exc_info:
+            shown["exception"] = self.formatException(record.exc_info)[-_MOST:]
+        return json.dumps(shown, default=str)
+
+
 class _RequestIdFilter(logging.Filter):
     """Puts the current request's id into every record."""
 
@@ -38,14 +59,15 @@ class _RequestIdFilter(logging.Filter):
         return True
 
 
-def configure_logging(level: str, stream: TextIO | None = None) -> None:
+def configure_logging(level: str, form: str = "text", stream: TextIO | None = None) -> None:
     """Send the process's records to `stream` (default: standard error), replacing earlier handlers.
 
-    `level` ("debug", "info", "warning" or "error") holds for Polygraft; libraries are heard from
-    "warning" on.
+    Args:
+        level: "debug", "info", "warning" or "error" for Polygraft; libraries log from "warning" on.
+        form: "text" or "json".
     """
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
-    handler.setFormatter(_OneLine(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_Json() if form == "json" else _OneLine(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
     handler.addFilter(_RequestIdFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("polygraft").setLevel(level.upper())

@@ -39,10 +39,10 @@ def demo(
     """Start a server, send every adapter and the base one mixed burst, show the answers, stop the server."""
     prompts = read_prompts(adapters / PROMPTS_FILE)
     if model == "default":
-        from polygraft.base.default_model import ensure_default_model
+        from polygraft.base.default_model import ensure_default_model, show_progress
 
-        with _ended_by_sigterm():
-            ensure_default_model()  # here rather than in the server, to show the progress bar
+        with _ended_by_sigterm(), show_progress() as report_phase:
+            ensure_default_model(report=report_phase)  # here, since the server would only log it
     command = serve_command("--model", model, "--adapters", str(adapters), "--kv-cache-bytes", kv_cache_bytes)
     out = console()
     with _ended_by_sigterm(), ServerProcess(command) as server:

@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,9 +79,7 @@ def build(march: str, folder: Path) -> Path:
         OSError: no compiler, or the folder can't be written.
         subprocess.CalledProcessError: the compiler failed; `stderr` holds its words.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler: neither CXX nor g++, c++ or clang++")
+    compiler = _compiler()
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / library_name(march)
     # Compiled aside and moved into place, so that nobody loads half a file.
@@ -101,6 +100,14 @@ def build(march: str, folder: Path) -> Path:
     return target
 
 
+def _compiler() -> str:
+    """The C++ compiler's name; raises OSError if there is none."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if found is None:
+        raise FileNotFoundError("there is no C++ compiler (g++, c++, clang++, or what CXX names)")
+    return found
+
+
 def load() -> ctypes.CDLL | None:
     """The operators' library, built first if need be; None where none can be had, with a warning."""
     levels = instruction_sets()
@@ -112,23 +119,35 @@ def load() -> ctypes.CDLL | None:
                     return ctypes.CDLL(str(path))
         return ctypes.CDLL(str(_build_best(levels)))
     except subprocess.CalledProcessError as error:
-        log.warning("the C++ operators don't compile, the slower torch ones serve: %s", error.stderr.strip())
+        log.warning(
+            "the C++ operators don't compile, so torch's operators serve, which are slower: %s",
+            error.stderr.strip(),
+        )
     except (OSError, ConfigError) as error:
         log.warning(
-            "no C++ operators, the slower torch ones serve: %s (they are built into POLYGRAFT_CACHE)", error
+            "the C++ operators can't be built, so torch's operators serve, which are slower: %s",
+            error,
         )
     return None
 
 
 def _build_best(levels: Sequence[str]) -> Path:
     """For the best instruction set that the compiler knows: an old one doesn't know the newest."""
+    folder = cache_dir() / "kernels"
+    _compiler()  # its absence is all that needs saying
+    log.info("compiling the C++ operators for this processor, once, into %s: about half a minute", folder)
+    started = time.monotonic()
     *better, last = levels
     for march in better:
         try:
-            return build(march, cache_dir() / "kernels")
+            library = build(march, folder)
+            break
         except subprocess.CalledProcessError as error:
-            log.info("no C++ operators for %s: %s", march, error.stderr.strip())
-    return build(last, cache_dir() / "kernels")
+            log.info("the compiler has no support for %s: %s", march, error.stderr.strip())
+    else:
+        library = build(last, folder)
+    log.info("compiled the C++ operators in %.1f s", time.monotonic() - started)
+    return library
 
 
 def main() -> None:

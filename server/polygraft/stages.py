@@ -1,0 +1,36 @@
+"""The stages of a start, and the seconds that each of them took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Stages:
+    """Times the stages of a start, so that the log can say where the time went.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._started = clock()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of the block to a stage."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + self._clock() - began
+
+    def summary(self) -> str:
+        """The seconds since the start, and each stage's: `9.1 s: model 5.2, adapters 3.1, other 0.8`."""
+        total = self._clock() - self._started
+        other = total - sum(self._seconds.values())
+        parts = [f"{stage} {seconds:.1f}" for stage, seconds in (*self._seconds.items(), ("other", other))]
+        return f"{total:.1f} s: {', '.join(parts)}"
