@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 from pydantic import ValidationError
 
 from polygraft.cli.serve import read_config, settle
 from polygraft.config import ServerConfig
+from polygraft.config_sources import mistaken_variables
 from polygraft.errors import ConfigError
+from polygraft.sizes import parse_bytes, shown_bytes
 
 SECRET = "a-secret-of-enough-characters"
 
@@ -92,7 +95,11 @@ def test_sizes_that_are_none(size: str) -> None:
         (None, "can't read"),
         (b"model = ", "isn't TOML"),
         (b'model = "\xff"', "isn't TOML"),
-        (b"no_such = 1", "--no-such: Extra inputs are not permitted"),
+        (b"no_such = 1", "settings.toml: no such setting"),
+        (b"max-num-seq = 1", "did you mean max-num-seqs?"),
+        (b"[server]\nmodel = 1", "is a table"),
+        (b'config = "x"', "can't name another one"),
+        (b"max-num-seqs = 3\nmax_num_seqs = 3", "is the same setting as max-num-seqs"),
     ],
 )
 def test_a_file_that_cant_be_read(content: bytes | None, says: str, tmp_path: Path) -> None:
@@ -103,3 +110,105 @@ def test_a_file_that_cant_be_read(content: bytes | None, says: str, tmp_path: Pa
     assert says in str(caught.value)
     with pytest.raises(ConfigError, match=r"can't read .*: Is a directory"):
         read_config(["--config", str(tmp_path)])
+
+
+@pytest.mark.parametrize("key", ["max-num-seqs", "max_num_seqs"])
+def test_a_key_may_have_either_spelling(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(f"{key} = 7\n")
+    assert read_config(["--config", str(file)]).max_num_seqs == 7
+
+
+@pytest.mark.parametrize("source", ["flag", "variable", "file"])
+def test_an_error_names_where_the_value_came_from(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: list[str] = []
+    file = tmp_path / "settings.toml"
+    match source:
+        case "flag":
+            name, arguments = "--max-num-seqs", ["--max-num-seqs", "0"]
+        case "variable":
+            name = "POLYGRAFT_MAX_NUM_SEQS"
+            monkeypatch.setenv(name, "0")
+        case _:
+            name, arguments = f"max-num-seqs in {file}", ["--config", str(file)]
+            file.write_text("max-num-seqs = 0")
+    with pytest.raises(ConfigError) as caught:
+        read_config(arguments)
+    assert caught.value.flag == name
+
+
+def test_checks_of_several_settings_name_the_source_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('listen = "nowhere"\nmax_num_batched_tokens = 2\n')
+    with pytest.raises(ConfigError, match=f"^listen in {file}: expected HOST:PORT"):
+        read_config(["--config", str(file)])
+    monkeypatch.setenv("POLYGRAFT_MAX_NUM_SEQS", "3")
+    with pytest.raises(
+        ConfigError, match=r"^max_num_batched_tokens in .* is less than POLYGRAFT_MAX_NUM_SEQS 3"
+    ):
+        read_config(["--config", str(file), "--listen", "127.0.0.1:0"])
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(typer.Exit) as caught:
+        read_config([*arguments, "--print-config"])
+    assert caught.value.exit_code == 0
+    return capsys.readouterr().out
+
+
+def test_a_printed_configuration_is_the_same_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POLYGRAFT_ADMIN_TOKEN", SECRET)
+    monkeypatch.setenv("POLYGRAFT_MAX_STEP_MS", "2.5")
+    (tmp_path / "first.toml").write_text('lora-path = "auto"\nmetrics = "off"\n')
+    arguments = ["--config", str(tmp_path / "first.toml"), "--adapters", str(tmp_path), "--no-prefix-caching"]
+    arguments += ["--kv-cache-bytes", "1.5GiB", "--threads", "3", "--served-model-name", 'a "name"']
+    text = printed(capsys, *arguments)
+    assert SECRET not in text
+    assert "# admin-token is set by POLYGRAFT_ADMIN_TOKEN, and isn't shown" in text
+    assert "\nprefix-caching = false  # from --no-prefix-caching\n" in text
+    assert "\nmax-step-ms = 2.5  # from POLYGRAFT_MAX_STEP_MS\n" in text
+    assert f'\nlora-path = "auto"  # from lora-path in {tmp_path / "first.toml"}\n' in text
+    second = tmp_path / "second.toml"
+    second.write_text(text)
+    monkeypatch.delenv("POLYGRAFT_MAX_STEP_MS")
+    before, after = (
+        config.model_dump(exclude={"config"})
+        for config in (
+            read_config([*arguments, "--max-step-ms", "2.5"]),
+            read_config(["--config", str(second)]),
+        )
+    )
+    assert before == after
+
+
+def test_the_example_is_what_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = Path(__file__).parents[1] / "deploy" / "polygraft.toml"
+    assert printed(capsys) == example.read_text(), (
+        "run `polygraft serve --print-config > deploy/polygraft.toml`"
+    )
+    every = {name.replace("_", "-") for name in ServerConfig.model_fields} - {"config"}
+    assert {line[2:].split(" =")[0] for line in example.read_text().splitlines() if " =" in line} == every
+    assert read_config(["--config", str(example)]).model_dump(exclude={"config"}) == read_config(
+        []
+    ).model_dump(exclude={"config"})
+
+
+def test_nearly_a_variable_is_warned_about() -> None:
+    environment = ["POLYGRAFT_MAX_NUM_SEQ", "POLYGRAFT_CACHE", "POLYGRAFT_SERVER", "POLYGRAFT_MODEL", "PATH"]
+    environment += ["POLYGRAFT_SERVICE_HOST", "POLYGRAFT_PORT", "POLYGRAFT_PORT_50051_TCP", "POLYGRAFT_ELSE"]
+    assert mistaken_variables(ServerConfig.model_fields, environment) == [
+        "POLYGRAFT_MAX_NUM_SEQ is not a setting and is ignored; did you mean POLYGRAFT_MAX_NUM_SEQS?"
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 2**10, 3 * 2**20, 2**30, 10**9])
+def test_sizes_are_read_as_they_are_shown(count: int) -> None:
+    assert int(parse_bytes(shown_bytes(count))) == count

@@ -3,58 +3,46 @@
 from __future__ import annotations
 
 import re
-import tomllib
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator
-from pydantic.fields import FieldInfo
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from polygraft.addresses import OFF, Address
+from polygraft.config_sources import ConfigFile, flag
 from polygraft.errors import ConfigError
+from polygraft.sizes import parse_bytes
 
-_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 
+class Group(StrEnum):
+    """What a setting is about: the headings of the help and of a printed configuration."""
 
-def parse_bytes(value: Any) -> Any:
-    """Read a byte count such as 268435456, "256MiB" or "1.5GB"; anything else is passed on unread."""
-    if isinstance(value, str):
-        for unit, factor in _UNITS.items():
-            if value.endswith(unit):
-                try:
-                    return int(float(value[: -len(unit)]) * factor)
-                except (ValueError, OverflowError):
-                    return value
-    return value
+    MODEL = "Base model"
+    ADAPTERS = "Adapters"
+    ADDRESSES = "Addresses and access"
+    MEMORY = "Memory"
+    STEPS = "Steps and cache"
+    LIMITS = "Limits on requests and streams"
+    PROCESS = "Process and log"
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
-class _ConfigFile(PydanticBaseSettingsSource):
-    """The TOML file that the sources before this one name."""
+def _setting(
+    group: Group, default: Any, description: str, *, unset: str = "", metavar: str = "", **limits: Any
+) -> Any:
+    """Declare a setting.
 
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Not asked for: this source answers for all fields at once."""
-        raise NotImplementedError
-
-    def __call__(self) -> dict[str, Any]:
-        """All settings of the file; raises ConfigError if there is none."""
-        path = self.current_state.get("config")
-        if not path:
-            return {}
-        try:
-            settings = tomllib.loads(Path(path).read_bytes().decode())
-        except OSError as error:
-            raise ConfigError("--config", f"can't read {path}: {error.strerror}") from error
-        except ValueError as error:  # not TOML, or not UTF-8
-            raise ConfigError("--config", f"{path} isn't TOML: {error}") from error
-        return {name: value for name, value in settings.items() if value != ""}
+    Args:
+        unset: what is done if it isn't set, where the default is None.
+        metavar: its value in the help, where the type doesn't say it.
+        limits: as `pydantic.Field` takes them.
+    """
+    extra: dict[str, Any] = {"group": group, "unset": unset, "metavar": metavar}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
 class ServerConfig(BaseSettings):
@@ -64,121 +52,151 @@ class ServerConfig(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="POLYGRAFT_",
-        env_ignore_empty=True,
-        frozen=True,
-        extra="forbid",
-        cli_kebab_case=True,
-        cli_prog_name="polygraft serve",
-        cli_avoid_json=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        protected_namespaces=(),
+        env_prefix="POLYGRAFT_", env_ignore_empty=True, frozen=True, extra="forbid", protected_namespaces=()
+    )
+    _names: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    model: str = _setting(
+        Group.MODEL, "default",
+        "Local folder or hub id of the base model. `default` is SmolLM2-135M-Instruct.", metavar="MODEL",
+    )  # fmt: skip
+    served_model_name: str | None = _setting(
+        Group.MODEL, None, "Name of the base in GetModel, metrics and the log.",
+        unset="the hub id, or the folder's own name", metavar="NAME", min_length=1, max_length=128,
+    )  # fmt: skip
+    device: str = _setting(Group.MODEL, "cpu", "Torch device of the base model.", metavar="DEVICE")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
+        Group.MODEL, "auto", "Type the base computes in. `auto` takes the checkpoint's."
+    )
+    quantization: Literal["none", "int8", "nf4", "fp4"] = _setting(
+        Group.MODEL, "none",
+        "How the base's weights are kept. `int8` is the fastest on a CPU; `nf4` and `fp4` are the smallest.",
+    )  # fmt: skip
+    head_quantization: Literal["none", "int8"] = _setting(
+        Group.MODEL, "none",
+        "How the output head is kept, which --quantization doesn't change. `int8` is faster on a CPU.",
+    )  # fmt: skip
+    double_quantization: bool = _setting(Group.MODEL, True, "Quantize the scales of nf4 and fp4 as well.")
+    max_context_length: int | None = _setting(
+        Group.MODEL,
+        None,
+        "Most tokens of one request, prompt and answer.",
+        unset="the model's own limit",
+        ge=2,
     )
 
-    config: Path | None = Field(None, description="TOML file with any of these settings")
-    model: str = Field(
-        "default", description="local folder or hub id of the base model; default is SmolLM2-135M-Instruct"
+    adapters: Path | None = _setting(
+        Group.ADAPTERS, None,
+        "Folder whose sub-folders are adapters, as PEFT or AdapterHub saves them.", unset="no adapters",
+        metavar="FOLDER",
+    )  # fmt: skip
+    adapter_dtype: Literal["auto", "float32", "bfloat16"] = _setting(
+        Group.ADAPTERS, "auto",
+        "Type adapters are kept in. `auto` is bfloat16 on a bfloat16 base, otherwise the file's type.",
+    )  # fmt: skip
+    lora_path: Literal["auto", "unmerged", "merged"] = _setting(
+        Group.ADAPTERS, "unmerged",
+        "How LoRA runs if a request doesn't say. `unmerged` computes a side path, and a step mixes any "
+        "adapters. `merged` runs on a copy of the weights with the adapter folded in, one adapter in a step. "
+        "`auto` merges an adapter while nearly all requests are for it.",
+    )  # fmt: skip
+    requantize_merged: bool = _setting(
+        Group.ADAPTERS, False,
+        "On a quantized base, quantize merged copies too. This rounds the weights a second time.",
+    )  # fmt: skip
+    max_adapters: int = _setting(Group.ADAPTERS, 1024, "Most adapters that are loaded at once.", ge=1)
+    max_adapter_rank: int = _setting(Group.ADAPTERS, 256, "Largest rank of an adapter.", ge=1)
+    max_adapter_bytes: Bytes = _setting(
+        Group.ADAPTERS, 2**30, "Largest size of an adapter in memory.", metavar="BYTES", gt=0
     )
-    served_model_name: str | None = Field(
+    max_virtual_tokens: int = _setting(Group.ADAPTERS, 1024, "Most virtual tokens of an adapter.", ge=1)
+
+    listen: str = _setting(
+        Group.ADDRESSES, "127.0.0.1:50051", "Address of the gRPC server. Port 0 picks a free one.",
+        metavar="HOST:PORT",
+    )  # fmt: skip
+    metrics: str = _setting(
+        Group.ADDRESSES, "127.0.0.1:9464",
+        "Address of /metrics, /healthz and /readyz over HTTP. `off` turns them off.", metavar="HOST:PORT",
+    )  # fmt: skip
+    admin_token: SecretStr | None = _setting(
+        Group.ADDRESSES, None,
+        "Secret that callers of AdapterService must send. Needed to listen beyond loopback. Set it by its "
+        "variable: other users of the machine can read flags.",
+        unset="none is asked for", metavar="TOKEN",
+    )  # fmt: skip
+
+    kv_cache_bytes: Bytes | None = _setting(
+        Group.MEMORY,
         None,
-        min_length=1,
-        max_length=128,
-        description="the base's name in GetModel, metrics and the log [default: the hub id, or the "
-        "folder's own name]",
-    )
-    adapters: Path | None = Field(None, description="folder whose sub-folders are adapters")
-    listen: str = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 picks one")
-    metrics: str = Field(
-        "127.0.0.1:9464", description="HOST:PORT of the Prometheus endpoint; off turns it off"
-    )
-    device: str = Field("cpu", description="torch device of the base model")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="type the base computes in; auto takes the checkpoint's"
-    )
-    quantization: Literal["none", "int8", "nf4", "fp4"] = Field(
-        "none",
-        description="how the base's weights are kept: int8 is fastest on a CPU, nf4 and fp4 are smallest",
-    )
-    head_quantization: Literal["none", "int8"] = Field(
-        "none",
-        description="how the head is kept, which quantization leaves as it is; int8 is faster, on a CPU",
-    )
-    double_quantization: bool = Field(True, description="quantize the scales of nf4 and fp4 as well")
-    adapter_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type adapters are kept in; auto is bfloat16 on such a base, else the file's"
-    )
-    lora_path: Literal["auto", "unmerged", "merged"] = Field(
-        "unmerged",
-        description="how low-rank weights are applied where a request doesn't say: unmerged is beside the "
-        "base's weights, any mix in a step; merged is in a copy of them, one adapter in a step; auto merges "
-        "an adapter while it holds nearly all requests",
-    )
-    merged_bytes: Bytes | None = Field(
-        None, ge=0, description="memory of merged copies [default: a fifth of what is free]"
-    )
-    requantize_merged: bool = Field(
-        False, description="on a quantized base, keep merged copies quantized too, which rounds a second time"
-    )
-    combined_bytes: Bytes | None = Field(
-        None,
-        ge=0,
-        description="memory of linear combinations of adapters, such as 256MiB [default: a twentieth of what "
-        "is free, at most 256MiB]",
-    )
-    loading_bytes: Bytes = Field(
-        2**29,
+        "Memory of the KV cache.",
+        unset="a quarter of what is free",
+        metavar="BYTES",
         gt=0,
-        description="memory that adapters may take together while they are being loaded, beside what stays "
-        "of them, such as 512MiB; others wait, and a larger one is loaded alone",
     )
-    kv_cache_bytes: Bytes | None = Field(
-        None, gt=0, description="memory of the KV cache, such as 256MiB [default: a quarter of what is free]"
+    merged_bytes: Bytes | None = _setting(
+        Group.MEMORY, None, "Memory of merged copies of the weights.", unset="a fifth of what is free",
+        metavar="BYTES", ge=0,
+    )  # fmt: skip
+    combined_bytes: Bytes | None = _setting(
+        Group.MEMORY, None, "Memory of linear combinations of adapters.",
+        unset="a twentieth of what is free, at most 256MiB", metavar="BYTES", ge=0,
+    )  # fmt: skip
+    loading_bytes: Bytes = _setting(
+        Group.MEMORY, 2**29,
+        "Memory that adapters may take together while they are loaded, besides what they keep. Further loads "
+        "wait; a larger adapter is loaded alone.", metavar="BYTES", gt=0,
+    )  # fmt: skip
+
+    block_size: int = _setting(Group.STEPS, 16, "Tokens in a block of the KV cache.", ge=1, le=256)
+    prefix_caching: bool = _setting(
+        Group.STEPS, True, "Reuse the KV cache of prompts that begin with the same tokens."
     )
-    block_size: int = Field(16, ge=1, le=256, description="tokens in a block of the KV cache")
-    prefix_caching: bool = Field(True, description="find a prompt's beginning in the KV cache")
-    max_num_seqs: int = Field(256, ge=1, le=4096, description="most requests that run at once")
-    max_num_batched_tokens: int = Field(512, ge=1, description="most tokens in one step")
-    max_step_ms: float = Field(
-        500.0,
-        ge=0,
-        description="target milliseconds per step; bounds long prompts and scores. 0 is no bound",
+    max_num_seqs: int = _setting(Group.STEPS, 256, "Most requests that run at once.", ge=1, le=4096)
+    max_num_batched_tokens: int = _setting(Group.STEPS, 512, "Most tokens in one step.", ge=1)
+    max_step_ms: float = _setting(
+        Group.STEPS, 500.0,
+        "Target milliseconds of a step, so that long prompts and scores don't delay others. 0 is no target.",
+        metavar="MS", ge=0,
+    )  # fmt: skip
+    threads: int | None = _setting(
+        Group.STEPS, None, "Compute threads.", unset="one for each core that the process may use", ge=1
     )
-    max_context_length: int | None = Field(
-        None, ge=2, description="most tokens of one request [default: the model's own limit]"
+
+    max_waiting: int = _setting(Group.LIMITS, 1024, "Most requests in the queue.", ge=1)
+    max_message_bytes: Bytes = _setting(
+        Group.LIMITS, 4 * 2**20, "Largest gRPC message, in either direction.", metavar="BYTES", gt=0
     )
-    max_waiting: int = Field(1024, ge=1, description="most requests in the queue")
-    max_adapters: int = Field(1024, ge=1, description="most adapters loaded at once")
-    max_adapter_rank: int = Field(256, ge=1, description="largest rank of an adapter")
-    max_adapter_bytes: Bytes = Field(2**30, gt=0, description="largest adapter, compiled")
-    max_virtual_tokens: int = Field(1024, ge=1, description="most virtual tokens of an adapter")
-    admin_token: SecretStr | None = Field(
-        None, description="token that AdapterService asks for; needed to listen beyond loopback"
+    max_unread_bytes: Bytes = _setting(
+        Group.LIMITS,
+        2**20,
+        "Most unread output of a stream. Beyond it the stream ends.",
+        metavar="BYTES",
+        gt=0,
     )
-    max_message_bytes: Bytes = Field(4 * 2**20, gt=0, description="largest gRPC message")
-    max_unread_bytes: Bytes = Field(
-        2**20, gt=0, description="memory of a stream's unread output; beyond it the stream ends"
+    unread_timeout: float = _setting(
+        Group.LIMITS, 60.0, "Seconds after which a stream ends if its client reads nothing.",
+        metavar="SECONDS", gt=0,
+    )  # fmt: skip
+    step_timeout: float = _setting(
+        Group.LIMITS, 300.0, "Seconds after which a step counts as hung and the server exits. 0 is never.",
+        metavar="SECONDS", ge=0, allow_inf_nan=False,
+    )  # fmt: skip
+    drain_timeout: float = _setting(
+        Group.LIMITS, 30.0, "Seconds that running requests have to finish after SIGTERM.",
+        metavar="SECONDS", ge=0, allow_inf_nan=False,
+    )  # fmt: skip
+
+    config: Path | None = _setting(
+        Group.PROCESS, None, "TOML file with any of these settings.", unset="no file", metavar="FILE"
     )
-    unread_timeout: float = Field(
-        60.0, gt=0, description="seconds after which a stream ends if its client reads nothing"
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        Group.PROCESS, "info", "Lowest level that is logged."
     )
-    step_timeout: float = Field(
-        300.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="seconds after which a step counts as hung and the server ends; 0 is never",
+    log_format: Literal["text", "json"] = _setting(
+        Group.PROCESS, "text", "Form of a log record: a readable line, or a JSON object."
     )
-    drain_timeout: float = Field(
-        30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get after SIGTERM"
-    )
-    threads: int | None = Field(
-        None, ge=1, description="compute threads [default: one per core that the process may use]"
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
-    log_format: Literal["text", "json"] = Field(
-        "text", description="form of the log: a readable line for each record, or a JSON object"
-    )
-    log_requests: bool = Field(True, description="log a line for each finished request")
+    log_requests: bool = _setting(Group.PROCESS, True, "Log a line for each finished call.")
 
     @classmethod
     def settings_customise_sources(
@@ -190,7 +208,7 @@ class ServerConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Put the TOML file named by `config` last; a flag or a variable may name it."""
-        return init_settings, env_settings, _ConfigFile(settings_cls)
+        return init_settings, env_settings, ConfigFile(settings_cls)
 
     @field_validator("metrics")
     @classmethod
@@ -213,21 +231,30 @@ class ServerConfig(BaseSettings):
             raise ValueError("must have at least 16 characters")
         return SecretStr(bare)
 
+    def use_names(self, names: dict[str, str]) -> None:
+        """Set what errors call the settings: the flag, variable or key that each of them came from."""
+        self._names = names
+
+    def name_of(self, setting: str) -> str:
+        """What errors call a setting."""
+        return self._names.get(setting, flag(setting))
+
     def check(self) -> None:
         """Check what involves more than one setting; raises ConfigError."""
-        address = Address.parse("--listen", self.listen)
+        address = Address.parse(self.name_of("listen"), self.listen)
         if self.metrics:
-            Address.parse("--metrics", self.metrics)
+            Address.parse(self.name_of("metrics"), self.metrics)
         if not address.is_loopback and self.admin_token is None:
             raise ConfigError(
-                "--admin-token",
-                f"needed to listen on {address.host}: anyone who reaches it could load and unload adapters",
+                self.name_of("admin_token"),
+                f"needed to listen on {address.host}: anyone who reaches it could load and unload adapters. "
+                "Set POLYGRAFT_ADMIN_TOKEN, for example to what `openssl rand -hex 32` prints",
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
-                "--max-num-batched-tokens",
-                f"{self.max_num_batched_tokens} is less than --max-num-seqs {self.max_num_seqs}: "
-                "some running requests would get no token in a step",
+                self.name_of("max_num_batched_tokens"),
+                f"{self.max_num_batched_tokens} is less than {self.name_of('max_num_seqs')} "
+                f"{self.max_num_seqs}: some running requests would get no token in a step",
             )
         if self.adapters is not None and not self.adapters.is_dir():
-            raise ConfigError("--adapters", f"no such folder: {self.adapters}")
+            raise ConfigError(self.name_of("adapters"), f"no such folder: {self.adapters}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import polygraft
 from polygraft.addresses import Address, Reservation
 from polygraft.config import ServerConfig
+from polygraft.config_sources import mistaken_variables
 from polygraft.early_signals import force_from_now
 from polygraft.engine.machine import Machine
 from polygraft.stages import Stages
@@ -42,9 +43,12 @@ def run(config: ServerConfig) -> int:
     configure_logging(config.log_level, config.log_format)
     logging.captureWarnings(True)
     log.info("polygraft %s starts: importing torch and transformers", polygraft.__version__)
-    addresses = {"--listen": config.listen}
+    for warning in mistaken_variables(ServerConfig.model_fields, os.environ):
+        log.warning("%s", warning)
+    listen, metrics_setting = config.name_of("listen"), config.name_of("metrics")
+    addresses = {listen: config.listen}
     if config.metrics:
-        addresses["--metrics"] = config.metrics
+        addresses[metrics_setting] = config.metrics
     _limit_openmp()
     # Reports a port that can't be had now, not after the model has been loaded.
     with Reservation(addresses) as reserved, contextlib.ExitStack() as stack:
@@ -54,9 +58,9 @@ def run(config: ServerConfig) -> int:
 
         metrics, probes, scraped = Metrics(), Probes(), None
         if config.metrics:
-            reserved.release("--metrics")
+            reserved.release(metrics_setting)
             endpoint = stack.enter_context(MetricsEndpoint(metrics.registry, config.metrics, probes))
-            scraped = Address.parse("--metrics", config.metrics).with_port(endpoint.port)
+            scraped = Address.parse(metrics_setting, config.metrics).with_port(endpoint.port)
         with stages.timed("libraries"):
             from polygraft.engine.engine import Engine  # imports torch, which takes seconds
             from polygraft.engine.engine_thread import EngineThread
@@ -67,7 +71,7 @@ def run(config: ServerConfig) -> int:
         thread = EngineThread()
         engine = thread.submit(lambda: Engine.from_config(config, stages)).result()
         try:
-            reserved.release("--listen")
+            reserved.release(listen)
             return asyncio.run(_serve(config, engine, thread, metrics, probes, scraped, stages))
         finally:
             force_from_now()
@@ -98,7 +102,7 @@ async def _serve(
     metrics.describe_model(handle.model, polygraft.__version__)
 
     def announce(port: int) -> None:
-        listening = Address.parse("--listen", config.listen).with_port(port)
+        listening = Address.parse(config.name_of("listen"), config.listen).with_port(port)
         for line in greeting(handle.model, handle.list_adapters(), listening, scraped):
             log.info("%s", line)
         log.info("ready in %s", stages.summary())

@@ -138,4 +138,4 @@ def test_the_readme_names_every_file() -> None:
     for path in sorted(DEPLOY.rglob("*")):
         name = path.relative_to(DEPLOY)
         if path.is_file() and name != Path("README.md"):
-            assert f"`{name}`" in text or f"`{name.parts[0]}/{name.parts[1]}/`" in text, name
+            assert f"`{name}`" in text or f"`{'/'.join(name.parts[:2])}/`" in text, name

@@ -6,12 +6,12 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 import polygraft_client
 from polygraft import __version__
 from polygraft.cli import adapters, bench, demo, generate, score, serve
 from polygraft.cli.environment import discard_output
+from polygraft.cli.help import CONTEXT, PlainCommand, PlainGroup
 from polygraft.errors import ConfigError, PolygraftError
 
 FAILED = 1
@@ -19,7 +19,7 @@ MISUSED = 2
 """Exit statuses."""
 
 
-class Commands(TyperGroup):
+class Commands(PlainGroup):
     """The commands; shows a failure as one line instead of a traceback."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -64,19 +64,25 @@ def _text(error: Exception) -> str:
 app = typer.Typer(
     cls=Commands,
     help="Serve one base language model with many adapters, mixed in every step.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
-    no_args_is_help=True,
+    context_settings=CONTEXT,
     pretty_exceptions_enable=False,
 )
 app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+    cls=PlainCommand,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
 )(serve.serve)
-app.command()(generate.generate)
-app.command()(score.score)
+app.command(cls=PlainCommand)(generate.generate)
+app.command(cls=PlainCommand)(score.score)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(bench.app, name="bench")
-app.command()(demo.demo)
+app.command(cls=PlainCommand)(demo.demo)
+
+
+@app.command(cls=PlainCommand)
+def version() -> None:
+    """Print the version."""
+    print(__version__)
 
 
 def _print_version(wanted: bool) -> None:

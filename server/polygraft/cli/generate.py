@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 
 from polygraft.cli.options import (
+    ADAPTERS,
     DEFAULT_SERVER,
+    PATHS,
     AdapterNames,
     AsJson,
     Combination,
+    OfferedPath,
     Server,
+    Timeout,
     adapter_refs,
     print_logprobs,
     to_json,
@@ -21,70 +25,151 @@ from polygraft_client import Client, GenerateOptions, Generation, LoraPath, Stre
 
 STANDARD_INPUT = "-"
 
+SAMPLING, LENGTH = "Sampling", "Length of the answer"
+OF_THE_MODEL = "[default: the model's]"
+
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads it from standard input.")],
     adapter: AdapterNames = None,
     combination_type: Combination = None,
     lora_path: Annotated[
-        LoraPath | None,
+        OfferedPath | None,
         typer.Option(
+            metavar=PATHS,
             case_sensitive=False,
-            help="How low-rank weights are applied: beside the base's (unmerged), folded into a copy "
-            "(merged), or as the server decides (auto). [default: the server's]",
+            help="How LoRA runs: `unmerged` computes a side path, `merged` runs on a "
+            "copy of the weights with the "
+            "adapter folded in, `auto` leaves it to the server. [default: the server's]",
+            rich_help_panel=ADAPTERS,
         ),
     ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--raw",
-            help="As a user's message, or as bare text. [default: --chat if there is a template, the model's "
-            "or the adapter's]",
+            help="Send the prompt as a user's message through the chat template, or as plain text. [default: "
+            "--chat if the model or the adapter has a template]",
         ),
     ] = None,
     stream: Annotated[
         bool | None,
         typer.Option(
-            "--stream/--no-stream", help="Print as it is generated. [default: --stream on a terminal]"
+            "--stream/--no-stream",
+            help="Print tokens as they are generated. [default: --stream on a terminal]",
         ),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
-    min_new_tokens: Annotated[int | None, typer.Option(help="Fewest tokens to generate.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; at most 100.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this share.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Drop tokens below this share of the likeliest's probability.")
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Most tokens to generate. [default: 256]", rich_help_panel=LENGTH),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling. [default: drawn]")] = None,
+    min_new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Fewest tokens to generate. [default: 0]", rich_help_panel=LENGTH),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help=f"Randomness of the sampling, 0 to 100; 0 is greedy decoding. {OF_THE_MODEL}",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help=f"Sample from the likeliest tokens whose probabilities add up to X. {OF_THE_MODEL}",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help=f"Sample from the K likeliest tokens; 0 keeps all. {OF_THE_MODEL}",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help=f"Drop tokens less likely than X times the likeliest. {OF_THE_MODEL}",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Seed of the sampling. [default: random]", rich_help_panel=SAMPLING),
+    ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1, what is there already becomes less likely.")
+        float | None,
+        typer.Option(
+            metavar="X",
+            help=f"Values above 1 penalise tokens that already occurred. {OF_THE_MODEL}",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Off the logits of tokens in the answer; -2 to 2.")
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Subtract X from the logits of tokens in the answer; -2 to 2.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="The same, times how often; -2 to 2.")
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Subtract X for each occurrence of a token in the answer; -2 to 2.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     logit_bias: Annotated[
-        list[str] | None, typer.Option(metavar="ID=VALUE", help="Add to a token's logit; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="ID=VALUE", help="Add to a token's logit; repeatable.", rich_help_panel=SAMPLING
+        ),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.")] = None,
-    stop_token_id: Annotated[list[int] | None, typer.Option(help="Stop at this token; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="End the answer before this text; repeatable.", rich_help_panel=LENGTH
+        ),
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(metavar="ID", help="End the answer at this token; repeatable.", rich_help_panel=LENGTH),
+    ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")
+        bool,
+        typer.Option(
+            "--ignore-eos", help="Don't end the answer at an end-of-text token.", rich_help_panel=LENGTH
+        ),
     ] = False,
     time_limit: Annotated[
-        float | None, typer.Option(help="Seconds after which the answer ends where it is.")
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="End the answer after this time, with the tokens generated so far.",
+            rich_help_panel=LENGTH,
+        ),
     ] = None,
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="Print each token's log-probability after the answer.")
     ] = False,
     top_logprobs: Annotated[
-        int, typer.Option(help="The same with so many of the likeliest tokens; at most 20.")
+        int,
+        typer.Option(
+            metavar="N",
+            show_default=False,
+            help="Print each position's N likeliest tokens as well, at most 20.",
+        ),
     ] = 0,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before the answer.")] = False,
-    timeout: Annotated[float | None, typer.Option(help="Seconds after which the call fails.")] = None,
+    timeout: Timeout = None,
     server: Server = DEFAULT_SERVER,
     as_json: AsJson = False,
 ) -> None:
@@ -117,7 +202,7 @@ def generate(
     if combination_type is not None:
         options["combination_type"] = combination_type
     if lora_path is not None:
-        options["lora_path"] = lora_path
+        options["lora_path"] = LoraPath(lora_path.value)
     streaming = sys.stdout.isatty() and not as_json if stream is None else stream
     with Client(server, timeout=timeout) as client:
         if chat is None:

@@ -7,16 +7,20 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from polygraft.cli.help import COMMON
 from polygraft_client import AdapterRef, CombinationType, TokenLogprob
 
 PIPED_WIDTH = 160  # columns of a table that isn't shown on a terminal
 
 DEFAULT_SERVER = "127.0.0.1:50051"
+ADAPTERS = "Adapters"
+"""The heading of the options that choose adapters."""
 
 Server = Annotated[
     str,
@@ -25,6 +29,7 @@ Server = Annotated[
         metavar="HOST:PORT",
         envvar="POLYGRAFT_SERVER",
         help="The server to call.",
+        rich_help_panel=COMMON,
         callback=lambda given: given or DEFAULT_SERVER,
     ),
 ]
@@ -33,7 +38,9 @@ Token = Annotated[
     typer.Option(
         "--token",
         envvar="POLYGRAFT_ADMIN_TOKEN",
-        help="The server's admin token, if it has one.",
+        metavar="TOKEN",
+        help="The server's admin token, if it has one. Prefer the variable: other users can read options.",
+        rich_help_panel=COMMON,
         callback=lambda given: given or None,
     ),
 ]
@@ -42,19 +49,40 @@ AdapterNames = Annotated[
     typer.Option(
         "--adapter",
         metavar="NAME[:WEIGHT]",
-        help="Adapter to use; repeatable, in the order in which they act. [default: the base model]",
+        help="Adapter to use; repeatable, in the order in which they act. [default: the base model alone]",
+        rich_help_panel=ADAPTERS,
     ),
 ]
 Combination = Annotated[
     CombinationType | None,
     typer.Option(
         "--combination-type",
+        metavar="[stack|linear]",
         case_sensitive=False,
-        help="What several adapters are together: each acts in its turn (stack), or they are the one LoRA "
-        "that PEFT's linear combination makes of them. [default: stack]",
+        help="How several adapters act together: one after another (`stack`), or as "
+        "the single LoRA that PEFT's "
+        "linear combination makes of them (`linear`). [default: stack]",
+        rich_help_panel=ADAPTERS,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS", help="Fail if the call takes longer. [default: no limit]", rich_help_panel=COMMON
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=COMMON)]
+
+
+class OfferedPath(StrEnum):
+    """The LoRA paths that a request may ask for."""
+
+    AUTO = "AUTO"
+    UNMERGED = "UNMERGED"
+    MERGED = "MERGED"
+
+
+PATHS = "[auto|unmerged|merged]"
 
 
 def adapter_refs(given: Sequence[str] | None) -> tuple[str | None, tuple[AdapterRef, ...]]:

@@ -12,6 +12,7 @@ from polygraft.cli.options import (
     AsJson,
     Combination,
     Server,
+    Timeout,
     adapter_refs,
     print_logprobs,
     to_json,
@@ -20,24 +21,33 @@ from polygraft_client import Client
 
 
 def score(
-    prompt: Annotated[str, typer.Argument(help="What is conditioned on; may be empty.")],
-    continuations: Annotated[list[str], typer.Argument(metavar="CONTINUATION...", help="What to score.")],
+    prompt: Annotated[str, typer.Argument(help="The text before the continuations; may be empty.")],
+    continuations: Annotated[
+        list[str], typer.Argument(metavar="CONTINUATION...", help="The texts to score.")
+    ],
     adapter: AdapterNames = None,
     combination_type: Combination = None,
     chat: Annotated[
-        bool, typer.Option("--chat/--raw", help="The prompt as a user's message, or as bare text.")
+        bool,
+        typer.Option(
+            "--chat/--raw",
+            help="Send the prompt as a user's message through the chat template, or as plain text.",
+        ),
     ] = False,
-    logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Print each token's log-probability as well.")
-    ] = False,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token's log-probability.")] = False,
     top_logprobs: Annotated[
-        int, typer.Option(help="The same with so many of the likeliest tokens; at most 20.")
+        int,
+        typer.Option(
+            metavar="N",
+            show_default=False,
+            help="Print each position's N likeliest tokens as well, at most 20.",
+        ),
     ] = 0,
-    timeout: Annotated[float | None, typer.Option(help="Seconds after which the call fails.")] = None,
+    timeout: Timeout = None,
     server: Server = DEFAULT_SERVER,
     as_json: AsJson = False,
 ) -> None:
-    """Print each continuation's log-likelihood; * marks what greedy decoding would have produced."""
+    """Print each continuation's log-likelihood after a prompt; * marks what greedy decoding would produce."""
     single, several = adapter_refs(adapter)
     with Client(server, timeout=timeout) as client:
         answer = client.score(

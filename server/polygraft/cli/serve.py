@@ -1,9 +1,10 @@
-"""`polygraft serve`: settings from flags, variables and a TOML file; then the server itself."""
+"""`polygraft serve`: settings from options, variables and a TOML file; then the server itself."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,45 +29,58 @@ def serve(context: typer.Context) -> None:
 
 
 def read_config(arguments: Sequence[str]) -> ServerConfig:
-    """Settle all settings; exits after printing them for `--help`.
+    """Settle all settings; exits after printing for `--help` and `--print-config`.
 
     Raises:
-        ConfigError: anything is wrong with them; lists everything, each by its flag.
+        ConfigError: a setting is wrong; lists all of them, each by the flag, variable or key it came from.
+        typer.TyperException: an option is unknown or has no value.
     """
-    from pydantic_settings import CliApp
+    from polygraft.cli.settings import settings_command
 
-    from polygraft.config import ServerConfig
-
-    with _named_by_flag():
-        config = CliApp.run(ServerConfig, cli_args=_without_empty(arguments), cli_exit_on_error=False)
+    given = settings_command().main(
+        args=_without_empty(arguments), prog_name="polygraft serve", standalone_mode=False
+    )
+    if isinstance(given, int):  # the exit status after --help
+        raise typer.Exit(given)
+    show = given.pop("print_config", False)
+    config = settle(**given)
     config.check()
+    if show:
+        from polygraft.config_sources import origins
+        from polygraft.config_text import config_text
+
+        print(config_text(config, origins(type(config).model_fields, given, os.environ)), end="")
+        raise typer.Exit
     return config
 
 
 def settle(**given: Any) -> ServerConfig:
-    """The server's settings for a command that doesn't serve, from arguments, environment and file.
+    """The server's settings for any command, from its arguments, the environment and the file.
 
     Raises:
         ConfigError: as read_config, except for checks that involve several settings.
     """
     from polygraft.config import ServerConfig
+    from polygraft.config_sources import origins
 
-    with _named_by_flag():
-        return ServerConfig(**given)
+    with _named(given):
+        config = ServerConfig(**given)
+    config.use_names(origins(ServerConfig.model_fields, given, os.environ))
+    return config
 
 
 @contextmanager
-def _named_by_flag() -> Iterator[None]:
-    """Turn pydantic's errors into ConfigError with the flag's name."""
+def _named(given: Mapping[str, Any]) -> Iterator[None]:
+    """Turn pydantic's errors into a ConfigError that names where each wrong value came from."""
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
     try:
         yield
     except ValidationError as error:
-        raise _by_flag(error) from None
+        raise _by_origin(error, given) from None
     except SettingsError as error:
-        raise _by_argument(str(error)) from None
+        raise ConfigError("polygraft serve", str(error)) from None
 
 
 def _without_empty(arguments: Sequence[str]) -> list[str]:
@@ -80,19 +94,15 @@ def _without_empty(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _by_flag(error: ValidationError) -> ConfigError:
-    """Name each wrong setting as the command line spells it; values stay out, one may be a secret."""
+def _by_origin(error: ValidationError, given: Mapping[str, Any]) -> ConfigError:
+    """Name where each wrong value came from; values stay out, one may be a secret."""
+    from polygraft.config import ServerConfig
+    from polygraft.config_sources import flag, origins
+
+    names = origins(ServerConfig.model_fields, given, os.environ)
     problems = []
     for detail in error.errors(include_url=False, include_input=False):
-        flag = "--" + ".".join(map(str, detail["loc"])).replace("_", "-")
-        problems.append((flag, detail["msg"].removeprefix("Value error, ")))
-    (flag, problem), *others = problems
-    return ConfigError(flag, "; ".join([problem, *(f"{flag}: {problem}" for flag, problem in others)]))
-
-
-def _by_argument(text: str) -> ConfigError:
-    """Name the argument that can't be read at all."""
-    text = text.removeprefix("error parsing CLI: ")
-    if found := re.fullmatch(r"argument (?P<flag>--\S+): (?P<problem>.*)", text, re.DOTALL):
-        return ConfigError(found["flag"], found["problem"])
-    return ConfigError("polygraft serve", text)
+        setting = str(detail["loc"][0])
+        problems.append((names.get(setting, flag(setting)), detail["msg"].removeprefix("Value error, ")))
+    (name, problem), *others = problems
+    return ConfigError(name, "; ".join([problem, *(f"{name}: {problem}" for name, problem in others)]))

@@ -74,7 +74,7 @@ class RpcServer:
         Raises:
             ConfigError: the address is taken or not this machine's.
         """
-        wanted = Address.parse("--listen", self._config.listen)
+        wanted = Address.parse(self._config.name_of("listen"), self._config.listen)
         port = wanted.port
         try:
             # One by one: given a name, gRPC is content if it can listen on some of its addresses.
@@ -83,8 +83,8 @@ class RpcServer:
         except RuntimeError as error:
             await self._server.stop(None)
             # gRPC doesn't say why it failed; binding the port ourselves does.
-            Reservation({"--listen": str(wanted)}).release_all()
-            raise ConfigError("--listen", f"can't listen on {wanted}: {error}") from error
+            Reservation({wanted.flag: str(wanted)}).release_all()
+            raise ConfigError(wanted.flag, f"can't listen on {wanted}: {error}") from error
         await self._server.start()
         for name in (INFERENCE, ADAPTERS):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

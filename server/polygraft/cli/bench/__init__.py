@@ -4,7 +4,8 @@ import typer
 
 from polygraft.cli.bench.command import bench
 from polygraft.cli.bench.compare import compare
+from polygraft.cli.help import CONTEXT, PlainCommand, PlainGroup
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(cls=PlainGroup, invoke_without_command=True, context_settings=CONTEXT)
 app.callback()(bench)
-app.command()(compare)
+app.command(cls=PlainCommand)(compare)

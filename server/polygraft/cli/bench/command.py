@@ -13,47 +13,76 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from polygraft.cli.bench import report
 from polygraft.cli.bench.plan import BASE, Choice, Load, plan
 from polygraft.cli.bench.run import closed_loop, open_loop
-from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, Token, console, to_json
+from polygraft.cli.options import (
+    DEFAULT_SERVER,
+    PATHS,
+    AsJson,
+    OfferedPath,
+    Server,
+    Token,
+    console,
+    to_json,
+)
 from polygraft.errors import ConfigError
 from polygraft_client import AdapterState, AsyncClient, LoraPath
 
 
 def bench(
     context: typer.Context,
-    requests: Annotated[int, typer.Option(min=1, help="Requests that are measured.")] = 64,
+    requests: Annotated[int, typer.Option(metavar="N", min=1, help="Requests to measure.")] = 64,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Requests at a time; the next is sent when one ends (closed loop).")
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Requests in flight; the next is sent when one ends (closed loop)."
+        ),
     ] = 16,
     rate: Annotated[
         float | None,
         typer.Option(
-            min=0.001, help="Requests a second at random times, however many are running (open loop)."
+            metavar="X",
+            min=0.001,
+            help="Send X requests per second at random times instead, whatever is running (open loop).",
         ),
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help='Adapter to use, "" for the base; repeatable. [default: all that are ready]'),
+        typer.Option(
+            metavar="NAME", help='Adapter to use, "" for the base; repeatable. [default: all that are ready]'
+        ),
     ] = None,
     choice: Annotated[
-        Choice, typer.Option(help="How requests spread over the adapters, in the order given.")
+        Choice,
+        typer.Option(
+            metavar="[uniform|zipf]", help="How requests are spread over the adapters, in the order given."
+        ),
     ] = Choice.UNIFORM,
-    zipf_exponent: Annotated[float, typer.Option(min=0.0, help="Of --choice zipf.")] = 1.0,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, random ones.")] = 64,
+    zipf_exponent: Annotated[
+        float, typer.Option(metavar="X", min=0.0, help="Exponent of --choice zipf.")
+    ] = 1.0,
+    prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Random tokens in each prompt.")
+    ] = 64,
     shared_tokens: Annotated[
-        int, typer.Option(min=0, help="Of these, the same in every request, as a system prompt is.")
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Of these, tokens that all requests share, like a system prompt."
+        ),
     ] = 0,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer, exactly.")] = 64,
-    warmup: Annotated[int, typer.Option(min=0, help="Requests before the measured ones.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of prompts, adapters and times.")] = 0,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in each answer, exactly.")] = 64,
+    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Requests before the measured ones.")] = 16,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of prompts, adapters and times.")] = 0,
     lora_path: Annotated[
-        LoraPath | None,
-        typer.Option(case_sensitive=False, help="How low-rank weights are applied. [default: the server's]"),
+        OfferedPath | None,
+        typer.Option(metavar=PATHS, case_sensitive=False, help="How LoRA runs. [default: the server's]"),
     ] = None,
     server: Server = DEFAULT_SERVER,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put load on a running server and show throughput and latencies; exit 1 if a request failed."""
+    """Put load on a running server, and show throughput and latencies.
+
+    The exit status is 1 if a request failed.
+    """
     if context.invoked_subcommand is not None:
         return
     if shared_tokens > prompt_tokens:
@@ -65,7 +94,7 @@ def bench(
             model = await client.model()
             load = Load(
                 names, choice, zipf_exponent, prompt_tokens, new_tokens, shared_tokens, rate,
-                model.vocabulary_size, seed, lora_path,
+                model.vocabulary_size, seed, None if lora_path is None else LoraPath(lora_path.value),
             )  # fmt: skip
             planned = plan(load)
             with Progress(

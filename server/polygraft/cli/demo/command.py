@@ -28,15 +28,18 @@ TERMINATED = 143  # the shells' own status for SIGTERM
 
 
 def demo(
-    model: Annotated[str, typer.Option(help="Base model: default, a local folder or a hub id.")] = "default",
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="Base model: `default`, a local folder or a hub id.")
+    ] = "default",
     adapters: Annotated[
-        Path, typer.Option(help=f"Folder of adapters, with prompts for them in {PROMPTS_FILE}.")
+        Path,
+        typer.Option(metavar="FOLDER", help=f"Folder of adapters, with prompts for them in {PROMPTS_FILE}."),
     ] = Path("adapters"),
-    kv_cache_bytes: Annotated[str, typer.Option(help="Memory of the KV cache.")] = "128MiB",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 48,
+    kv_cache_bytes: Annotated[str, typer.Option(metavar="BYTES", help="Memory of the KV cache.")] = "128MiB",
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of each answer.")] = 48,
     token: Token = None,
 ) -> None:
-    """Start a server, send every adapter and the base one mixed burst, show the answers, stop the server."""
+    """Start a server, send it requests for all adapters at once, show the answers, and stop it."""
     prompts = read_prompts(adapters / PROMPTS_FILE)
     if model == "default":
         from polygraft.base.default_model import ensure_default_model, show_progress

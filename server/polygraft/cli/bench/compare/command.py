@@ -31,51 +31,67 @@ from polygraft_client import AsyncClient
 
 READY_SECONDS = 600.0
 PATHS = ",".join(Path)
+AS_SERVE = "As in `polygraft serve`, for the server that the command starts."
 
 
 def compare(
     server: Annotated[
         str | None,
-        typer.Option(
-            metavar="HOST:PORT", help="A running server. [default: one is started for the comparison]"
-        ),
+        typer.Option(metavar="HOST:PORT", help="A running server. [default: the command starts one]"),
     ] = None,
     metrics: Annotated[
         str,
-        typer.Option(metavar="HOST:PORT", help="Of a running server, for steps, switches and memory."),
+        typer.Option(
+            metavar="HOST:PORT", help="Metrics endpoint of a running server, for steps, switches and memory."
+        ),
     ] = "",
-    model: Annotated[str, typer.Option(help="Of the server that is started.")] = "default",
-    adapters: Annotated[File, typer.Option(help="Its store of adapters.")] = File("adapters"),
-    dtype: Annotated[str, typer.Option(help="As serve takes it.")] = "auto",
-    quantization: Annotated[str, typer.Option(help="As serve takes it.")] = "none",
-    requantize_merged: Annotated[
-        bool, typer.Option("--requantize-merged", help="As serve takes it.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="As serve takes it.")] = None,
-    concurrency: Annotated[str, typer.Option(help="Requests at a time, one number for each run.")] = (
-        "1,2,4,8,16,32"
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="Base model of the server that the command starts.")
+    ] = "default",
+    adapters: Annotated[File, typer.Option(metavar="FOLDER", help="Folder of its adapters.")] = File(
+        "adapters"
     ),
-    mix: Annotated[str, typer.Option(help="Numbers of distinct adapters; zipf is Zipf over up to 32.")] = (
-        "1,2,4,8,zipf"
-    ),
-    paths: Annotated[str, typer.Option(help="Paths to compare.")] = PATHS,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which all paths take their turn.")] = 3,
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help=AS_SERVE)] = "auto",
+    quantization: Annotated[str, typer.Option(metavar="TYPE", help=AS_SERVE)] = "none",
+    requantize_merged: Annotated[bool, typer.Option("--requantize-merged", help=AS_SERVE)] = False,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help=AS_SERVE)] = None,
+    concurrency: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Numbers of requests in flight to measure.")
+    ] = ("1,2,4,8,16,32"),
+    mix: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N,…",
+            help="Numbers of distinct adapters to measure; `zipf` is up to 32 of them, by Zipf's law.",
+        ),
+    ] = ("1,2,4,8,zipf"),
+    paths: Annotated[str, typer.Option(metavar="PATH,…", help="Paths to compare.")] = PATHS,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Rounds; in each of them all paths take turns.")
+    ] = 3,
     pairs: Annotated[
-        int, typer.Option(min=0, help="Rounds of one request at a time; 0 leaves that out.")
+        int,
+        typer.Option(metavar="N", min=0, help="Rounds with a single request in flight; 0 leaves them out."),
     ] = 20,
     changing_load: Annotated[
         bool,
-        typer.Option("--changing-load/--steady", help="One hot adapter, eight alike, one hot, on each path."),
+        typer.Option(
+            "--changing-load/--steady",
+            help="Measure each path while the load changes from one adapter to eight and back.",
+        ),
     ] = True,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, random ones.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer, exactly.")] = 64,
+    prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Random tokens in each prompt.")
+    ] = 64,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in each answer, exactly.")] = 64,
     out: Annotated[
-        File | None, typer.Option(help="Folder for compare.json and compare.html, with plots.")
+        File | None,
+        typer.Option(metavar="FOLDER", help="Write compare.json and compare.html, with plots, here."),
     ] = None,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the merged and the unmerged path of LoRA on one server, and show where each wins."""
+    """Compare merged and unmerged LoRA on one server, and show where each is faster."""
     chosen = _chosen(paths)
     sizes, zipf = _sizes(mix)
     concurrencies = _numbers("--concurrency", concurrency)

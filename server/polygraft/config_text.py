@@ -1,0 +1,85 @@
+"""A configuration as a TOML file, for `polygraft serve --print-config` and the example in deploy/."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+
+from polygraft.config import Group, ServerConfig
+from polygraft.sizes import shown_bytes
+
+_WIDTH = 100
+_HEADER = (
+    "Settings of `polygraft serve`. `polygraft serve --config FILE` starts with them, and `polygraft serve "
+    "--print-config` prints such a file. Settings at their defaults are "
+    "commented out. Options and POLYGRAFT_* "
+    "variables beat the file. Sizes take units, such as 256MiB or 1.5GB. A key may have - or _ between words."
+)
+
+
+def config_text(config: ServerConfig, origins: Mapping[str, str]) -> str:
+    """The settings by group, each with its meaning and where its value comes from.
+
+    The admin token is left out.
+
+    Args:
+        origins: where the settings that aren't at their default come from.
+    """
+    lines = _comment(_HEADER)
+    for group in Group:
+        lines += ["", f"# --- {group} ---"]
+        for name, field in ServerConfig.model_fields.items():
+            if extra(field)["group"] == group and name != "config":
+                lines += ["", *_setting(name, field, getattr(config, name), origins.get(name))]
+    return "\n".join(lines) + "\n"
+
+
+def default_text(field: FieldInfo) -> str:
+    """A setting's default, in words where it is computed."""
+    return extra(field)["unset"] if field.default is None else value_text(field, field.default)
+
+
+def value_text(field: FieldInfo, value: Any) -> str:
+    """A value as a person writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if extra(field)["metavar"] == "BYTES":
+        return shown_bytes(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def extra(field: FieldInfo) -> dict[str, Any]:
+    """What `config.py` says of a setting besides its type: group, unset, metavar."""
+    assert isinstance(field.json_schema_extra, dict)
+    return field.json_schema_extra
+
+
+def _setting(name: str, field: FieldInfo, value: Any, origin: str | None) -> list[str]:
+    key = name.replace("_", "-")
+    about = _comment(field.description or "")
+    if origin is None:
+        if field.default is None:
+            return [*about, *_comment(f"Default: {extra(field)['unset']}."), f"# {key} ="]
+        return [*about, f"# {key} = {_toml(field, field.default)}"]
+    if isinstance(value, SecretStr):
+        return [*about, f"# {key} is set by {origin}, and isn't shown"]
+    if name == "metrics" and not value:
+        value = "off"
+    return [*about, f"{key} = {_toml(field, value)}  # from {origin}"]
+
+
+def _toml(field: FieldInfo, value: Any) -> str:
+    text = value_text(field, value)
+    if isinstance(value, bool) or (isinstance(value, int | float) and text == f"{value:g}"):
+        return text
+    return text if text.isdigit() else json.dumps(str(value) if isinstance(value, Path) else text)
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text, _WIDTH)]
