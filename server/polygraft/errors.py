@@ -164,23 +164,33 @@ class AdapterExists(AdapterError):
     reason = "ADAPTER_EXISTS"
 
 
+SHOWN_PROBLEMS = 3
+"""Problems of a folder in an error's text and the log; its `problems` have more."""
+
+
 class AdapterInvalid(AdapterError):
-    """The folder can't be served exactly.
+    """The folder can't be served exactly. Its text has the first problems and the number of the others.
 
     Args:
         name: the adapter's name.
-        problems: what is wrong, one sentence each; never empty. Only the first are kept, with a count of the
-            rest; `total` counts them all.
+        problems: what is wrong, one sentence each, the most telling first; never empty. Only the first are
+            kept, with a count of the rest; `total` counts them all.
     """
 
     reason = "ADAPTER_INVALID"
 
     def __init__(self, name: str, problems: Collection[str]) -> None:
         assert problems
-        found = problems if isinstance(problems, Texts) else Texts(problems)
-        self.problems = found.told()
-        self.total = found.total
-        super().__init__(name, "; ".join(self.problems))
+        self._texts = problems if isinstance(problems, Texts) else Texts(problems)
+        self.problems = self._texts.told()
+        self.total = self._texts.total
+        shown = self.problems[:SHOWN_PROBLEMS]
+        rest = self.total - len(shown)
+        super().__init__(name, "; ".join((*shown, f"and {rest} more") if rest > 0 else shown))
+
+    def because(self, cause: str) -> AdapterInvalid:
+        """The same refusal with its probable cause as the first problem."""
+        return AdapterInvalid(self.name, self._texts.with_first(cause))
 
 
 class AdapterUnavailable(AdapterError):

@@ -51,6 +51,12 @@ class Texts(list[str]):
         self.extend(texts)
         return self
 
+    def with_first(self, text: str) -> Texts:
+        """These texts after another one."""
+        texts = Texts([text, *self])
+        texts.left_out += self.left_out
+        return texts
+
     @property
     def total(self) -> int:
         """How many texts have been added."""

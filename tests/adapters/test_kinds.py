@@ -91,7 +91,7 @@ TENSORS: list[tuple[str, str, Change, list[str]]] = [
     ("prefix", "int", tensor(EMBEDDINGS, torch.Tensor.int), [f"tensor {EMBEDDINGS} has type torch.int32"]),
     ("prompt", "inf", tensor(EMBEDDINGS, poked(math.inf)), [f"tensor {EMBEDDINGS} holds NaN or infinity"]),
     ("prompt", "hidden size", tensor(EMBEDDINGS, lambda t: t[:, :32]),
-     [f"tensor {EMBEDDINGS} has shape [6, 32], expected [6, 64]"]),
+     ["made for hidden size 32; the base has 64", f"tensor {EMBEDDINGS} has shape [6, 32], expected [6, 64]"]),
     ("p-tuning", "extra", extra("encoder.weight"), ["tensor encoder.weight isn't expected"]),
     ("p-tuning", "missing", without(EMBEDDINGS), [f"tensor {EMBEDDINGS} is missing"]),
 ]  # fmt: skip

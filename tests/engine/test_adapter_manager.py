@@ -108,8 +108,10 @@ def test_broken_folders_dont_stop_the_start_and_are_listed(
         "an adapter's name must match [A-Za-z0-9][A-Za-z0-9._-]{0,127}; rename the folder",
     )
     assert {name for name, (state, _) in states.items() if state is AdapterState.READY} == {"lora", "prefix"}
-    assert "can't be read" in states["cut"][1][0]
-    assert states["empty"][1] == ("adapter_config.json is missing",)
+    assert "is cut short" in states["cut"][1][0]
+    assert states["empty"][1] == (
+        "adapter_config.json is missing: this is no adapter's folder as PEFT or AdapterHub saves it",
+    )
     assert "leads out of the store" in states["outside"][1][0]
     assert "the folder can't be opened: loop" in states["loop"][1][0]
     assert r"adapter a@b\n is not loaded: an adapter's name must match" in caplog.text
@@ -491,3 +493,28 @@ def test_hostile_configurations_end_in_a_typed_error_and_disturb_nobody(
     error = error or done.exception(0)
     assert isinstance(error, AdapterInvalid)
     assert text in str(error)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_store_that_is_an_adapters_own_folder_is_served(
+    llama: Path, llama_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, linked: bool
+) -> None:
+    folder = llama_store / "lora"
+    if linked:
+        folder = tmp_path / "current"
+        folder.symlink_to(llama_store / "lora")
+    with caplog.at_level("INFO"):
+        engine = make_engine(llama, folder)
+    (info,) = engine.adapters.registry.list()
+    assert (info.name, info.state) == (folder.name, AdapterState.READY)
+    assert f"a single adapter's folder: it is served as {folder.name}" in caplog.text
+    with pytest.raises(PolygraftError):
+        engine.adapters.store.read("prefix", "../prefix")
+
+
+def test_a_store_without_folders_is_told_of(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "notes.txt").write_text("nothing")
+    assert make_engine(llama, tmp_path).adapters.registry.list() == []
+    assert "a folder without sub-folders: no adapter is loaded" in caplog.text

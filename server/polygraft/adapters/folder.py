@@ -19,6 +19,7 @@ from polygraft.adapters.adapterhub.form import (
     HEAD_CONFIG,
     is_adapterhub,
 )
+from polygraft.adapters.diagnosis import file_instead
 from polygraft.adapters.open_folder import FileUnreadable, FolderChanged, OpenFolder, read_descriptor
 from polygraft.base.tokenizer import TOKENIZER, VOCABULARIES
 from polygraft.errors import AdapterInvalid, PolygraftError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
+BASE_CONFIG = "config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", ADAPTERHUB_PICKLE, "adapter_model.pt")
 MAX_CONFIG_BYTES = 2**20
@@ -47,6 +49,8 @@ MAX_TOKENIZER_BYTES = 2**26
 
 MAX_HEADER_BYTES = 2**22
 """Limit of the weights file's header, which has its tensors' names and shapes."""
+_CUT_SHORT = ("not fully covered", "IncompleteBuffer", "invalid header length", "header too small")
+"""What safetensors says of a file of the wrong length."""
 MAX_TENSORS = 2**15
 """Only LoRAs that are saved expert by expert have more, and those aren't served anyway."""
 
@@ -92,6 +96,7 @@ class AdapterFolder:
     def take_tensors(self) -> dict[str, torch.Tensor]:
         """The file's tensors; may be called once. Raises AdapterInvalid if it is truncated or too large."""
         # Imported here because it imports torch, which the workers that import this module don't need.
+        from safetensors import SafetensorError
         from safetensors.torch import load as load_safetensors
 
         content = self.weights.take()
@@ -102,7 +107,17 @@ class AdapterFolder:
                     f"{self.weights_file} has a header of {header} bytes, the limit is {MAX_HEADER_BYTES}"
                 )
                 raise AdapterInvalid(self.name, [problem])
-            tensors = load_safetensors(content)
+            try:
+                tensors = load_safetensors(content)
+            except SafetensorError as error:
+                if not any(word in str(error) for word in _CUT_SHORT):
+                    raise
+                problem = (
+                    f"{self.weights_file} is cut short or damaged: it has {len(content)} "
+                    f"bytes, and its header "
+                    "says another number; copy it again"
+                )
+                raise AdapterInvalid(self.name, [problem]) from None
         if len(tensors) > MAX_TENSORS:
             problem = f"{self.weights_file} has {len(tensors)} tensors, the limit is {MAX_TENSORS}"
             raise AdapterInvalid(self.name, [problem])
@@ -153,6 +168,8 @@ def read_open_folder(name: str, folder: OpenFolder, max_bytes: int) -> AdapterFo
 
 
 def _read(name: str, folder: OpenFolder, max_bytes: int) -> AdapterFolder:
+    if not folder.has(CONFIG):
+        raise AdapterInvalid(name, [_no_configuration(folder)])
     config = parse_config(name, folder.read(CONFIG, MAX_CONFIG_BYTES))
     weights_file = ADAPTERHUB_WEIGHTS if is_adapterhub(config) else WEIGHTS
     if weights_file == ADAPTERHUB_WEIGHTS and folder.has(HEAD_CONFIG):
@@ -169,6 +186,8 @@ def _read(name: str, folder: OpenFolder, max_bytes: int) -> AdapterFolder:
                     ],
                 )
     weights = folder.read(weights_file, max_bytes)
+    if instead := file_instead(weights_file, weights):
+        raise AdapterInvalid(name, [instead])
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(weights)
     texts = {file: folder.read(file, MAX_TOKENIZER_BYTES) for file in TOKENIZER_FILES if folder.has(file)}
@@ -178,8 +197,22 @@ def _read(name: str, folder: OpenFolder, max_bytes: int) -> AdapterFolder:
     return AdapterFolder(name, config, Weights(weights), digest.hexdigest(), texts, weights_file)
 
 
+def _no_configuration(folder: OpenFolder) -> str:
+    """What a folder without an adapter's configuration may be instead."""
+    if below := folder.folders_with(CONFIG):
+        shown = ", ".join(below[:3]) + (f" and {len(below) - 3} more" if len(below) > 3 else "")
+        return f"{CONFIG} is missing here, but is in its sub-folders: {shown}. Load one of these"
+    if folder.has(BASE_CONFIG):
+        return f"{CONFIG} is missing, and {BASE_CONFIG} is there: it is a model's folder, not an adapter's"
+    if folder.has(WEIGHTS):
+        return f"{CONFIG} is missing: copy it from where {WEIGHTS} comes from"
+    return f"{CONFIG} is missing: this is no adapter's folder as PEFT or AdapterHub saves it"
+
+
 def parse_config(name: str, raw: bytes) -> dict[str, Any]:
     """A folder's configuration. Raises AdapterInvalid if it is none."""
+    if instead := file_instead(CONFIG, raw):
+        raise AdapterInvalid(name, [instead])
     try:
         config = json.loads(raw)
         # The hash is taken of this, so values that are nested too deep must fail here.

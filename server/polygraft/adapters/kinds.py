@@ -24,6 +24,7 @@ from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.cpt import compile_cpt
 from polygraft.adapters.deft import compile_deft
 from polygraft.adapters.delora import compile_delora
+from polygraft.adapters.diagnosis import cause
 from polygraft.adapters.folder import AdapterFolder, untrusted
 from polygraft.adapters.fourierft import compile_fourierft
 from polygraft.adapters.frod import compile_frod
@@ -160,6 +161,22 @@ def _compile(
     folder: AdapterFolder, base: BaseSpec, limits: AdapterLimits
 ) -> Generator[None, None, CompiledAdapter]:
     reader = FolderReader(folder, limits.dtype, limits.rank, limits.compiled_bytes)
+    try:
+        compiled = yield from _compile_read(folder, reader, base, limits)
+    except AdapterInvalid as error:
+        # A single damaged tensor speaks for itself.
+        why = (
+            cause(reader.shapes, folder.config, base) if error.total > 1 or len(reader.shapes) == 1 else None
+        )
+        if why is None:
+            raise
+        raise error.because(why) from None
+    return compiled
+
+
+def _compile_read(
+    folder: AdapterFolder, reader: FolderReader, base: BaseSpec, limits: AdapterLimits
+) -> Generator[None, None, CompiledAdapter]:
     compiler = _compiler(folder)
     reader.check_base_name(base.name)
     kind = folder.config.get("peft_type")

@@ -9,6 +9,7 @@ descriptor, following no link: either what was checked is read, or nothing is.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -49,11 +50,38 @@ class OpenFolder:
 
     def has(self, file: str) -> bool:
         """Whether there is anything of that name, even a dangling link."""
+        return _has(self._folder, file)
+
+    def folders_with(self, file: str, depth: int = 2) -> list[str]:
+        """Sub-folders, up to `depth` levels down, that hold a file.
+
+        Looks at no more than 100 entries of each, and follows no links.
+        """
+        found: list[str] = []
+
+        def search(descriptor: int, path: str, left: int) -> None:
+            with os.scandir(descriptor) as entries:
+                names = sorted(
+                    e.name for e in itertools.islice(entries, 100) if e.is_dir(follow_symlinks=False)
+                )
+            for name in names:
+                try:
+                    below = os.open(name, _FLAGS | _FOLDER, dir_fd=descriptor)
+                except OSError:
+                    continue
+                try:
+                    if _has(below, file):
+                        found.append(path + name)
+                    elif left > 1:
+                        search(below, f"{path}{name}/", left - 1)
+                finally:
+                    os.close(below)
+
         try:
-            os.stat(file, dir_fd=self._folder, follow_symlinks=False)
+            search(self._folder, "", depth)
         except OSError:
-            return False
-        return True
+            return []
+        return found
 
     def size(self, file: str) -> int:
         """Bytes of a file; 0 if it can't be opened, since reading it will report that."""
@@ -193,6 +221,14 @@ def _walked(start: int, parts: Sequence[str], flags: int) -> Iterator[int]:
         yield current
     finally:
         os.close(current)
+
+
+def _has(folder: int, file: str) -> bool:
+    try:
+        os.stat(file, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _is_link(part: str, folder: int) -> bool:

@@ -75,6 +75,8 @@ class FolderReader:
         self._config = dict(folder.config)
         self._kind = self._config.get("peft_type")
         self._tensors = folder.take_tensors()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        """Of all tensors in the file."""
         self._dtype = adapter_dtype
         self._max_rank = max_rank
         self._max_bytes = max_bytes

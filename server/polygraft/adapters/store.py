@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from polygraft.adapters.folder import AdapterFolder, folder_bytes, read_open_folder
+from polygraft.adapters.folder import CONFIG, AdapterFolder, folder_bytes, read_open_folder
 from polygraft.adapters.open_folder import FolderChanged, OpenFolder, OutsideStore, open_folder
 from polygraft.errors import AdapterInvalid, ConfigError, InvalidRequest
 
@@ -17,7 +17,7 @@ _TRIES = 5
 
 
 class AdapterStore:
-    """A folder whose sub-folders are adapters. Nothing outside it is ever read.
+    """A folder of adapters' folders, or a single adapter's own. Nothing outside it is ever read.
 
     It may be a link that is led elsewhere while the server runs, as git-sync does it: where it leads is
     looked up at each call, and what one call reads is from one tree.
@@ -32,6 +32,18 @@ class AdapterStore:
         self._root = None if root is None else Path(os.path.abspath(root))
         self._max_bytes = max_bytes
 
+    @property
+    def exists(self) -> bool:
+        """Whether the server has a store."""
+        return self._root is not None
+
+    @property
+    def only(self) -> str | None:
+        """The name of the adapter whose own folder this is; None for a folder of adapters."""
+        if self._root is not None and (self._root / CONFIG).is_file():
+            return self._root.name
+        return None
+
     def names(self) -> list[str]:
         """What may be adapters: sub-folders and links; hidden ones and Python's are none.
 
@@ -40,6 +52,8 @@ class AdapterStore:
         """
         if self._root is None:
             return []
+        if self.only is not None:
+            return [self.only]
         try:
             with os.scandir(self._root) as entries:
                 return sorted(entry.name for entry in entries if _may_be_adapter(entry))
@@ -77,10 +91,11 @@ class AdapterStore:
         relative = PurePosixPath(source)
         if relative.is_absolute() or ".." in relative.parts or "\0" in source or not relative.parts:
             raise InvalidRequest("source", f"must be a folder below the store, got {source[:200]!r}")
+        parts = () if source == self.only else relative.parts
         for _ in range(_TRIES):
             was = os.path.realpath(self._root)
             try:
-                with open_folder(self._root, relative.parts) as folder:
+                with open_folder(self._root, parts) as folder:
                     return use(folder)
             except OutsideStore:
                 raise InvalidRequest("source", f"leads out of the store: {source[:200]!r}") from None

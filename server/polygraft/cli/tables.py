@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Group
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -16,18 +17,20 @@ if TYPE_CHECKING:
 
 _STYLES = {AdapterState.READY: "green", AdapterState.FAILED: "red"}
 
+SHOWN_REMARKS = 4
+"""Problems and warnings of an adapter that a terminal shows; JSON has more."""
+
 _MERGED_ONLY = "on a merged copy only"
 
 
-def adapters(found: Sequence[Adapter]) -> Table:
-    """One row for each adapter."""
-    table = Table(title=f"{len(found)} adapters", title_justify="left")
-    for column in ("name", "state", "kind", "size"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("merged", no_wrap=True)
-    for column in ("parameters", "memory", "running"):
+def adapters(found: Sequence[Adapter]) -> Group:
+    """A row for each adapter, then a paragraph for each that failed or has a warning. Names are never cut."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("NAME", overflow="fold")
+    for column in ("STATE", "KIND", "SIZE", "MERGED"):
+        table.add_column(column, overflow="fold")
+    for column in ("MEMORY", "RUNNING"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("remarks")
     for adapter in found:
         table.add_row(
             Text(adapter.name),
@@ -35,12 +38,20 @@ def adapters(found: Sequence[Adapter]) -> Table:
             Text(adapter.kind),
             size(adapter.rank, adapter.virtual_tokens),
             merged(adapter),
-            f"{adapter.parameters:,}",
-            decimal(adapter.compiled_bytes),
+            decimal(adapter.compiled_bytes) if adapter.compiled_bytes else "",
             str(adapter.running_requests),
-            Text("; ".join((*adapter.problems, *adapter.warnings))),
         )
-    return table
+    failed = [a for a in found if a.state is AdapterState.FAILED]
+    counts = f"{len(found)} {'adapter' if len(found) == 1 else 'adapters'}"
+    lines = [Text(counts + (f", {len(failed)} failed to load" if failed else ""))]
+    for adapter in found:
+        for texts, style in ((adapter.problems, "red"), (adapter.warnings, "yellow")):
+            if texts:
+                more = (
+                    f" ({len(texts) - 1} more: polygraft adapters show {adapter.name})" if texts[1:] else ""
+                )
+                lines.append(Text.assemble((f"{adapter.name}: ", "bold"), (texts[0], style), more))
+    return Group(table, "", *lines) if found else Group(*lines)
 
 
 def adapter(shown: Adapter) -> Table:
@@ -144,8 +155,9 @@ def _facts(**facts: str) -> Table:
     return table
 
 
-def _add_remarks(table: Table, problems: Iterable[str], warnings: Iterable[str]) -> None:
-    for problem in problems:
-        table.add_row("problem", Text(problem, "red"))
-    for warning in warnings:
-        table.add_row("warning", Text(warning, "yellow"))
+def _add_remarks(table: Table, problems: Sequence[str], warnings: Sequence[str]) -> None:
+    for title, texts, style in (("problem", problems, "red"), ("warning", warnings, "yellow")):
+        for text in texts[:SHOWN_REMARKS]:
+            table.add_row(title, Text(text, style))
+        if len(texts) > SHOWN_REMARKS:
+            table.add_row("", f"and {len(texts) - SHOWN_REMARKS} more; --json shows them")

@@ -24,7 +24,14 @@ from polygraft.engine.canaries import Canaries
 from polygraft.engine.load_memory import LOADS_AT_ONCE, LoadMemory
 from polygraft.engine.merged_copies import MergedCopies
 from polygraft.engine.scheduler import Scheduler
-from polygraft.errors import AdapterExists, AdapterInvalid, BaseModelError, InvalidRequest, PolygraftError
+from polygraft.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterInvalid,
+    BaseModelError,
+    InvalidRequest,
+    PolygraftError,
+)
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.base_dependent import resolve_against_base
 from polygraft.layers.memory import give_back
@@ -98,6 +105,14 @@ class AdapterManager:
         Raises (from the background work): BaseModelError if the base's logits aren't finite.
         """
         self._background.add(self._try_base())
+        if (only := self.store.only) is not None:
+            log.info("--adapters names a single adapter's folder: it is served as %s", printable(only, 128))
+        elif not self.store.names() and self.store.exists:
+            log.warning(
+                "--adapters names a folder without sub-folders: no adapter is loaded. "
+                "It should hold a folder "
+                "for each adapter, as PEFT or AdapterHub saves them"
+            )
         names = self._names_in_store()
         for _ in range(LOADS_AT_ONCE):
             self._background.add(self._load_each(names))
@@ -255,7 +270,7 @@ class AdapterManager:
             problems = error.problems if isinstance(error, AdapterInvalid) else printable_texts([str(error)])
             failed = self.registry.fail_load(name, source, problems, keep=keep_failed)
             if isinstance(error, PolygraftError):
-                log.warning("adapter %s is not loaded: %s", name, printable("; ".join(problems), _LOGGED))
+                log.warning("adapter %s is not loaded: %s", name, printable(_why(error), _LOGGED))
             else:
                 log.exception("adapter %s is not loaded", name)
             self._events.append((AdapterChange.LOAD_FAILED, failed))
@@ -337,6 +352,11 @@ class AdapterManager:
         """What has happened since the last call."""
         events, self._events = self._events, []
         return events
+
+
+def _why(error: PolygraftError) -> str:
+    """An error's text without the adapter's name."""
+    return error.problem if isinstance(error, AdapterError) else str(error)
 
 
 def _own_tokens(compiled: CompiledAdapter) -> list[int]:
