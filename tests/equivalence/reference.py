@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def load_reference(model_folder: Path, adapter_folder: Path | None, precision: s
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     if "quantization_config" in options:
         options["device_map"] = "cpu"
+    if json.loads((model_folder / "config.json").read_text()).get("attn_logit_softcapping"):
+        options["attn_implementation"] = "eager"  # sdpa, transformers 5.17's choice, caps no scores
     model = AutoModelForCausalLM.from_pretrained(model_folder, **options)
     if "quantization_config" in options:
         leave_unpacked(model)  # what its packed form can't hold

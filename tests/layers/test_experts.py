@@ -93,7 +93,7 @@ class Experts(nn.Module):
                         y = y + getattr(self, f"{name}_bias")[expert].double()
                     if name == self.up:
                         y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-                if self.has_post_expert_norm:
+                if getattr(self, "has_post_expert_norm", False):
                     y = self.post_expert_norm(y)
                 total += weight * y
             out.append(total)
@@ -387,12 +387,23 @@ def test_a_module_that_computes_otherwise_isnt_taken() -> None:
         assert not Served().shapes
 
 
-@pytest.mark.parametrize("note", ["has_gate", "is_transposed", "num_experts", "has_post_expert_norm"])
+@pytest.mark.parametrize("note", ["has_gate", "is_transposed", "num_experts"])
 def test_a_module_without_transformers_notes_isnt_taken(note: str) -> None:
     experts = Experts()
     delattr(experts, note)
     watch = WatchExperts(Model(experts))
     assert not watch.found(3)
+
+
+def test_a_module_as_transformers_5_17_has_it_is_taken() -> None:
+    experts = Experts()
+    del experts.has_post_expert_norm
+    del experts._is_expert_parallel
+    x, index, weights = rows(3)
+    watch = WatchExperts(Model(experts))
+    with watch:
+        experts(x, index, weights)
+    assert watch.found(3).keys() == {NAME}
 
 
 def test_a_module_that_is_called_otherwise_isnt_taken() -> None:

@@ -19,7 +19,7 @@ from polygraft.base.agreement import agree, random_rows
 from polygraft.layers.experts.forward import experts_forward, up_name
 from polygraft.layers.experts.pairs import pair_up
 
-_NOTES = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts")
+_NOTES = ("has_gate", "has_bias", "is_transposed", "num_experts")
 _TOP = 2  # experts that a row is sent to when a module is tried
 
 
@@ -84,7 +84,8 @@ class WatchExperts:
 
 def _shape(module: Any) -> ExpertsShape | None:
     """What a module holds, by its parameters and transformers' notes; None for any other."""
-    if not all(hasattr(module, note) for note in _NOTES) or getattr(module, "_is_expert_parallel", True):
+    # transformers 5.17 has neither parallel experts nor a norm behind them, and so doesn't note them.
+    if not all(hasattr(module, note) for note in _NOTES) or getattr(module, "_is_expert_parallel", False):
         return None
     up = up_name(module)
     parameters = dict(module.named_parameters(recurse=False))

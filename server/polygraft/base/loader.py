@@ -251,7 +251,7 @@ def _read(read: Callable[[], T], model: str) -> T:
     where = "" if Path(model).exists() or model == DEFAULT else " (no such folder; taken for a hub id)"
     try:
         return read()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         # What an architecture with a table of attention classes of its own says.
         if isinstance(error, KeyError) and error.args == (attention.NAME,):
             raise UnsupportedArchitecture(not_through_interface(model)) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
@@ -17,6 +17,16 @@ from polygraft.errors import ConfigError, PolygraftError
 FAILED = 1
 MISUSED = 2
 """Exit statuses."""
+
+
+@runtime_checkable
+class UsageError(Protocol):
+    """What typer's own errors have in common; their classes have other names in other versions."""
+
+    exit_code: int
+
+    def format_message(self) -> str:
+        """What is wrong with the command line."""
 
 
 class Commands(PlainGroup):
@@ -46,7 +56,7 @@ def exit_status(error: Exception) -> int | None:
     match error:
         case ConfigError() | polygraft_client.InvalidRequest():
             return MISUSED
-        case typer.TyperException():
+        case UsageError():
             return error.exit_code
         case PolygraftError() | polygraft_client.PolygraftError() | OSError() | typer.Abort():
             return FAILED
@@ -54,7 +64,7 @@ def exit_status(error: Exception) -> int | None:
 
 
 def _text(error: Exception) -> str:
-    if isinstance(error, typer.TyperException):
+    if isinstance(error, UsageError):
         return error.format_message()
     if isinstance(error, typer.Abort):
         return "aborted"

@@ -51,7 +51,9 @@ def test_nobody_breaks_out_of_it_where_transformers_lets_nobody(source: str) -> 
             return type(error.__cause__ or error).__name__
 
     ours = outcome(lambda: render(source, MESSAGES, {}, 1000))
-    assert ours == outcome(lambda: render_jinja_template([MESSAGES], chat_template=source)[0][0])
+    theirs = outcome(lambda: render_jinja_template([MESSAGES], chat_template=source)[0][0])
+    # transformers 5.17 lets a namespace have private names.
+    assert ours == theirs or (ours, theirs) == ("SecurityError", "<Namespace {'_a': 1}>")
 
 
 @pytest.mark.parametrize(

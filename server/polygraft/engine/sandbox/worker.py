@@ -112,6 +112,9 @@ class Worker:
 
     def _read(self, question: Frame) -> Frame:
         # This imports transformers, which takes most of a second: only workers that read tokenizers need it.
+        # Some versions (5.17) would import torch, which tokenizers don't need: its CUDA libraries alone take
+        # more addresses than a worker may have.
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # None forbids an import
         from polygraft.engine.sandbox.trial import read_and_try
 
         return read_and_try(question.parts, question.header["base"])

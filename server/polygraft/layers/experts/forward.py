@@ -45,7 +45,7 @@ def experts_forward(
     out = _product(experts, up_name(experts), x[pairs.rows], pairs, slots)
     out = experts._apply_gate(out) if experts.has_gate else experts.act_fn(out)
     out = _product(experts, DOWN, out, pairs, slots)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # unknown to transformers 5.17
         out = experts.post_expert_norm(out)
     out = out * weights.reshape(-1)[pairs.order, None]
     by_row = torch.empty_like(out)
