@@ -5,15 +5,30 @@ ARG PYTHON=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c20
 FROM ${PYTHON} AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py constraints.txt LICENSE ./
+COPY docs/package.md docs/package.md
+COPY adapters adapters
 COPY server server
 COPY clients clients
 COPY protos protos
-# torch's CPU build is a tenth of its CUDA build: name an index that has it with
-# --build-arg PIP_OPTIONS='--extra-index-url ...'.
+# cpu or cuda: which build of torch to install. The CPU build is a tenth of the other and isn't on the default package
+# index: TORCH_INDEX is the address of PyTorch's own index of CPU wheels, as its installation page gives it.
+# Without it the build stops instead of installing 5 GB of CUDA.
+ARG TORCH=cpu
+ARG TORCH_INDEX=
+# Anything else for pip, such as --index-url.
 ARG PIP_OPTIONS=
 RUN python -m venv /opt/polygraft \
-    && /opt/polygraft/bin/pip install --no-cache-dir -c constraints.txt $PIP_OPTIONS '.[server]' \
+    && version=$(sed -n 's/^torch==//p' constraints.txt) \
+    && case "$TORCH" in \
+        cpu) [ -n "$TORCH_INDEX$PIP_OPTIONS" ] \
+            || { echo "TORCH_INDEX is empty: set it to PyTorch's index of CPU wheels, or TORCH to cuda" >&2; exit 1; }; \
+            torch="torch==$version+cpu" ;; \
+        cuda) torch="torch==$version" ;; \
+        *) echo "TORCH is cpu or cuda, not $TORCH" >&2; exit 1 ;; \
+    esac \
+    && /opt/polygraft/bin/pip install --no-cache-dir -c constraints.txt $PIP_OPTIONS \
+        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$torch" '.[server]' \
     # For every instruction set that a machine may have: the small image has no compiler.
     && /opt/polygraft/bin/python -m polygraft.layers.native.build --here
 

@@ -10,9 +10,12 @@ THREADS := OMP_NUM_THREADS=2
 OUT ?= build/compare
 # Processes that share the tests. Each takes up to 3 GiB; 0 runs the tests in one, which a debugger needs.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10
+PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10
+# With the lowest versions that pyproject.toml allows. torch's comes with CUDA's libraries, 5 GB together, unless pip
+# is configured to find a CPU build.
+OLDEST := build/oldest
 
-.PHONY: help setup model demo serve test test-full attacks check format protos adapters bench bench-w bench-compare bench-peers bench-boundary clean
+.PHONY: help setup model demo serve test test-full test-oldest attacks check format protos adapters bench bench-w bench-compare bench-peers bench-boundary clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -30,6 +33,13 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/python -m polygraft.layers.native.build || echo 'no C++ compiler: the slower torch operators will serve'
 	touch $@
 
+$(OLDEST)/.done: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[server,train,bench,test]'
+	$(OLDEST)/bin/python -m polygraft.layers.native.build || echo 'no C++ compiler: the slower torch operators will serve'
+	touch $@
+
 model: setup  ## Fetch and convert the default model into the user's cache directory, once
 	$(BIN)/python -m polygraft.base.default_model
 
@@ -43,10 +53,14 @@ serve: model  ## Serve the sample adapters until interrupted
 	$(BIN)/polygraft serve --adapters adapters
 
 test: model  ## Run the tests, the demo included
-	$(PYTEST) -m 'not full'
+	$(BIN)/python $(PYTEST) -m 'not full'
 
 test-full: model  ## Run the tests with the whole equivalence matrix
-	$(PYTEST)
+	$(BIN)/python $(PYTEST)
+
+test-oldest: $(OLDEST)/.done  ## Run the tests with the oldest versions that are allowed, in an environment of its own
+	$(OLDEST)/bin/python -m polygraft.base.default_model
+	$(OLDEST)/bin/python $(PYTEST) -m 'not full'
 
 attacks: model  ## Attack a server of the default model, one fault after another, and report what others felt
 	$(BIN)/python -m tests.attacks

@@ -2,6 +2,7 @@
 
 PolygraftError
 ├── ConfigError                  a setting is wrong; names the flag
+├── MissingPackages              a command needs packages that aren't installed
 ├── BaseModelError               the base model can't be served
 │   └── UnsupportedArchitecture  it doesn't reach attention through transformers' AttentionInterface
 ├── InvalidRequest               the caller's input is wrong; names the field
@@ -53,6 +54,25 @@ class ConfigError(PolygraftError):
     def __init__(self, flag: str, problem: str) -> None:
         super().__init__(f"{flag}: {problem}")
         self.flag = flag
+
+
+class MissingPackages(PolygraftError):
+    """A command needs the server's packages, and only the command line's are installed.
+
+    Args:
+        command: as it is typed, such as `polygraft serve`.
+        missing: a module that isn't installed.
+    """
+
+    reason = "PACKAGES_MISSING"
+
+    def __init__(self, command: str, missing: str) -> None:
+        super().__init__(
+            f'{command} needs the server\'s packages: pip install "polygraft[server]" '
+            f"({missing} isn't installed)"
+        )
+        self.command = command
+        self.missing = missing
 
 
 class BaseModelError(PolygraftError):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +142,41 @@ def test_the_readme_names_every_file() -> None:
         name = path.relative_to(DEPLOY)
         if path.is_file() and name != Path("README.md"):
             assert f"`{name}`" in text or f"`{'/'.join(name.parts[:2])}/`" in text, name
+
+
+def install_step(**arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the image's step that installs with sh, which prints pip's arguments instead of calling it."""
+    image = re.sub(r"^\s*#.*\n", "", (DEPLOY.parent / "Dockerfile").read_text(), flags=re.MULTILINE)
+    (step,) = [
+        step for step in re.findall(r"^RUN ((?:.*\\\n)*.*)", image, re.MULTILINE) if "constraints.txt" in step
+    ]
+    script = step.partition("&& /opt/polygraft/bin/python")[0].rstrip(" \\\n")
+    script = script.replace("python -m venv /opt/polygraft", "true").replace(
+        "/opt/polygraft/bin/pip", "printf '%s\\n'"
+    )
+    defaults = dict(re.findall(r"^ARG (\w+)=(.*)$", image, re.MULTILINE))
+    return subprocess.run(
+        ["sh", "-eu", "-c", script], cwd=DEPLOY.parent, env={**os.environ, **defaults, **arguments},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_image_takes_the_cpu_build_unless_asked() -> None:
+    version = re.search(r"^torch==(.*)$", (DEPLOY.parent / "constraints.txt").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+    refused = install_step()
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "TORCH_INDEX is empty" in refused.stderr
+    small = install_step(TORCH_INDEX="file:///wheels").stdout.split()
+    assert small[-4:] == ["--extra-index-url", "file:///wheels", f"torch=={version}+cpu", ".[server]"]
+    assert install_step(TORCH="cuda").stdout.split()[-2:] == [f"torch=={version}", ".[server]"]
+    assert "not gpu" in install_step(TORCH="gpu").stderr
+    arguments = SERVICES["server"]["build"]["args"]
+    assert arguments == {"TORCH": "${POLYGRAFT_TORCH:-cpu}", "TORCH_INDEX": "${POLYGRAFT_TORCH_INDEX:-}"}
+
+
+def test_the_image_is_given_every_file_that_the_build_reads() -> None:
+    copied = re.findall(r"^COPY (?!--)(.*) \S+$", (DEPLOY.parent / "Dockerfile").read_text(), re.MULTILINE)
+    names = {name for line in copied for name in line.split()}
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
+    assert {"pyproject.toml", "setup.py", "adapters", project["readme"], *project["license-files"]} <= names
+    assert all((DEPLOY.parent / name).exists() for name in names)

@@ -16,8 +16,11 @@ def main() -> None:
     try:
         from polygraft.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in {"typer", "rich"}:
+        if error.name not in {"typer", "rich", "prometheus_client"}:
             raise
-        # the plain install is the client alone
-        sys.exit(f'error: the command line needs more packages: pip install "polygraft[server]" ({error})')
+        # The plain install is the client alone.
+        sys.exit(
+            'error: the command line needs more packages: pip install "polygraft[cli]" to call a server, '
+            f'"polygraft[server]" to run one ({error})'
+        )
     app(prog_name="polygraft")

@@ -9,6 +9,7 @@ import typer
 
 from polygraft.cli import tables
 from polygraft.cli.environment import require_temporary_folder
+from polygraft.cli.extras import server_packages
 from polygraft.cli.help import CONTEXT, PlainCommand, PlainGroup
 from polygraft.cli.options import DEFAULT_SERVER, AsJson, Server, Token, console, to_json
 from polygraft.cli.serve import settle
@@ -135,9 +136,10 @@ def check(
 ) -> None:
     """Check without a server whether a folder can be served. The exit status is 0 if it can, 1 if not."""
     given = {"model": model, "dtype": dtype, "adapter_dtype": adapter_dtype, "config": config}
-    settings = settle(**{name: value for name, value in given.items() if value is not None})
-    require_temporary_folder()
-    from polygraft.engine.check import check_folder  # it imports torch
+    with server_packages("polygraft adapters check"):
+        settings = settle(**{name: value for name, value in given.items() if value is not None})
+        require_temporary_folder()
+        from polygraft.engine.check import check_folder  # it imports torch
 
     report = check_folder(folder, settings)
     if as_json:
@@ -161,7 +163,8 @@ def convert(
 
     A process of its own reads the pickle, and only tensors from it.
     """
-    from polygraft.adapters.convert import convert_folder  # it imports torch
+    with server_packages("polygraft adapters convert"):
+        from polygraft.adapters.convert import convert_folder  # it imports torch
 
     done = convert_folder(folder, out, max_bytes)
     if as_json:

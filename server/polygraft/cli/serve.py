@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from polygraft.cli.environment import require_temporary_folder
+from polygraft.cli.extras import server_packages
 from polygraft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 
 def serve(context: typer.Context) -> None:
     """Serve a base model and its adapters over gRPC. `polygraft serve --help` shows all settings."""
-    config = read_config(context.args)
-    require_temporary_folder()
-    from polygraft.server import run  # it imports torch, which takes seconds that a wrong flag shouldn't cost
+    with server_packages("polygraft serve"):
+        config = read_config(context.args)
+        require_temporary_folder()
+        from polygraft.server import run  # it imports torch, whose seconds a wrong flag shouldn't cost
 
     raise typer.Exit(run(config))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from rich.table import Table
 
 from polygraft.cli.bench.run import Measured
@@ -60,8 +60,9 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """Milliseconds by percentile; empty if there is nothing."""
     if not seconds:
         return {}
-    values = np.percentile(np.array(seconds) * 1000, PERCENTILES)
-    return {f"p{p}": round(float(value), 3) for p, value in zip(PERCENTILES, values, strict=True)}
+    # Linear between neighbours, as numpy and most tools have it.
+    found = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [*seconds] * 99
+    return {f"p{p}": round(found[p - 1] * 1000, 3) for p in PERCENTILES}
 
 
 def table(report: Report) -> Table:

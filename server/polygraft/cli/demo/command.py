@@ -17,11 +17,12 @@ from polygraft.cli.demo import report
 from polygraft.cli.demo.burst import Burst, plan, read_prompts, send, with_template
 from polygraft.cli.demo.display import TokenDisplay
 from polygraft.cli.demo.launcher import Addresses, ServerFailed, ServerProcess, serve_command
+from polygraft.cli.demo.samples import PROMPTS_FILE, sample_adapters
 from polygraft.cli.demo.scrape import scrape
+from polygraft.cli.extras import require_server
 from polygraft.cli.options import Token, console
 from polygraft_client import AdapterState, AsyncClient, Model, PolygraftError
 
-PROMPTS_FILE = "demo.json"
 READY_SECONDS = 300.0  # of a cold start on a slow disk; a warm one takes a few seconds
 CALL_SECONDS = 300.0
 TERMINATED = 143  # the shells' own status for SIGTERM
@@ -32,14 +33,21 @@ def demo(
         str, typer.Option(metavar="MODEL", help="Base model: `default`, a local folder or a hub id.")
     ] = "default",
     adapters: Annotated[
-        Path,
-        typer.Option(metavar="FOLDER", help=f"Folder of adapters, with prompts for them in {PROMPTS_FILE}."),
-    ] = Path("adapters"),
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help=f"Folder of adapters, with prompts for them in {PROMPTS_FILE}. [default: the samples that "
+            "are installed with Polygraft, or all of a clone's]",
+        ),
+    ] = None,
     kv_cache_bytes: Annotated[str, typer.Option(metavar="BYTES", help="Memory of the KV cache.")] = "128MiB",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of each answer.")] = 48,
     token: Token = None,
 ) -> None:
     """Start a server, send it requests for all adapters at once, show the answers, and stop it."""
+    require_server("polygraft demo")
+    if adapters is None:
+        adapters = sample_adapters()
     prompts = read_prompts(adapters / PROMPTS_FILE)
     if model == "default":
         from polygraft.base.default_model import ensure_default_model, show_progress

@@ -25,6 +25,7 @@ from polygraft.cli.bench.compare.cells import Cell, Path, comparable, mixes
 from polygraft.cli.bench.compare.measure import Runner, Settings, work
 from polygraft.cli.bench.compare.result import Comparison, crossovers
 from polygraft.cli.demo.launcher import Addresses, ServerProcess, serve_command
+from polygraft.cli.extras import require_server
 from polygraft.cli.options import AsJson, Token, console, to_json
 from polygraft.errors import ConfigError
 from polygraft_client import AsyncClient
@@ -174,6 +175,7 @@ def _server(running: str | None, metrics: str, flags: list[str], screen: Console
     if running is not None:
         yield Addresses(running, metrics)
         return
+    require_server("polygraft bench compare without --server")
     with ServerProcess(serve_command(*flags)) as process:
         with screen.status("starting the server"):
             addresses = process.wait_ready(READY_SECONDS, report=lambda line: None)

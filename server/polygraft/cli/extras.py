@@ -1,0 +1,33 @@
+"""What a command needs beyond the packages of the extra `cli`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from polygraft.errors import MissingPackages
+
+_OWN = {"polygraft", "polygraft_api", "polygraft_client"}
+
+
+@contextmanager
+def server_packages(command: str) -> Iterator[None]:
+    """Surround what imports the server's packages for a command that computes on this machine.
+
+    Raises:
+        MissingPackages: one of them isn't installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _OWN:  # a fault of ours
+            raise
+        raise MissingPackages(command, error.name or str(error)) from error
+
+
+def require_server(command: str) -> None:
+    """Raise MissingPackages unless this machine can run a server, for a command that starts one."""
+    for module in ("pydantic_settings", "torch", "transformers"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackages(command, module)
