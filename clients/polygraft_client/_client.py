@@ -13,7 +13,14 @@ from polygraft_client._adapters import Adapters
 from polygraft_client._endpoint import Endpoint
 from polygraft_client._models import CombinationType, Generation, Health, LoraPath, Model, Score
 from polygraft_client._requests import Adapters as AdapterRefs
-from polygraft_client._requests import Chat, Continuations, GenerateOptions, split_timeout
+from polygraft_client._requests import (
+    Chat,
+    CombinationName,
+    Continuations,
+    GenerateOptions,
+    LoraPathName,
+    split_timeout,
+)
 from polygraft_client._streams import Stream
 from polygraft_client._transport import Transport
 
@@ -86,8 +93,8 @@ class Client:
         chat: Chat | None = None,
         adapter: str | None = None,
         adapters: AdapterRefs = (),
-        combination_type: CombinationType | None = None,
-        lora_path: LoraPath | None = None,
+        combination_type: CombinationType | CombinationName | None = None,
+        lora_path: LoraPath | LoraPathName | None = None,
         top_logprobs: int = 0,
         timeout: float | None = None,
     ) -> Score:

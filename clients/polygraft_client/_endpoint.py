@@ -16,6 +16,9 @@ from polygraft_client._exceptions import InvalidRequest
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 """Targets that gRPC reads itself."""
 
+DEFAULT_PORT = 50051
+"""Where `polygraft serve` listens unless it is told otherwise."""
+
 _LONGEST_SECONDS = 1e9
 """A longer timeout overflows in gRPC and would expire at once."""
 
@@ -33,7 +36,7 @@ class Endpoint:
     """A server and how this client talks to it.
 
     Args:
-        address: HOST:PORT, or a target that gRPC knows by its scheme, such as `unix:/path` or `dns:///host:1`.
+        address: HOST or HOST:PORT, or a target that gRPC knows by its scheme, such as `unix:/path` or `dns:///host:1`.
         token: sent with every call as `authorization: Bearer TOKEN`; white space around it is stripped, and
             an empty one counts as none.
         timeout: seconds for a call that gives none, or None.
@@ -95,24 +98,42 @@ class Endpoint:
 
 
 def _target(address: object) -> str:
-    """HOST:PORT as gRPC reads it, an IPv6 host in brackets."""
+    """HOST:PORT as gRPC reads it, an IPv6 host in brackets. Without a port it is `DEFAULT_PORT`."""
     if not isinstance(address, str):
-        raise InvalidRequest("address", f"expected HOST:PORT, got {address!r}")
+        raise InvalidRequest("address", f"expected HOST or HOST:PORT, got {address!r}")
     text = address.strip()
     if text.startswith(_SCHEMES):
         return text
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) <= 65535:
-        raise InvalidRequest("address", f"expected HOST:PORT, got {address!r}")
-    host = host.removeprefix("[").removesuffix("]")
-    if ":" in host:
-        try:
-            return f"[{ipaddress.IPv6Address(host)}]:{port}"
-        except ValueError:
-            raise InvalidRequest("address", f"expected HOST:PORT, got {address!r}") from None
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
-        raise InvalidRequest("address", f"{host!r} isn't a host")
+    if "://" in text:
+        raise InvalidRequest(
+            "address",
+            f"expected HOST or HOST:PORT, got {address!r}: gRPC addresses have no scheme. Plain text is the "
+            "default; for TLS give `credentials` to the Python client",
+        )
+    if host := _host(text):  # no port
+        return f"{host}:{DEFAULT_PORT}"
+    before, colon, port = text.rpartition(":")
+    host = _host(before)
+    if not colon or host is None or not (port.isascii() and port.isdigit()) or not 0 < int(port) <= 65535:
+        raise InvalidRequest("address", f"expected HOST or HOST:PORT, got {address!r}")
     return f"{host}:{port}"
+
+
+def _host(text: str) -> str | None:
+    """A name, an IPv4 address, or an IPv6 address in brackets; None if it is none of them.
+
+    A bare IPv6 address may end in what looks like a port. Then the port follows the last colon, as the
+    server reads it.
+    """
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if ":" not in bare:
+        return bare if bare == text and re.fullmatch(r"[A-Za-z0-9._-]+", bare) else None
+    try:
+        address = ipaddress.IPv6Address(bare)
+    except ValueError:
+        return None
+    with_port = bare == text and bare.rpartition(":")[2].isdigit() and _host(bare.rpartition(":")[0])
+    return None if with_port else f"[{address}]"
 
 
 def _bare(token: object) -> str | None:

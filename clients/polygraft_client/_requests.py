@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from google.protobuf.message import Message
 
@@ -17,6 +17,12 @@ Adapters = Sequence[AdapterRef | str | tuple[str, float]]
 """Several adapters: `AdapterRef`s, names, or names with weights."""
 Continuations = Sequence[str] | Sequence[Sequence[int]]
 """What to score: texts, or token ids."""
+
+LoraPathName = Literal["auto", "unmerged", "merged"]
+"""A `LoraPath` that may be asked for."""
+CombinationName = Literal["stack", "linear"]
+"""A `CombinationType`."""
+_PATHS, _COMBINATIONS = get_args(LoraPathName), get_args(CombinationName)
 
 _M = TypeVar("_M", bound=Message)
 
@@ -36,10 +42,11 @@ class GenerateOptions(TypedDict, total=False):
     """Name of the adapter; None is the base model."""
     adapters: Adapters
     """Several adapters instead, at most 8, in the order in which they act; or one with a weight."""
-    combination_type: CombinationType
+    combination_type: CombinationType | CombinationName
     """What they are together."""
-    lora_path: LoraPath
-    """How low-rank weights are applied."""
+    lora_path: LoraPath | LoraPathName
+    """How LoRA runs: "unmerged" computes a side path, "merged" runs on a copy of the weights with the adapter
+    folded in, "auto" leaves it to the server."""
     temperature: float | None
     """0 and anything below 1e-6 is greedy. Range [0, 100]."""
     top_p: float | None
@@ -82,6 +89,15 @@ class GenerateOptions(TypedDict, total=False):
     """Seconds until the call fails with DeadlineExceeded; None is the client's own."""
 
 
+def _value(argument: str, given: str | None, prefix: str, known: Sequence[str]) -> str | None:
+    """The contract's name of an enum's value; raises InvalidRequest."""
+    if given is None:
+        return None
+    if not isinstance(given, str) or given.lower() not in known:
+        raise InvalidRequest(argument, f"expected {' or '.join(map(repr, known))}, got {given!r}")
+    return prefix + given.upper()
+
+
 def split_timeout(options: GenerateOptions) -> tuple[float | None, dict[str, Any]]:
     """Part the one option that is the call's from those that are the request's."""
     fields: dict[str, Any] = {**options}
@@ -95,8 +111,8 @@ def generate_request(
     chat: Chat | None = None,
     adapter: str | None = None,
     adapters: Adapters = (),
-    combination_type: CombinationType | None = None,
-    lora_path: LoraPath | None = None,
+    combination_type: CombinationType | CombinationName | None = None,
+    lora_path: LoraPath | LoraPathName | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -123,8 +139,8 @@ def generate_request(
         **_input(prompt=prompt, token_ids=token_ids, chat=chat),
         adapter=adapter,
         adapters=_adapters(adapters),
-        combination_type=None if combination_type is None else f"COMBINATION_TYPE_{combination_type}",
-        lora_path=None if lora_path is None else f"LORA_PATH_{lora_path}",
+        combination_type=_value("combination_type", combination_type, "COMBINATION_TYPE_", _COMBINATIONS),
+        lora_path=_value("lora_path", lora_path, "LORA_PATH_", _PATHS),
         sampling=_fill(
             inference_pb2.SamplingOptions,
             temperature=temperature,
@@ -164,8 +180,8 @@ def score_request(
     chat: Chat | None = None,
     adapter: str | None = None,
     adapters: Adapters = (),
-    combination_type: CombinationType | None = None,
-    lora_path: LoraPath | None = None,
+    combination_type: CombinationType | CombinationName | None = None,
+    lora_path: LoraPath | LoraPathName | None = None,
     top_logprobs: int = 0,
 ) -> inference_pb2.ScoreRequest:
     """Build the request of Score; raises InvalidRequest."""
@@ -178,8 +194,8 @@ def score_request(
         continuation_token_ids=None if as_text else [_ids(at, ids) for at, ids in enumerate(texts)],
         adapter=adapter,
         adapters=_adapters(adapters),
-        combination_type=None if combination_type is None else f"COMBINATION_TYPE_{combination_type}",
-        lora_path=None if lora_path is None else f"LORA_PATH_{lora_path}",
+        combination_type=_value("combination_type", combination_type, "COMBINATION_TYPE_", _COMBINATIONS),
+        lora_path=_value("lora_path", lora_path, "LORA_PATH_", _PATHS),
         top_logprobs=top_logprobs,
     )
 

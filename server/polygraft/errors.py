@@ -56,25 +56,6 @@ class ConfigError(PolygraftError):
         self.flag = flag
 
 
-class MissingPackages(PolygraftError):
-    """A command needs the server's packages, and only the command line's are installed.
-
-    Args:
-        command: as it is typed, such as `polygraft serve`.
-        missing: a module that isn't installed.
-    """
-
-    reason = "PACKAGES_MISSING"
-
-    def __init__(self, command: str, missing: str) -> None:
-        super().__init__(
-            f'{command} needs the server\'s packages: pip install "polygraft[server]" '
-            f"({missing} isn't installed)"
-        )
-        self.command = command
-        self.missing = missing
-
-
 class BaseModelError(PolygraftError):
     """The base model can't be loaded or can't be served."""
 

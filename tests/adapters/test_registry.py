@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.info import AdapterInfo, AdapterState
+from polygraft.adapters.names import nearest_names
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
 from polygraft.engine.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
@@ -97,7 +99,7 @@ def test_a_first_load_that_fails(keep: bool) -> None:
         assert registry.list() == []
         return
     assert registry.list() == [failed]
-    with pytest.raises(AdapterUnavailable, match="failed: one thing; another"):
+    with pytest.raises(AdapterUnavailable, match=r"failed: one thing$"):
         registry.resolve(AdapterRef("a"))
     with pytest.raises(AdapterNotFound, match="generation 3"):
         registry.resolve(AdapterRef("a", 3))
@@ -226,3 +228,35 @@ def test_no_pin_is_lost_between_threads() -> None:
     for thread in threads:
         thread.join()
     assert adapter.pins == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("json", "did you mean 'json-contact'?"),
+        ("SENTIMENT", "did you mean 'sentiment'?"),
+        ("sentimnt", "did you mean 'sentiment'?"),
+        ("ticket-lroa", "did you mean 'ticket-lora' or 'ticket-qlora'?"),
+        ("something-else-altogether", "there are 4 others"),
+    ],
+)
+def test_an_unknown_name_names_the_nearest(asked: str, says: str) -> None:
+    registry = AdapterRegistry(8)
+    for name in ("json-contact", "sentiment", "ticket-lora", "ticket-qlora"):
+        registry.begin_load(name, name)
+    for ask in (
+        lambda: registry.get(asked),
+        lambda: registry.resolve(AdapterRef(asked)),
+        lambda: registry.begin_unload(asked, wait=True),
+    ):
+        with pytest.raises(AdapterNotFound) as caught:
+            ask()
+        assert str(caught.value) == f"adapter {asked!r}: not registered; {says}"
+
+
+def test_names_among_many_are_found_quickly() -> None:
+    known = [f"customer-{n}" for n in range(10_000)]
+    started = time.thread_time()
+    assert nearest_names("customer-00017", [*known, "Customer-00017"])[0] == "Customer-00017"
+    assert nearest_names("x" * 128, known) == []
+    assert time.thread_time() - started < 1

@@ -65,7 +65,10 @@ def test_nobody_listens(invoke: Invoke) -> None:
 def test_errors_of_the_server(call: Invoke, script: Script) -> None:
     script.failures = [status(grpc.StatusCode.UNAUTHENTICATED, "a token is needed", reason="UNAUTHENTICATED")]
     result = call("adapters", "list")
-    assert (result.exit_code, result.stderr) == (1, "error: a token is needed\n")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: a token is needed; give --token, or set POLYGRAFT_ADMIN_TOKEN\n",
+    )
 
 
 def test_line_breaks_in_an_error_are_folded(call: Invoke, script: Script) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
 
-from polygraft_client import AsyncClient, Client, InvalidRequest, UsageError
-from tests.client.scripted import Script, ScriptedServer
+from polygraft_api.v1 import inference_pb2
+from polygraft_client import AsyncClient, Client, InvalidRequest, LoraPath, Unauthenticated, UsageError
+from tests.client.scripted import Script, ScriptedServer, status
 
 SECRET = "a-secret-of-enough-characters"
 
@@ -22,7 +24,9 @@ SECRET = "a-secret-of-enough-characters"
         ("token", f"{SECRET}\0"),
         ("token", SECRET.encode()),
         ("address", ""),
-        ("address", "nowhere"),
+        ("address", "no where"),
+        ("address", "[::1"),
+        ("address", "::1::"),
         ("address", ":1"),
         ("address", "127.0.0.1:"),
         ("address", "127.0.0.1:x"),
@@ -57,6 +61,11 @@ def test_an_argument_that_cant_be_used(kind: type, argument: str, value: Any) ->
         (" localhost:1\n", "localhost:1"),
         ("[::1]:50051", "[::1]:50051"),
         ("::1:50051", "[::1]:50051"),
+        ("localhost", "localhost:50051"),
+        ("10.0.0.7", "10.0.0.7:50051"),
+        ("[::1]", "[::1]:50051"),
+        ("::1", "[::1]:50051"),
+        ("fe80::a:b", "[fe80::a:b]:50051"),
         ("unix:/run/polygraft.sock", "unix:/run/polygraft.sock"),
         ("dns:///polygraft.example:50051", "dns:///polygraft.example:50051"),
     ],
@@ -149,3 +158,34 @@ def test_a_stream_that_outlives_its_loop_goes_quietly(
     stream = asyncio.run(start())
     del stream
     assert "Exception ignored" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["merged", "MERGED", LoraPath.MERGED])
+def test_an_enum_takes_its_name(path: Any, server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        client.generate("hi", lora_path=path, combination_type="linear")
+    (request,) = server.script.requests
+    assert request.lora_path == inference_pb2.LORA_PATH_MERGED
+    assert request.combination_type == inference_pb2.COMBINATION_TYPE_LINEAR
+
+
+@pytest.mark.parametrize("argument", ["lora_path", "combination_type"])
+@pytest.mark.parametrize("wrong", ["fused", "unknown", 3])
+def test_a_wrong_name_lists_the_right_ones(argument: str, wrong: Any, server: ScriptedServer) -> None:
+    with Client(server.address) as client, pytest.raises(InvalidRequest) as caught:
+        client.generate("hi", **{argument: wrong})
+    assert caught.value.argument == argument
+    assert ("'merged'" if argument == "lora_path" else "'linear'") in str(caught.value)
+    assert server.script.requests == []
+
+
+def test_errors_say_what_to_do(server: ScriptedServer) -> None:
+    script = server.script
+    with Client(server.address) as client:
+        script.failures = [
+            status(grpc.StatusCode.UNAUTHENTICATED, "a token is needed", reason="UNAUTHENTICATED")
+        ]
+        with pytest.raises(Unauthenticated, match="give it to the client as `token`"):
+            client.adapters.get("x")
+        with pytest.raises(InvalidRequest, match="gRPC addresses have no scheme"):
+            Client("https://host:50051")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 from polygraft.errors import InvalidRequest
 
@@ -12,6 +14,20 @@ STACK_KIND = "stack"
 """Their kind."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+_MOST_COMPARED = 500
+"""Comparing a name with so many takes some 2 ms of the event loop."""
+
+
+def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three of the known names that somebody may have meant, the likeliest first."""
+    known, asked = list(known), name.strip().casefold()
+    alike = [other for other in known if abs(len(other) - len(name)) <= len(name) // 2 + 2]
+    same = [other for other in alike if other.casefold() == asked]
+    inside = [other for other in known if len(asked) >= 3 and other.casefold().startswith(asked)]
+    close = difflib.get_close_matches(name, alike[:_MOST_COMPARED], n=3, cutoff=0.6)
+    return list(dict.fromkeys([*same, *close, *inside]))[:3]
 
 
 def is_name(name: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.info import AdapterInfo, AdapterState, MergedInfo
+from polygraft.adapters.names import nearest_names
 from polygraft.engine.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
 from polygraft.printable import printable_texts
@@ -86,7 +87,7 @@ class AdapterRegistry:
         with self._lock:
             record = self._records.get(ref.name)
             if record is None:
-                raise AdapterNotFound(ref.name, "not registered")
+                raise self._unknown(ref.name)
             adapter = record.adapter
             if ref.generation is not None and (adapter is None or adapter.generation != ref.generation):
                 adapter = next(
@@ -97,7 +98,7 @@ class AdapterRegistry:
             elif record.info.state == AdapterState.UNLOADING:
                 raise AdapterUnavailable(ref.name, "being unloaded")
             elif adapter is None:
-                why = "; ".join(record.info.problems) or "still loading"
+                why = record.info.problems[0] if record.info.problems else "still loading"
                 raise AdapterUnavailable(ref.name, f"{record.info.state.value.lower()}: {why}")
             adapter.pins += 1
             return adapter
@@ -178,7 +179,7 @@ class AdapterRegistry:
         with self._lock:
             record = self._records.get(name)
             if record is None:
-                raise AdapterNotFound(name, "not registered")
+                raise self._unknown(name)
             record.check_settled()
             if record.adapter is None:
                 del self._records[name]
@@ -218,8 +219,16 @@ class AdapterRegistry:
         """Raises AdapterNotFound."""
         info = self.find(name)
         if info is None:
-            raise AdapterNotFound(name, "not registered")
+            raise self._unknown(name)
         return info
+
+    def _unknown(self, name: str) -> AdapterNotFound:
+        """Nothing is registered under a name; says what is, by similar names."""
+        known = list(self._records)
+        if near := nearest_names(name, known):
+            return AdapterNotFound(name, f"not registered; did you mean {' or '.join(map(repr, near))}?")
+        some = f"there are {len(known)} others" if known else "no adapters are loaded"
+        return AdapterNotFound(name, f"not registered; {some}")
 
     def find(self, name: str) -> AdapterInfo | None:
         """None if nothing is registered under the name."""
@@ -232,7 +241,7 @@ class AdapterRegistry:
         with self._lock:
             record = self._records.get(name)
             if record is None:
-                raise AdapterNotFound(name, "not registered")
+                raise self._unknown(name)
             if record.adapter is None or record.info.state == AdapterState.UNLOADING:
                 raise AdapterUnavailable(name, record.info.state.value.lower())
             return record.adapter

@@ -18,6 +18,7 @@ from polygraft.base.default_config import default_config
 from polygraft.base.default_model import HUB_ID
 from polygraft.base.device import check_device
 from polygraft.base.fusing import fuse
+from polygraft.base.hub import CONFIGURATION, hub_folder
 from polygraft.base.model_folder import DEFAULT, locate, resolve_model, shown_name
 from polygraft.base.packing import count_quantized, gather_weights, own_parameters, pack_linears, weight_bytes
 from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
@@ -173,6 +174,8 @@ def base_config(model: str) -> Any:
     if model == DEFAULT:
         return default_config()
     folder = locate(model)
+    if not Path(folder).is_dir():
+        folder = hub_folder(folder, CONFIGURATION)
     return _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), model)
 
 
@@ -248,11 +251,10 @@ def _eos_token_ids(model: PreTrainedModel, folder: str, tokenizer: TextTokenizer
 
 
 def _read(read: Callable[[], T], model: str) -> T:
-    where = "" if Path(model).exists() or model == DEFAULT else " (no such folder; taken for a hub id)"
     try:
         return read()
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         # What an architecture with a table of attention classes of its own says.
         if isinstance(error, KeyError) and error.args == (attention.NAME,):
             raise UnsupportedArchitecture(not_through_interface(model)) from error
-        raise BaseModelError(f"{model}{where}: {error}") from error
+        raise BaseModelError(f"{model}: {error}") from error

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from polygraft.base.default_model import HUB_ID, ensure_default_model
+from polygraft.base.hub import hub_folder
 from polygraft.errors import BaseModelError
 
 DEFAULT = "default"
@@ -14,12 +15,15 @@ CONFIGURATION = "config.json"
 
 
 def resolve_model(model: str) -> str:
-    """A folder or hub id for `--model`; fetches and converts the default model on first use.
+    """The folder of what `--model` names. Makes the default model on first use, and fetches one from the hub.
 
     Raises:
-        BaseModelError: as `locate`, or the default model can't be fetched or converted.
+        BaseModelError: as `locate` and `hub_folder`, or the default model can't be fetched or converted.
     """
-    return str(ensure_default_model()) if model == DEFAULT else locate(model)
+    if model == DEFAULT:
+        return str(ensure_default_model())
+    found = locate(model)
+    return found if Path(found).is_dir() else hub_folder(found)
 
 
 def locate(model: str) -> str:

@@ -68,6 +68,10 @@ def _text(error: Exception) -> str:
         return error.format_message()
     if isinstance(error, typer.Abort):
         return "aborted"
+    if isinstance(error, polygraft_client.Unauthenticated):
+        # The client's text names its own argument.
+        text = str(error).removesuffix("; give it to the client as `token`")
+        return f"{text}; give --token, or set POLYGRAFT_ADMIN_TOKEN"
     return str(error)
 
 

@@ -6,9 +6,28 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from polygraft.errors import MissingPackages
+from polygraft.errors import PolygraftError
 
 _OWN = {"polygraft", "polygraft_api", "polygraft_client"}
+
+
+class MissingPackages(PolygraftError):
+    """A command needs the server's packages, and only the command line's are installed.
+
+    Args:
+        command: as it is typed, such as `polygraft serve`.
+        missing: a module that isn't installed.
+    """
+
+    reason = "PACKAGES_MISSING"
+
+    def __init__(self, command: str, missing: str) -> None:
+        super().__init__(
+            f'{command} needs the server\'s packages: pip install "polygraft[server]" '
+            f"({missing} isn't installed)"
+        )
+        self.command = command
+        self.missing = missing
 
 
 @contextmanager

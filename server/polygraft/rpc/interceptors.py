@@ -199,7 +199,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return
         given = metadata.get("authorization", b"")
         if not hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
-            raise Unauthenticated("this call needs the metadata 'authorization: Bearer TOKEN'")
+            what = "holds another token than the server's" if given else "is missing"
+            raise Unauthenticated(
+                f"this call needs the server's admin token: the metadata 'authorization: Bearer TOKEN' {what}"
+            )
 
 
 def _serializer(handler: grpc.RpcMethodHandler[Any, Any]) -> Callable[[Any], bytes]:

@@ -1,0 +1,60 @@
+"""Models on the Hugging Face hub, and in its cache on this machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from polygraft.errors import BaseModelError
+
+log = logging.getLogger(__name__)
+
+WHOLE = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+"""Files of a model: configuration, weights, tokenizer. Pickles and code are never fetched."""
+CONFIGURATION = ("*.json",)
+_SECONDS = 5.0
+"""How long the hub may take to answer a look-up; then the cache on this machine is used."""
+
+
+def hub_folder(model: str, files: Sequence[str] = WHOLE) -> str:
+    """The folder of a model on the hub, downloaded unless this machine has its newest version.
+
+    If the hub can't be reached, the version that this machine has serves.
+
+    Args:
+        files: patterns of the files to fetch.
+
+    Raises:
+        BaseModelError: there is no such model, it isn't open to this user, or neither the hub nor the cache
+            has it.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    log.info("looking up %s on the model hub", model)
+    try:
+        return snapshot_download(
+            model, allow_patterns=list(files), ignore_patterns=["consolidated*", "*/*"], etag_timeout=_SECONDS
+        )
+    except GatedRepoError as error:
+        raise BaseModelError(
+            f"{model}: accept its licence on the hub's page, and set HF_TOKEN to a token of your account"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BaseModelError(
+            f"{model}: no such folder here, and no such model on the hub; for a private one set HF_TOKEN"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise BaseModelError(
+            f"{model}: no such folder here, not in the hub's cache ({constants.HF_HUB_CACHE}), and the hub "
+            f"{'is switched off by HF_HUB_OFFLINE' if constants.HF_HUB_OFFLINE else 'cannot be reached'}. "
+            "Connect to it once, name a local folder, or serve `--model default`"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise BaseModelError(f"{model}: can't be fetched from the hub: {error}") from error
