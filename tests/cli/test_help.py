@@ -76,7 +76,9 @@ def test_every_choice_that_is_offered_is_taken(invoke: Invoke) -> None:
             choices = re.fullmatch(r"\[([\w|]+)\]", param.metavar or "")
             for choice in choices[1].split("|") if choices else ():
                 result = invoke(*words, param.opts[0], choice, "--no-such-option")
-                assert "No such option: --no-such-option" in result.stderr, (words, param.opts, choice)
+                # The option's name stands behind a colon or in quotes, by typer's version.
+                assert result.stderr.startswith("error: No such option"), (words, param.opts, choice)
+                assert "--no-such-option" in result.stderr
 
 
 @pytest.mark.parametrize(
