@@ -47,8 +47,8 @@ demo: model  ## Serve the sample adapters, send one mixed burst, show the answer
 	$(BIN)/polygraft demo
 
 serve: model  ## Serve the sample adapters until interrupted
-	@echo 'call it:  $(BIN)/polygraft generate "I loved every minute of it." --adapter sentiment'
-	@echo '          $(BIN)/grpcurl -plaintext -d '\''{"prompt": "Hello"}'\'' 127.0.0.1:50051 polygraft.v1.InferenceService/Generate'
+	@echo 'call it:  $(BIN)/polygraft generate "What is the capital of Japan?" --adapter pirate'
+	@echo '          $(BIN)/grpcurl -plaintext -d '\''{"prompt": "The opposite of hot is", "stopping": {"max_new_tokens": 2}}'\'' 127.0.0.1:50051 polygraft.v1.InferenceService/Generate'
 	@echo 'metrics:  http://127.0.0.1:9464/metrics'
 	$(BIN)/polygraft serve --adapters adapters
 

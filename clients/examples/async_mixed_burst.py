@@ -10,7 +10,7 @@ import time
 
 from polygraft_client import AsyncClient, Generation, PolygraftError
 
-QUESTION = [{"role": "user", "content": "Tell me something about the sea."}]
+QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
 
 
 async def main(address: str) -> None:

@@ -19,12 +19,12 @@ grpcurl -plaintext -d '{"page_size": 10}' "$address" polygraft.v1.AdapterService
 
 echo "# one answer of the base model"
 grpcurl -plaintext -d '{
-  "chat": {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
+  "chat": {"messages": [{"role": "user", "content": "What is the capital of Japan?"}]},
   "stopping": {"max_new_tokens": 32}
 }' "$address" polygraft.v1.InferenceService/Generate
 
 echo "# the same, streamed"
 grpcurl -plaintext -d '{
-  "chat": {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
+  "chat": {"messages": [{"role": "user", "content": "What is the capital of Japan?"}]},
   "stopping": {"max_new_tokens": 32}
 }' "$address" polygraft.v1.InferenceService/GenerateStream

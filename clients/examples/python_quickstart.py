@@ -8,7 +8,7 @@ import sys
 
 from polygraft_client import Client, PolygraftError
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
 
 
 def main(address: str) -> None:

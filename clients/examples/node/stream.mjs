@@ -13,7 +13,7 @@ const [address = '127.0.0.1:50051', adapter = ''] = process.argv.slice(2);
 
 const credentials = grpc.credentials.createInsecure();
 const request = {
-  chat: { messages: [{ role: 'user', content: 'What is the capital of France?' }] },
+  chat: { messages: [{ role: 'user', content: 'What is the capital of Japan?' }] },
   adapter,
   stopping: { max_new_tokens: 32 },
 };

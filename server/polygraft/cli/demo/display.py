@@ -24,7 +24,7 @@ class TokenDisplay:
         self._progress = Progress(
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}", markup=False),
-            BarColumn(24),
+            BarColumn(16),
             TextColumn("{task.fields[tokens]}", justify="right"),
             console=console,
         )
@@ -54,4 +54,4 @@ class TokenDisplay:
 
 def _label(ask: Ask) -> str:
     name = "base model" if ask.adapter == BASE else f"{ask.adapter} ({ask.kind})"
-    return f"{name}, {'streaming' if ask.stream else 'unary'}"
+    return name if ask.stream else f"{name}, in one piece"

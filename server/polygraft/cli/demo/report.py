@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
+from rich.console import Group
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -17,24 +18,20 @@ BASE_KIND = "base"
 """The metrics' kind for rows without an adapter."""
 
 
-def side_by_side(burst: Burst) -> Table:
-    """Each adapter's answer beside the base's to the same prompt."""
-    base = {
-        ask.prompt: answer
-        for ask, answer in zip(burst.asks, burst.answers, strict=True)
-        if ask.adapter == BASE
-    }
-    table = Table(title="Answers of one burst", title_justify="left", show_lines=True)
-    table.add_column("adapter", no_wrap=True)
-    table.add_column("kind", no_wrap=True)
-    table.add_column("prompt", ratio=2)
-    table.add_column("base model", ratio=3)
-    table.add_column("adapter's answer", ratio=3)
-    for ask, answer in zip(burst.asks, burst.answers, strict=True):
-        if ask.adapter != BASE:
-            cells = (ask.adapter, ask.kind, ask.prompt, shown(base[ask.prompt]), shown(answer))
-            table.add_row(*map(Text, cells))
-    return table
+def side_by_side(burst: Burst) -> Group:
+    """For each prompt, the base's answer and below it those of the adapters."""
+    tables: list[Table | Text] = []
+    for prompt in dict.fromkeys(ask.prompt for ask in burst.asks):
+        table = Table(title=Text(f"“{prompt}”"), title_justify="left", title_style="bold", box=None)
+        table.show_header = False
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, style="dim")
+        table.add_column(overflow="fold")
+        answered = [pair for pair in zip(burst.asks, burst.answers, strict=True) if pair[0].prompt == prompt]
+        for ask, answer in sorted(answered, key=lambda pair: pair[0].adapter != BASE):
+            table.add_row(*map(Text, (ask.adapter or "base model", ask.kind, shown(answer))))
+        tables += [table, Text()]
+    return Group(*tables)
 
 
 def shown(answer: Generation) -> str:
