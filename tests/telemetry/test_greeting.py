@@ -27,7 +27,7 @@ def test_it_tells_what_is_served_and_where() -> None:
         "1 failed to load, `polygraft adapters list` says why"
     )
     assert where == "gRPC on 127.0.0.1:50051; /metrics, /healthz and /readyz on http://127.0.0.1:9464"
-    assert command == "try: polygraft generate 'Describe the sea in one sentence.' --adapter a"
+    assert command == "try: polygraft generate 'Maria Lopez, 34, is a teacher from Madrid.' --adapter a"
 
 
 def test_it_tells_what_there_is_not() -> None:
@@ -39,18 +39,18 @@ def test_it_tells_what_there_is_not() -> None:
 @pytest.mark.parametrize(
     ("adapters", "listening", "ending"),
     [
-        ([], HERE, "sentence.'"),
-        ([failed("a")], HERE, "sentence.'"),
+        ([], HERE, "Madrid.'"),
+        ([failed("a")], HERE, "Madrid.'"),
         ([ready("a", kind="ia3"), ready("b")], HERE, "--adapter b"),
         ([ready("a", kind="ia3")], HERE, "--adapter a"),
         ([], HERE.with_port(1234), "--server 127.0.0.1:1234"),
         ([], Address("--listen", "0.0.0.0", 1234), "--server 127.0.0.1:1234"),
-        ([], Address("--listen", "0.0.0.0", 50051), "sentence.'"),
+        ([], Address("--listen", "0.0.0.0", 50051), "Madrid.'"),
         ([], Address("--listen", "::", 50051), "--server '[::1]:50051'"),
         ([], Address("--listen", "host", 50051), "--server host:50051"),
     ],
 )
 def test_the_command_works_from_here(adapters: list[AdapterInfo], listening: Address, ending: str) -> None:
     command = command_to_try(adapters, listening)
-    assert command.startswith("polygraft generate 'Describe the sea")
+    assert command.startswith("polygraft generate 'Maria Lopez")
     assert command.endswith(ending)
