@@ -10,7 +10,7 @@ import time
 
 from polygraft_client import AsyncClient, Generation, PolygraftError
 
-QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
+MESSAGE = [{"role": "user", "content": "I can't log in to my account."}]
 
 
 async def main(address: str) -> None:
@@ -18,7 +18,7 @@ async def main(address: str) -> None:
         names = [adapter.name async for adapter in client.adapters.list() if adapter.state == "READY"]
 
         async def ask(name: str | None) -> Generation:
-            return await client.generate(chat=QUESTION, adapter=name, max_new_tokens=32)
+            return await client.generate(chat=MESSAGE, adapter=name, max_new_tokens=32)
 
         started = time.perf_counter()
         answers = await asyncio.gather(ask(None), *map(ask, names))

@@ -8,17 +8,17 @@ import sys
 
 from polygraft_client import Client, PolygraftError
 
-QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
+MESSAGE = [{"role": "user", "content": "Maria Lopez, 34, is a teacher from Madrid."}]
 
 
 def main(address: str) -> None:
     with Client(address, timeout=60) as client:
-        print("base:", client.generate(chat=QUESTION, max_new_tokens=32).text)
+        print("base:", client.generate(chat=MESSAGE, max_new_tokens=32).text)
 
         names = [adapter.name for adapter in client.adapters.list() if adapter.state == "READY"]
         for name in names:
             print(f"{name}: ", end="")
-            with client.stream(chat=QUESTION, adapter=name, max_new_tokens=32) as stream:
+            with client.stream(chat=MESSAGE, adapter=name, max_new_tokens=32) as stream:
                 for chunk in stream:
                     print(chunk.text, end="", flush=True)
             answer = stream.until_done()
