@@ -30,6 +30,9 @@ def _cell(value: Any) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
+_MOST_TICKS = 8
+
+
 def draw(plot: Plot, rows: Sequence[Row], file: Path) -> None:
     """Write an SVG that is the same for the same figures."""
     plt.rcParams.update({"svg.hashsalt": "polygraft", "svg.fonttype": "none", "font.size": 9})
@@ -46,6 +49,11 @@ def draw(plot: Plot, rows: Sequence[Row], file: Path) -> None:
         axis.set_ylim(bottom=0)
         if plot.logarithmic:
             axis.set_xscale("log", base=2 if plot.by else 10)
+            # 1, 2, 4 rather than powers; of many values only the powers of ten.
+            values = sorted({row[plot.x] for row in group})
+            if len(values) <= _MOST_TICKS:
+                axis.set_xticks(values, [f"{value:g}" for value in values])
+                axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].legend()
     figure.tight_layout()

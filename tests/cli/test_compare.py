@@ -11,8 +11,11 @@ import pytest
 
 from polygraft.cli.bench.compare.cells import Cell, Mix, comparable, mixes
 from polygraft.cli.bench.compare.cells import Path as Way
-from polygraft.cli.bench.compare.result import Figures, Round, crossovers, figures
+from polygraft.cli.bench.compare.panels import rows
+from polygraft.cli.bench.compare.plots import svg
+from polygraft.cli.bench.compare.result import Comparison, Figures, Round, Size, figures
 from polygraft.cli.bench.compare.scraped import Counts
+from polygraft.cli.bench.compare.verdict import caveats, crossovers, headline, verdicts
 from polygraft.cli.bench.plan import Choice, plan
 from polygraft.cli.bench.run import Measured
 from polygraft_api.v1 import adapters_pb2, inference_pb2
@@ -34,7 +37,7 @@ def mergeable(name: str, rank: int = 8) -> adapters_pb2.Adapter:
 
 
 def cell(distinct: int, concurrency: int, path: str, rate: float) -> Figures:
-    return Figures(str(distinct), distinct, concurrency, path, rate, {}, {}, None, None, None)
+    return Figures(str(distinct), distinct, concurrency, path, rate, {}, {}, None, None, None, (rate, rate))
 
 
 def test_mixes_are_of_adapters_alike() -> None:
@@ -78,7 +81,7 @@ def test_rounds_become_figures() -> None:
     assert Counts(7, 3, 2, 9).since(Counts(5, 3, 1, 8)) == Counts(2, 0, 1, 9)
 
 
-def test_the_crossover_is_where_side_paths_begin_to_win() -> None:
+def test_the_crossover_is_where_unmerged_begins_to_win() -> None:
     cells = [
         cell(n, c, path, rate)
         for c, rates in {
@@ -111,6 +114,7 @@ def test_a_comparison_against_a_running_server(call: Invoke, script: Script, tmp
         mergeable("a"),
         mergeable("b"),
         mergeable("<c>", rank=4),
+        mergeable("scales", rank=0),
         adapter("p", virtual_tokens=6),
     ]
     out = tmp_path / "out"
@@ -146,7 +150,8 @@ def test_a_comparison_against_a_running_server(call: Invoke, script: Script, tmp
     page = _Page()
     page.feed(text)
     assert page.fetched == []
-    assert (page.count["svg"], page.count["table"]) == (3, 4)
+    panels, markers = 2 + 3 + 3 + 2, 4
+    assert (page.count["svg"], page.count["table"]) == (panels + markers, 4)
     assert "&lt;c&gt;" in text
     assert "<c>" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
 
@@ -183,3 +188,92 @@ def test_a_server_without_mergeable_adapters(call: Invoke, script: Script) -> No
     result = call("bench", "compare")
     assert result.exit_code == 2
     assert "no adapter is ready that can be merged" in result.stderr
+
+
+def measured(
+    distinct: int, concurrency: int, path: str, rates: tuple[float, ...], p50: float = 10.0, p99: float = 20.0
+) -> Figures:
+    latency = {"p50": p50, "p90": p50, "p95": p99, "p99": p99}
+    rate = sorted(rates)[len(rates) // 2]
+    return Figures(
+        str(distinct), distinct, concurrency, path, rate, latency, latency, None, None, None, rates
+    )  # fmt: skip
+
+
+def comparison(cells: list[Figures], rounds: int = 3) -> Comparison:
+    return Comparison("m", "bfloat16", "none", "0.1.0", "Linux", 64, 64, rounds, cells)
+
+
+WILD = [
+    measured(n, c, path, (rate, rate * 1.1, rate * 0.9), p50, p99)
+    for c in (1, 4, 16)
+    for n, path, rate, p50, p99 in (
+        (1, "base", 500.0 * c, 3.0, 4.0), (1, "unmerged", 1e-3, 900.0, 90_000.0), (1, "merged", 5e5, 0.01, 0.02),
+        (8, "unmerged", 300.0, 5.0, 6.0), (8, "merged", 0.5, 4000.0, 1e6),
+    )
+]  # fmt: skip
+
+
+def test_no_curve_leaves_its_panel() -> None:
+    found = comparison(WILD)
+    found.sizes = [Size("rank", r, "a", "unmerged", r * 1.5) for r in (4, 8, 256)]
+    shown = rows(found)
+    assert [row.title.partition(" (")[0] for row in shown] == [
+        "Throughput by distinct adapters", "Typical time between tokens", "Slowest time between tokens",
+        "Time between tokens by rank, one request in flight",
+    ]  # fmt: skip
+    for row in shown:
+        for panel in row.panels:
+            low, high = panel.limits
+            assert (low > 0) == panel.is_log
+            for curve in panel.curves:
+                assert all(low <= value <= high for value in (*curve.y, *curve.low, *curve.high))
+                assert set(curve.x) <= set(panel.ticks)
+    assert len({panel.limits for panel in shown[1].panels}) == 1, "latencies can be compared"
+    assert shown[2].panels[0].is_log, "the slowest don't flatten the others"
+    assert [panel.title for panel in shown[0].panels] == [
+        "1 request in flight", "4 requests in flight", "16 requests in flight"
+    ]  # fmt: skip
+
+
+def test_a_panel_is_drawn_with_plain_ticks_in_the_pages_colours() -> None:
+    drawn = svg(rows(comparison(WILD))[0].panels[1], "tokens/s")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+    assert {"1", "8", "4 requests in flight", "tokens/s", "distinct adapters"} <= set(texts)
+    assert not re.search(r"2\\^|mathdefault|\\$", drawn)
+    assert "currentColor" in drawn
+    assert "#010203" not in drawn
+
+
+def test_only_what_the_rounds_agree_on_is_called_faster() -> None:
+    cells = [
+        measured(1, 4, "unmerged", (90.0, 95.0, 101.0)), measured(1, 4, "merged", (100.0, 105.0, 110.0)),
+        measured(2, 4, "unmerged", (150.0, 155.0, 160.0)), measured(2, 4, "merged", (100.0, 105.0, 110.0)),
+        measured(8, 4, "unmerged", (300.0, 305.0, 310.0)), measured(8, 4, "merged", (100.0, 105.0, 110.0)),
+        measured(1, 1, "unmerged", (50.0, 50.0)), measured(1, 1, "merged", (60.0, 60.0)),
+    ]  # fmt: skip
+    first, second = verdicts(cells)
+    assert (
+        first.sentence() == "1 request in flight: merged is faster with 1 adapter (1.20 times the tokens/s)"
+    )
+    assert second.sentence() == (
+        "4 requests in flight: unmerged is faster with 2, 8 adapters (1.48 to 2.90 times the tokens/s); "
+        "no clear difference with 1 adapter"
+    )
+    assert second.short() == "unmerged faster from 2 adapters on"
+    assert crossovers(cells) == {"1": None, "4": 2}
+    assert headline(comparison(cells)) == (
+        "Of 4 loads, unmerged LoRA is clearly faster on 2, merged on 1; 1 is too close to call."
+    )
+
+
+def test_few_or_noisy_rounds_are_said_to_be_so() -> None:
+    once = [measured(1, 1, "unmerged", (50.0,)), measured(1, 1, "merged", (100.0,))]
+    (line,) = caveats(comparison(once, rounds=1))
+    assert line.startswith("Only 1 round: differences may be noise, and none is called clear.")
+    assert verdicts(once)[0].sentence() == "1 request in flight: no clear difference with 1 adapter"
+    noisy = [measured(1, 1, "unmerged", (50.0, 80.0, 110.0)), measured(1, 1, "merged", (50.0, 100.0, 130.0))]
+    (line,) = caveats(comparison(noisy))
+    assert line.startswith("The rounds of a load differ by 78% (median)")
+    calm = [measured(1, 1, "unmerged", (100.0, 101.0, 102.0))]
+    assert caveats(comparison(calm)) == []

@@ -84,7 +84,7 @@ class Paths:
         """Take over the policy's decision."""
         if self._hot is not None:
             self._hot.users -= 1
-            log.info("auto: adapter %s goes back to side paths", self._hot.adapter.name)
+            log.info("auto: adapter %s runs unmerged again", self._hot.adapter.name)
         self._hot = None if adapter is None else self._copies.acquire(adapter)
         if adapter is not None:
             log.info("auto: adapter %s holds nearly all requests and is merged", adapter.name)

@@ -1,4 +1,4 @@
-"""`polygraft bench compare`: where merged LoRA wins, and where side paths do."""
+"""`polygraft bench compare`: where merged LoRA is faster, and where unmerged is."""
 
 from polygraft.cli.bench.compare.command import compare
 

@@ -23,7 +23,8 @@ from rich.progress import (
 from polygraft.cli.bench.compare import scraped, table
 from polygraft.cli.bench.compare.cells import Cell, Path, comparable, mixes
 from polygraft.cli.bench.compare.measure import Runner, Settings, work
-from polygraft.cli.bench.compare.result import Comparison, crossovers
+from polygraft.cli.bench.compare.result import Comparison
+from polygraft.cli.bench.compare.verdict import caveats, crossovers, headline
 from polygraft.cli.demo.launcher import Addresses, ServerProcess, serve_command
 from polygraft.cli.extras import require_server
 from polygraft.cli.options import AsJson, Token, console, to_json
@@ -165,8 +166,8 @@ def _show(found: Comparison, as_json: bool) -> None:
     shown = console()
     for one in table.tables(found):
         shown.print(one)
-    for line in table.conclusions(found):
-        shown.print(line, highlight=False)
+    for line in (headline(found), *caveats(found), *table.conclusions(found)):
+        shown.print(line, highlight=False, markup=False)
 
 
 @contextlib.contextmanager

@@ -161,7 +161,7 @@ class Runner:
         for adapter in adapters:
             if adapter.virtual_tokens:
                 chosen.setdefault(("virtual tokens", adapter.virtual_tokens), adapter)
-            elif adapter.mergeable and not adapter.merged_only:
+            elif adapter.rank and adapter.mergeable and not adapter.merged_only:
                 chosen.setdefault(("rank", adapter.rank), adapter)
         sides = [
             (kind, size, adapter, path)

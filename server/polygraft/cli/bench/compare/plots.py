@@ -1,110 +1,57 @@
-"""The plots of a comparison's report, as SVG."""
+"""The plots of a comparison's report, as SVG that follows the page's colours."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 import matplotlib
 
 matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
-from polygraft.cli.bench.compare.result import Comparison
+from polygraft.cli.bench.compare.panels import Panel
 
-T = TypeVar("T")
-COLOURS = {"base": "#888888", "unmerged": "#1f77b4", "merged": "#d62728", "auto": "#2ca02c"}
-
-
-def plots(found: Comparison) -> dict[str, str]:
-    """SVG elements by title; those that have nothing to show are left out."""
-    drawn = {
-        "Latency against concurrency": _latency(found),
-        "Throughput against distinct adapters": _throughput(found),
-        "Latency against size": _sizes(found),
-    }
-    return {title: svg for title, svg in drawn.items() if svg}
+STYLES = {
+    "base": ("#8a8a8a", "D"),
+    "unmerged": ("#1f83d1", "o"),
+    "merged": ("#d9642b", "s"),
+    "auto": ("#17977a", "^"),
+}
+"""Colour and marker by path: told apart without colours too, and legible on light and dark pages."""
+_INK = "#010203"
+"""Stands for the page's own text colour until the SVG is written."""
 
 
-def _latency(found: Comparison) -> str:
-    mixes = list(dict.fromkeys(cell.mix for cell in found.cells))
-
-    def draw(axes: Axes, mix: str) -> None:
-        for path in dict.fromkeys(cell.path for cell in found.cells):
-            own = [cell for cell in found.cells if (cell.mix, cell.path) == (mix, path)]
-            x = [cell.concurrency for cell in own]
-            axes.plot(
-                x, [c.inter_token_latency_ms["p50"] for c in own], "o-", label=path, color=COLOURS[path]
-            )
-            axes.plot(x, [c.inter_token_latency_ms["p99"] for c in own], ":", color=COLOURS[path])
-        axes.set(title=f"adapters: {mix}", xlabel="requests at a time", ylim=(0, None))
+def svg(panel: Panel, y_label: str) -> str:
+    """A panel as an SVG element."""
+    with plt.rc_context({
+        "svg.hashsalt": "polygraft", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif",
+        "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK,
+        "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
+    }):  # fmt: skip
+        figure, axes = plt.subplots(figsize=(3.6, 2.7), layout="constrained")
+        for curve in panel.curves:
+            colour, marker = STYLES[curve.path]
+            axes.plot(curve.x, curve.y, marker=marker, markersize=4.5, color=colour, linewidth=1.6)
+            if curve.low:
+                axes.vlines(curve.x, curve.low, curve.high, color=colour, linewidth=3, alpha=0.35)
         axes.set_xscale("log", base=2)
-
-    return _svg(mixes, draw, "inter-token latency, ms (p50; dotted p99)")
-
-
-def _throughput(found: Comparison) -> str:
-    cells = [cell for cell in found.cells if not cell.mix.startswith("zipf")]
-    concurrencies = sorted({cell.concurrency for cell in cells})
-
-    def draw(axes: Axes, concurrency: int) -> None:
-        for path in dict.fromkeys(cell.path for cell in cells):
-            own = sorted(
-                (c.distinct_adapters, c.tokens_per_s)
-                for c in cells
-                if (c.concurrency, c.path) == (concurrency, path)
-            )
-            axes.plot([n for n, _ in own], [rate for _, rate in own], "o-", label=path, color=COLOURS[path])
-        at = found.crossover.get(str(concurrency))
-        if at is not None:
-            axes.axvline(at, color="black", linestyle="--", linewidth=0.8)
-            axes.annotate(
-                f"side paths win\nfrom {at} on", (at, 0), (3, 4), textcoords="offset points", fontsize=7
-            )
-        axes.set(title=f"{concurrency} requests", xlabel="distinct adapters", ylim=(0, None))
-        axes.set_xscale("log", base=2)
-
-    return _svg(concurrencies, draw, "tokens/s")
-
-
-def _sizes(found: Comparison) -> str:
-    kinds = list(dict.fromkeys(size.kind for size in found.sizes))
-
-    def draw(axes: Axes, kind: str) -> None:
-        for path in dict.fromkeys(size.path for size in found.sizes if size.kind == kind):
-            own = [size for size in found.sizes if (size.kind, size.path) == (kind, path)]
-            axes.plot(
-                [s.size for s in own],
-                [s.inter_token_latency_ms for s in own],
-                "o-",
-                label=path,
-                color=COLOURS[path],
-            )
-        axes.set(xlabel=kind, ylim=(0, None))
-        axes.set_xscale("log", base=2)
-
-    return _svg(kinds, draw, "inter-token latency, ms")
-
-
-def _svg(panels: Iterable[T], draw: Callable[[Axes, T], None], label: str) -> str:
-    """Panels side by side; "" if there are none."""
-    several = list(panels)
-    if not several:
-        return ""
-    with plt.rc_context({"svg.hashsalt": "polygraft", "svg.fonttype": "none", "font.size": 8}):
-        figure, axes = plt.subplots(
-            1, len(several), figsize=(3.2 * len(several) + 0.6, 3), squeeze=False, sharey=True
-        )
-        for axis, panel in zip(axes[0], several, strict=True):
-            draw(axis, panel)
-            axis.grid(alpha=0.3)
-        axes[0][0].set_ylabel(label)
-        axes[0][0].legend()
-        figure.tight_layout()
+        axes.set_xticks(panel.ticks, [str(tick) for tick in panel.ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(x=0.08)
+        if panel.is_log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(*panel.limits)
+        axes.grid(alpha=0.25, color=_INK, linewidth=0.6)
+        axes.set(xlabel=panel.x_label, ylabel=y_label)
+        if panel.title:
+            axes.set_title(f"{panel.title}\n{panel.note}" if panel.note else panel.title, fontsize=9.5)
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
-    return file.getvalue()[file.getvalue().index("<svg") :]
+    drawn = file.getvalue()
+    return drawn[drawn.index("<svg") :].replace(_INK, "currentColor")

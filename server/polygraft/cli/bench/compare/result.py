@@ -31,6 +31,7 @@ class Figures:
 
     Args:
         steps, merged_steps, switches: of the rounds together; None without the server's metrics.
+        rates: each round's tokens per second.
     """
 
     mix: str
@@ -43,6 +44,7 @@ class Figures:
     steps: int | None
     merged_steps: int | None
     switches: int | None
+    rates: tuple[float, ...] = ()
 
 
 def figures(mix: str, distinct: int, concurrency: int, path: str, rounds: Sequence[Round]) -> Figures:
@@ -60,6 +62,7 @@ def figures(mix: str, distinct: int, concurrency: int, path: str, rounds: Sequen
         sum(c.steps for c in counts) if counts else None,
         sum(c.merged_steps for c in counts) if counts else None,
         sum(c.switches for c in counts) if counts else None,
+        tuple(one.tokens_per_s for one in rounds),
     )
 
 
@@ -118,8 +121,8 @@ class Comparison:
 
     Args:
         switch_ms: how much longer the first token takes if the step before ran on another copy.
-        crossover: distinct adapters from which on side paths give more tokens a second than merged copies, by
-            concurrency; None if merged copies never lose.
+        crossover: by concurrency, the number of distinct adapters from which on unmerged is clearly faster
+            than merged; None if there is none.
     """
 
     model: str
@@ -138,22 +141,3 @@ class Comparison:
     switch_ms: float | None = None
     resident_bytes: int | None = None
     crossover: dict[str, int | None] = field(default_factory=dict)
-
-
-MARGIN = 1.02
-"""Side paths win if they give more than so many times the tokens a second: less is noise."""
-
-
-def crossovers(cells: Sequence[Figures]) -> dict[str, int | None]:
-    """By concurrency: the least number of distinct adapters at which side paths win."""
-    found: dict[str, int | None] = {}
-    for concurrency in sorted({cell.concurrency for cell in cells}):
-        rates: dict[int, dict[str, float]] = {}
-        for cell in cells:
-            if cell.concurrency == concurrency and not cell.mix.startswith("zipf"):
-                rates.setdefault(cell.distinct_adapters, {})[cell.path] = cell.tokens_per_s
-        both = {n: by for n, by in rates.items() if {"merged", "unmerged"} <= by.keys()}
-        if both:
-            wins = [n for n in sorted(both) if both[n]["unmerged"] > MARGIN * both[n]["merged"]]
-            found[str(concurrency)] = wins[0] if wins else None
-    return found

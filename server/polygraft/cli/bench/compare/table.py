@@ -8,6 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from polygraft.cli.bench.compare.result import Comparison, Figures
+from polygraft.cli.bench.compare.verdict import count, verdicts
 
 
 def tables(found: Comparison) -> list[Table]:
@@ -16,7 +17,7 @@ def tables(found: Comparison) -> list[Table]:
     if found.pairs:
         shown.append(
             _table(
-                f"one request at a time, {found.pairs[0].rounds} rounds in turn",
+                f"one request in flight, {count(found.pairs[0].rounds, 'round')}, the paths in turn",
                 ("path", "ITL p50, ms", "to base"),
                 [(p.path, f"{p.inter_token_latency_ms:.2f}", f"{p.ratio_to_base:.3f}") for p in found.pairs],
             )
@@ -35,7 +36,7 @@ def tables(found: Comparison) -> list[Table]:
     if found.sizes:
         shown.append(
             _table(
-                "one request at a time, by the adapter's size",
+                "one request in flight, by the adapter's size",
                 ("size", "path", "ITL p50, ms"),
                 [(f"{s.kind} {s.size}", s.path, f"{s.inter_token_latency_ms:.2f}") for s in found.sizes],
             )
@@ -64,7 +65,7 @@ def _cells(cells: Sequence[Figures]) -> Table:
 
 def _copies(found: Comparison) -> Table:
     return _table(
-        "merged copies: memory, and logits against the unmerged path's",
+        "merged copies: memory, and logits compared with unmerged",
         ("adapter", "rank", "memory", "kept in", "merged in", "mean off", "largest", "greedy the same"),
         [
             (
@@ -94,16 +95,9 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 def conclusions(found: Comparison) -> list[str]:
     """Sentences that say what the tables show."""
-    lines = []
-    for concurrency, adapters in found.crossover.items():
-        lines.append(
-            f"{concurrency} requests: merged copies give as many tokens a second as side paths or more, "
-            "whatever the mix"
-            if adapters is None
-            else f"{concurrency} requests: side paths win from {adapters} distinct adapters on"
-        )
+    lines = [verdict.sentence() for verdict in verdicts(found.cells)]
     if found.switch_ms is not None:
-        lines.append(f"a switch to another copy that is there adds {found.switch_ms:.2f} ms to a first token")
+        lines.append(f"switching to another merged copy adds {found.switch_ms:.2f} ms to a first token")
     if found.resident_bytes is not None:
-        lines.append(f"the server takes {decimal(found.resident_bytes)} of memory at the end")
+        lines.append(f"the server uses {decimal(found.resident_bytes)} of memory at the end")
     return lines
