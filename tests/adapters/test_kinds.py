@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.adapters.primitives import Prefix, SoftPrompt
+from polygraft.base.loader import inspect_without_weights
 from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapters.conftest import CheckRefused
@@ -271,7 +273,23 @@ def test_another_name_of_the_base_is_only_a_warning(
     adapter.config["base_model_name_or_path"] = trained_on
     base = dataclasses.replace(spec, name=served)
     warnings = compile_folder(adapter.save(tmp_path / "a"), base).warnings
-    assert warnings == ((f"it was trained on {trained_on!r}, the base is {served!r}",) if warned else ())
+    assert bool(warnings) == warned
+    if warned:
+        assert warnings[0].startswith(f"it was trained on {trained_on!r}, and the base is {served!r}: ")
+
+
+def test_a_copy_of_the_base_under_another_name_is_the_same(
+    specimen: Callable[[str], Specimen], llama: Path, tmp_path: Path
+) -> None:
+    base, renamed = tmp_path / "base", tmp_path / "renamed"
+    for copy in (base, renamed):
+        shutil.copytree(llama, copy)
+    spec = inspect_without_weights(str(base))
+    adapter = specimen("lora")
+    for named, warned in ((renamed, False), (tmp_path / "nowhere", True)):
+        adapter.config["base_model_name_or_path"] = str(named)
+        warnings = compile_folder(adapter.save(tmp_path / f"adapter-{warned}"), spec).warnings
+        assert any("it was trained on" in warning for warning in warnings) == warned
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def _compile_read(
     folder: AdapterFolder, reader: FolderReader, base: BaseSpec, limits: AdapterLimits
 ) -> Generator[None, None, CompiledAdapter]:
     compiler = _compiler(folder)
-    reader.check_base_name(base.name)
+    reader.check_base_name(base)
     kind = folder.config.get("peft_type")
     if compiler is compile_adapterhub:
         compiled = yield from compiler(reader, base)

@@ -14,6 +14,8 @@ import torch
 from polygraft.adapters.folder import AdapterFolder
 from polygraft.adapters.patterns import Matching
 from polygraft.adapters.refusals import judge_option
+from polygraft.base.identity import is_same_base
+from polygraft.base.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from polygraft.printable import Texts, printable
 
@@ -90,15 +92,19 @@ class FolderReader:
         for key in _PROVENANCE:
             self._config.pop(key, None)
 
-    def check_base_name(self, name: str, trained_on: str = "") -> None:
-        """Warn where the adapter names another base: names are often local paths, shapes decide.
+    def check_base_name(self, base: BaseSpec, trained_on: str = "") -> None:
+        """Warn where the adapter names another base, since shapes that fit don't make it the same one.
 
         Args:
             trained_on: what it names, where that isn't in PEFT's option.
         """
         trained_on = trained_on or self._base_name
-        if trained_on and name and trained_on.rstrip("/").split("/")[-1] != name.rstrip("/").split("/")[-1]:
-            self.warnings.append(f"it was trained on {trained_on!r}, the base is {name!r}")
+        if trained_on and base.name and not is_same_base(trained_on, base.name, base.folder):
+            self.warnings.append(
+                f"it was trained on {trained_on!r}, and the base is {base.name!r}: if "
+                f"they are the same model, put "
+                "the base's name into base_model_name_or_path"
+            )
 
     def option(self, key: str, expected: type | tuple[type, ...], default: Any) -> Any:
         """Take a configuration value; one of the wrong type is a problem, and the default serves on."""

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base import bitsandbytes
 from polygraft.base.default_config import default_config
-from polygraft.base.default_model import HUB_ID
+from polygraft.base.default_model import HUB_ID, fetched_default_model
 from polygraft.base.device import check_device
 from polygraft.base.fusing import fuse
 from polygraft.base.hub import CONFIGURATION, hub_folder
@@ -119,7 +119,7 @@ def load_base(
     loaded = load(by_bitsandbytes=quantization != "none" and not ours)
     tokenizer = _read(lambda: load_tokenizer(folder), model)
     name = HUB_ID if model == DEFAULT else shown_name(model)
-    spec = inspect_base(loaded, name)
+    spec = inspect_base(loaded, name, folder)
     body = {n: shape for n, shape in spec.linears.items() if not shape.is_head}
     if ours and quantization in ("nf4", "fp4") and any(s.in_features % BLOCK for s in body.values()):
         # Blocks of a scale run over the ends of rows, which panels can't hold.
@@ -199,7 +199,9 @@ def inspect_without_weights(model: str) -> BaseSpec:
             ),
             model,
         ).eval()
-    return inspect_base(empty, HUB_ID if model == DEFAULT else shown_name(model))
+    here = fetched_default_model() if model == DEFAULT else locate(model)
+    folder = str(here) if here is not None and Path(here).is_dir() else ""
+    return inspect_base(empty, HUB_ID if model == DEFAULT else shown_name(model), folder)
 
 
 def context_limit(config: Any) -> tuple[int, tuple[str, ...]]:

@@ -74,6 +74,7 @@ class BaseSpec:
         experts: modules with the weights of several experts, by name.
         routers: modules that choose experts by a weight of their own, by name.
         parameters: of the whole model, tied ones counted once.
+        folder: where its files are; "" if they are on no disk.
     """
 
     name: str
@@ -90,6 +91,7 @@ class BaseSpec:
     hidden_size: int
     vocabulary_size: int
     parameters: int
+    folder: str = ""
 
     @property
     def head(self) -> str | None:
@@ -164,7 +166,7 @@ def _rows_are_apart(model: PreTrainedModel, ids: torch.Tensor, positions: torch.
     return bool(_probe(model, {"inputs_embeds": embedded}, positions).isfinite().all())
 
 
-def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
+def inspect_base(model: PreTrainedModel, name: str, folder: str = "") -> BaseSpec:
     """Run a few rows through a model, on whatever device it is (meta too), and note what it is made of.
 
     Raises:
@@ -243,6 +245,7 @@ def inspect_base(model: PreTrainedModel, name: str) -> BaseSpec:
         residual=sums.sites(),
         experts=experts.found(_PROBE_ROWS),
         routers=routers.found(_PROBE_ROWS),
+        folder=folder,
         hidden_size=model.get_input_embeddings().weight.shape[1],
         vocabulary_size=config.vocab_size,
         parameters=parameters,

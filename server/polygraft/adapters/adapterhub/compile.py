@@ -85,7 +85,7 @@ def _take_source(reader: FolderReader, base: BaseSpec, config: dict[str, Any]) -
     hidden = reader.option("hidden_size", int, base.hidden_size)
     version = reader.option("version", str, "")
     model_class = reader.option("model_class", str, "")
-    reader.check_base_name(base.name, reader.option("model_name", str, ""))
+    reader.check_base_name(base, reader.option("model_name", str, ""))
     reader.ignore("type")  # of task, in old versions
     if not name:
         reader.problems.append("name is missing, which is part of the tensors' names")
