@@ -16,7 +16,7 @@ from polygraft.config_sources import mistaken_variables
 from polygraft.early_signals import force_from_now
 from polygraft.engine.machine import Machine
 from polygraft.stages import Stages
-from polygraft.telemetry.logging import configure_logging
+from polygraft.telemetry.logging import adopt_libraries, configure_logging
 
 if TYPE_CHECKING:
     from polygraft.engine.engine import Engine
@@ -64,6 +64,7 @@ def run(config: ServerConfig) -> int:
         with stages.timed("libraries"):
             from polygraft.engine.engine import Engine  # imports torch, which takes seconds
             from polygraft.engine.engine_thread import EngineThread
+        adopt_libraries()
 
         # The event loop's thread and the engine's take turns at the interpreter. With Python's own 5 ms the
         # engine, which gives it up at every operator, would wait that long again and again.

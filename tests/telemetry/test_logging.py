@@ -4,12 +4,13 @@ import io
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from datetime import datetime
 
 import pytest
 
-from polygraft.telemetry.logging import configure_logging, request_id
+from polygraft.telemetry.logging import adopt_libraries, configure_logging, request_id
 
 
 @pytest.fixture
@@ -95,3 +96,37 @@ def test_json_is_an_object_for_each_record(stream: io.StringIO) -> None:
     assert datetime.fromisoformat(first["time"]).tzinfo is not None
     assert (second["request_id"], second["code"], second["total_s"]) == ("abc", "INTERNAL", 0.5)
     assert second["exception"].startswith("Traceback")
+
+
+@pytest.fixture
+def printed() -> Iterator[io.StringIO]:
+    """What a library's logger prints by itself, as transformers' does."""
+    logger, hook, own = logging.getLogger("some_library"), threading.excepthook, io.StringIO()
+    handler = logging.StreamHandler(own)
+    logger.addHandler(handler)
+    logger.propagate = False
+    yield own
+    logger.removeHandler(handler)
+    logger.propagate = True
+    threading.excepthook = hook
+
+
+def test_libraries_print_no_text_of_their_own(stream: io.StringIO, printed: io.StringIO) -> None:
+    configure_logging("info", "json", stream)
+    adopt_libraries()
+    logging.getLogger("some_library.part").warning("two\nlines")
+    (line,) = stream.getvalue().splitlines()
+    assert (json.loads(line)["logger"], json.loads(line)["level"]) == ("some_library.part", "warning")
+    assert printed.getvalue() == ""
+
+
+def test_a_failing_thread_is_a_record(stream: io.StringIO, printed: io.StringIO) -> None:
+    configure_logging("info", "json", stream)
+    adopt_libraries()
+    thread = threading.Thread(target=lambda: 1 / 0, name="divider")
+    thread.start()
+    thread.join()
+    (line,) = stream.getvalue().splitlines()
+    record = json.loads(line)
+    assert record["message"] == "the thread divider failed"
+    assert "ZeroDivisionError" in record["exception"]

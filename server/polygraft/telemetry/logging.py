@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -71,3 +72,29 @@ def configure_logging(level: str, form: str = "text", stream: TextIO | None = No
     handler.addFilter(_RequestIdFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("polygraft").setLevel(level.upper())
+
+
+def adopt_libraries() -> None:
+    """Write libraries' records, and the tracebacks of threads that fail, as this process writes its own.
+
+    Some libraries give their logger a handler of its own (transformers, huggingface_hub, torch), which prints
+    raw text, even beside JSON. Call it once they are imported.
+    """
+    for logger in list(logging.root.manager.loggerDict.values()):
+        if not isinstance(logger, logging.Logger):
+            continue
+        # Only the plain class: subclasses write elsewhere, such as torch's traces.
+        consoles = [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]
+        for handler in consoles:
+            logger.removeHandler(handler)
+        if consoles:
+            logger.propagate = True
+    threading.excepthook = _log_failed_thread
+
+
+def _log_failed_thread(failure: threading.ExceptHookArgs) -> None:
+    if failure.exc_type is SystemExit or failure.exc_value is None:
+        return
+    name = failure.thread.name if failure.thread is not None else "of an unknown name"
+    trace = (failure.exc_type, failure.exc_value, failure.exc_traceback)
+    logging.getLogger("polygraft.threads").error("the thread %s failed", name, exc_info=trace)
