@@ -84,6 +84,7 @@ class StatusError(PolygraftError):
         violations: what is wrong with the request, field by field.
         retry_after: seconds after which another try makes sense, or None.
         metadata: further facts that the server sent, such as the adapter's name.
+        request_id: the id under which the server's log knows the call; "" if the server sent none.
     """
 
     def __init__(
@@ -94,12 +95,14 @@ class StatusError(PolygraftError):
         violations: Sequence[FieldViolation] = (),
         retry_after: float | None = None,
         metadata: dict[str, str] | None = None,
+        request_id: str = "",
     ) -> None:
         super().__init__(message)
         self.reason = reason
         self.violations = tuple(violations)
         self.retry_after = retry_after
         self.metadata = metadata or {}
+        self.request_id = request_id
 
 
 class InvalidArgument(StatusError):

@@ -72,7 +72,15 @@ def error_from_rpc(error: grpc.RpcError, address: str) -> PolygraftError:
         violations=details.violations,
         retry_after=details.retry_after,
         metadata=details.metadata,
+        request_id=_request_id(error),
     )
+
+
+def _request_id(error: grpc.RpcError) -> str:
+    """The call's id, which the server sends in the trailing metadata."""
+    trailers = dict(cast(grpc.Call, error).trailing_metadata() or ())
+    found = trailers.get("x-request-id", "")
+    return found if isinstance(found, str) else found.decode()
 
 
 def error_from_cancellation(error: asyncio.CancelledError, address: str) -> Cancelled:

@@ -16,7 +16,8 @@ from polygraft.rpc.status import CODES
 from polygraft.telemetry.logging import configure_logging
 from polygraft_api.v1 import adapters_pb2
 from polygraft_api.v1 import inference_pb2 as pb
-from tests.rpc.conftest import Served, details_of, trailer
+from polygraft_client import AsyncClient, NotFound, ResourceExhausted
+from tests.rpc.conftest import Serve, Served, details_of, trailer
 from tests.rpc.test_rpc_status import OURS, example
 
 GENERATE = "/polygraft.v1.InferenceService/Generate"
@@ -219,3 +220,23 @@ async def test_calls_and_errors_are_counted(served: Served) -> None:
     assert value("polygraft_rpcs_total", {"method": GENERATE}) == 1
     assert value("polygraft_errors_total", {"method": GENERATE, "code": "INVALID_ARGUMENT"}) == 1
     assert value("polygraft_rpcs_total", {"method": "/polygraft.v1.InferenceService/GetModel"}) == 1
+
+
+async def test_the_clients_errors_have_the_logs_id(served: Served, log: io.StringIO) -> None:
+    async with AsyncClient(f"127.0.0.1:{served.port}") as client:
+        with pytest.raises(NotFound) as caught:
+            await client.adapters.get("nobody")
+    assert caught.value.request_id
+    assert f"[{caught.value.request_id}] GetAdapter NOT_FOUND reason=ADAPTER_NOT_FOUND" in log.getvalue()
+
+
+async def test_too_large_messages_name_the_setting(serve_with: Serve) -> None:
+    async with (
+        serve_with(max_message_bytes=1000) as served,
+        AsyncClient(f"127.0.0.1:{served.port}") as client,
+    ):
+        with pytest.raises(ResourceExhausted, match="the server's --max-message-bytes allows"):
+            await client.generate("x" * 2000)
+        served.engine.answer = ["y" * 2000]
+        with pytest.raises(ResourceExhausted, match="the server's --max-message-bytes allows"):
+            await client.generate("x")
