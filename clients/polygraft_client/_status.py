@@ -61,7 +61,8 @@ def error_from_rpc(error: grpc.RpcError, address: str) -> PolygraftError:
     details = _Details(error)
     if code is grpc.StatusCode.UNAVAILABLE and not details.reason:
         # The transport makes up UNAVAILABLE by itself; only a server attaches a reason to it.
-        return ConnectError(address, message)
+        refused = "Connection refused" in message
+        return ConnectError(address, "no server is listening there" if refused else message)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not details.reason and "larger than max" in message:
         message += ": the request or its answer is larger than the server's --max-message-bytes allows"
     if code is grpc.StatusCode.UNAUTHENTICATED:

@@ -24,7 +24,7 @@ from polygraft.engine.request import (
     TopLogprob,
     Usage,
 )
-from polygraft.errors import AdapterNotFound, Draining, EngineDead, InvalidRequest
+from polygraft.errors import AdapterNotFound, AdapterUnavailable, Draining, EngineDead, InvalidRequest
 
 MODEL = ModelInfo(
     model="fake",
@@ -233,6 +233,8 @@ class FakeEngine:
         return sorted(self.adapters.values(), key=lambda info: info.name)
 
     async def nearest_tokens(self, name: str, count: int) -> list[list[NearToken]]:
+        if self.get_adapter(name).state != AdapterState.READY:
+            raise AdapterUnavailable(name, "failed")
         return [[NearToken(5, "five", 0.5)] * count] * 2
 
     async def wait_failed(self) -> None:

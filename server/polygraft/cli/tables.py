@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _STYLES = {AdapterState.READY: "green", AdapterState.FAILED: "red"}
 
+NAME_WIDTH = 28
+"""Columns that names get at least, where there are longer ones: they are folded, never cut."""
 SHOWN_REMARKS = 4
 """Problems and warnings of an adapter that a terminal shows; JSON has more."""
 
@@ -26,9 +28,13 @@ _MERGED_ONLY = "on a merged copy only"
 def adapters(found: Sequence[Adapter]) -> Group:
     """A row for each adapter, then a paragraph for each that failed or has a warning. Names are never cut."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("NAME", overflow="fold")
-    for column in ("STATE", "KIND", "SIZE", "MERGED"):
+    longest = max((len(adapter.name) for adapter in found), default=0)
+    table.add_column("NAME", overflow="fold", min_width=min(longest, NAME_WIDTH))
+    for column in ("STATE", "KIND", "SIZE"):
         table.add_column(column, overflow="fold")
+    copies = any(adapter.merged is not None for adapter in found)
+    if copies:
+        table.add_column("MERGED", overflow="fold")
     for column in ("MEMORY", "RUNNING"):
         table.add_column(column, justify="right", no_wrap=True)
     for adapter in found:
@@ -37,7 +43,7 @@ def adapters(found: Sequence[Adapter]) -> Group:
             Text(adapter.state.lower(), _STYLES.get(adapter.state, "yellow")),
             Text(adapter.kind),
             size(adapter.rank, adapter.virtual_tokens),
-            merged(adapter),
+            *((merged(adapter) if adapter.merged is not None else "",) if copies else ()),
             decimal(adapter.compiled_bytes) if adapter.compiled_bytes else "",
             str(adapter.running_requests),
         )
@@ -121,7 +127,7 @@ def size(rank: int, virtual_tokens: int) -> str:
 def merged(shown: Adapter) -> str:
     """Where its merged copy stands, in a few words."""
     if shown.merged is None:
-        return "" if shown.mergeable else "can't be"
+        return "" if shown.mergeable or shown.state is not AdapterState.READY else "can't be"
     words = ["only", shown.merged.state.lower()] if shown.merged_only else [shown.merged.state.lower()]
     return ", ".join([*words, "pinned"] if shown.merged.pinned else words)
 
@@ -130,7 +136,7 @@ def merged_copy(shown: Adapter) -> str:
     """Everything about its merged copy."""
     copy = shown.merged
     if copy is None:
-        return "" if shown.mergeable else "can't be"
+        return merged(shown)
     parts = [merged(shown)]
     if copy.memory_bytes:
         parts.append(f"{decimal(copy.memory_bytes)} in {copy.dtype}, made in {copy.merge_seconds:.2f} s")

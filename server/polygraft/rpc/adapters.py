@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from polygraft.adapters.info import AdapterInfo
+from polygraft.adapters.info import AdapterInfo, AdapterState
 from polygraft.adapters.names import check_name
 from polygraft.engine.handle import EngineHandle
 from polygraft.errors import InvalidRequest, NotSupported
@@ -69,7 +69,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if count > _MAX_NEAREST:
             raise InvalidRequest("nearest_tokens", f"must be in [0, {_MAX_NEAREST}], got {count}")
         info = self._handle.get_adapter(name)
-        rows = await self._handle.nearest_tokens(name, count) if count else []
+        # One that isn't loaded has no soft prompt, but is worth showing for its problems.
+        ready = info.state == AdapterState.READY
+        rows = await self._handle.nearest_tokens(name, count) if count and ready else []
         return pb.GetAdapterResponse(
             adapter=messages.adapter(info), nearest_tokens=[messages.nearest(row) for row in rows]
         )
