@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+REMINDER_SECONDS = 5.0
+"""Whoever watches a start for so long without a line wonders if it hangs."""
 
 
 class Stages:
@@ -34,3 +38,24 @@ class Stages:
         other = total - sum(self._seconds.values())
         parts = [f"{stage} {seconds:.1f}" for stage, seconds in (*self._seconds.items(), ("other", other))]
         return f"{total:.1f} s: {', '.join(parts)}"
+
+
+@contextmanager
+def reminders(what: str, say: Callable[[str], None], every: float = REMINDER_SECONDS) -> Iterator[None]:
+    """Say every few seconds that the block still runs: `still compiling (5 s)`.
+
+    `say` is called on a thread of its own, and not any more once the block has ended.
+    """
+    ended, began = threading.Event(), time.monotonic()
+
+    def remind() -> None:
+        while not ended.wait(every):
+            say(f"still {what} ({time.monotonic() - began:.0f} s)")
+
+    thread = threading.Thread(target=remind, name=f"reminders of {what}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -66,6 +66,22 @@ def test_a_compiler_that_fails(fresh: Path, caplog: pytest.LogCaptureFixture) ->
     assert files(fresh) == []
 
 
+def test_a_compiler_that_says_much_is_quoted_briefly(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "wordy-c++"
+    compiler.write_text(
+        "#!/bin/sh\necho 'In file x:' >&2\nyes 'x.cpp:1:1: error: wrong' | head -n 300 >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with caplog.at_level("INFO", "polygraft.layers.native.build"):
+        assert build.load() is None
+    shown = [record.getMessage() for record in caplog.records if "error: wrong" in record.getMessage()]
+    assert shown
+    assert all(message.endswith(": x.cpp:1:1: error: wrong") for message in shown)
+
+
 def test_a_cache_folder_that_cant_be_written(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

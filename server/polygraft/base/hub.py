@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from polygraft.errors import BaseModelError
+from polygraft.stages import reminders
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,13 @@ def hub_folder(model: str, files: Sequence[str] = WHOLE) -> str:
 
     log.info("looking up %s on the model hub", model)
     try:
-        return snapshot_download(
-            model, allow_patterns=list(files), ignore_patterns=["consolidated*", "*/*"], etag_timeout=_SECONDS
-        )
+        with reminders(f"fetching {model}", log.info):
+            return snapshot_download(
+                model,
+                allow_patterns=list(files),
+                ignore_patterns=["consolidated*", "*/*"],
+                etag_timeout=_SECONDS,
+            )
     except GatedRepoError as error:
         raise BaseModelError(
             f"{model}: accept its licence on the hub's page, and set HF_TOKEN to a token of your account"

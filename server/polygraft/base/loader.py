@@ -28,6 +28,7 @@ from polygraft.layers import attention
 from polygraft.layers.four_bit_panels import BLOCK
 from polygraft.layers.linear import Quantization
 from polygraft.layers.native.kernels import DTYPES, load_kernels
+from polygraft.stages import reminders
 
 log = logging.getLogger(__name__)
 
@@ -98,18 +99,19 @@ def load_base(
 
     def load(by_bitsandbytes: bool) -> PreTrainedModel:
         options = bitsandbytes.options(quantization, compute, double_quantization) if by_bitsandbytes else {}
-        loaded: PreTrainedModel = _read(
-            lambda: AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=compute,
-                attn_implementation=attention.NAME,
-                use_safetensors=True,
-                trust_remote_code=False,
-                device_map=device if device != "cpu" or options else None,
-                **options,
-            ),
-            model,
-        )
+        with reminders("loading the weights", log.info):
+            loaded: PreTrainedModel = _read(
+                lambda: AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=compute,
+                    attn_implementation=attention.NAME,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    device_map=device if device != "cpu" or options else None,
+                    **options,
+                ),
+                model,
+            )
         if options:
             bitsandbytes.leave_unpacked(loaded)
         return loaded.eval().requires_grad_(False)
@@ -133,9 +135,10 @@ def load_base(
         if device != "cpu" or compute not in DTYPES:
             raise BaseModelError(f"{model}: head_quantization int8: only on a CPU, in float32 or bfloat16")
         how.update((name, "int8") for name in spec.linears if name not in body)
-    if pack_linears(loaded, spec.same_input, how, double=double_quantization):
-        own_parameters(loaded)
-        gather_weights(loaded)
+    with reminders("packing the weights", log.info):
+        if pack_linears(loaded, spec.same_input, how, double=double_quantization):
+            own_parameters(loaded)
+            gather_weights(loaded)
     head = "int8" if head_quantization == "int8" else "not"
     if quantization != "none":
         count = count_quantized(loaded, body)

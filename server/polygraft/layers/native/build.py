@@ -22,6 +22,7 @@ from pathlib import Path
 
 from polygraft.base.cache_dir import cache_dir
 from polygraft.errors import ConfigError
+from polygraft.stages import reminders
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def load() -> ctypes.CDLL | None:
     except subprocess.CalledProcessError as error:
         log.warning(
             "the C++ operators don't compile, so torch's operators serve, which are slower: %s",
-            error.stderr.strip(),
+            _complaint(error),
         )
     except (OSError, ConfigError) as error:
         log.warning(
@@ -138,16 +139,26 @@ def _build_best(levels: Sequence[str]) -> Path:
     log.info("compiling the C++ operators for this processor, once, into %s: about half a minute", folder)
     started = time.monotonic()
     *better, last = levels
-    for march in better:
-        try:
-            library = build(march, folder)
-            break
-        except subprocess.CalledProcessError as error:
-            log.info("the compiler has no support for %s: %s", march, error.stderr.strip())
-    else:
-        library = build(last, folder)
+    with reminders("compiling", lambda text: log.info("C++ operators: %s", text)):
+        for march in better:
+            try:
+                library = build(march, folder)
+                break
+            except subprocess.CalledProcessError as error:
+                log.info("the compiler has no support for %s: %s", march, _complaint(error))
+        else:
+            library = build(last, folder)
     log.info("compiled the C++ operators in %.1f s", time.monotonic() - started)
     return library
+
+
+def _complaint(error: subprocess.CalledProcessError) -> str:
+    """The compiler's first error. It may write thousands of lines, which are logged for debugging only."""
+    log.debug("the compiler's whole output: %s", error.stderr.strip())
+    lines = [line.strip() for line in error.stderr.splitlines() if line.strip()]
+    return next(
+        (line for line in lines if "error" in line), lines[0] if lines else f"status {error.returncode}"
+    )
 
 
 def main() -> None:
