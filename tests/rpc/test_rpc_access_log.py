@@ -110,6 +110,7 @@ async def test_a_request_that_its_caller_gives_up(serve_with: Serve, log: io.Str
             await call.read()
         (line,) = await lines(served, log)
     assert line["code"] == ("DEADLINE_EXCEEDED" if how == "expired" else "CANCELLED")
+    assert line["output_tokens"] == 1
 
 
 async def test_it_can_be_turned_off(serve_with: Serve, log: io.StringIO) -> None:

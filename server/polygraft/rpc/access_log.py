@@ -22,6 +22,7 @@ class CallRecord:
         method: as /package.Service/Method.
         adapters: that the request names, in its order; for AdapterService the one it is about.
         finished: how a request ended, if it did.
+        output_tokens: that a request had when its caller gave it up or it failed; None if it had none.
         reason: why the call failed, as in ErrorInfo.
     """
 
@@ -30,6 +31,7 @@ class CallRecord:
     adapters: Sequence[str] = ()
     finished: Finished | None = None
     reason: str = ""
+    output_tokens: int | None = None
 
     def fields(self, code: grpc.StatusCode, seconds: float) -> dict[str, str | int | float]:
         """The line's fields, in its order. Times are seconds; those that don't apply are left out."""
@@ -51,6 +53,8 @@ class CallRecord:
                 fields["queue_s"] = round(timings.queue, 4)
             if timings.time_to_first_token is not None:
                 fields["first_token_s"] = round(timings.time_to_first_token, 4)
+        elif self.output_tokens is not None:
+            fields["output_tokens"] = self.output_tokens
         return fields | {"total_s": round(seconds, 4), "peer": self.peer}
 
 
@@ -93,3 +97,9 @@ def note_finished(finished: Finished) -> None:
     """Say how the current call's request ended."""
     if (record := _current.get()) is not None:
         record.finished = finished
+
+
+def note_unfinished(output_tokens: int) -> None:
+    """Say how many tokens the current call's request had when it was given up or failed."""
+    if (record := _current.get()) is not None:
+        record.output_tokens = output_tokens

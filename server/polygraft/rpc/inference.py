@@ -15,7 +15,7 @@ from polygraft.engine.request import AdapterRef
 from polygraft.engine.worker import Worker
 from polygraft.errors import Draining
 from polygraft.rpc import convert, messages
-from polygraft.rpc.access_log import note_adapters, note_finished
+from polygraft.rpc.access_log import note_adapters, note_finished, note_unfinished
 from polygraft.rpc.answer import QUICK_ENTRIES, Answer, encode, entries
 from polygraft.telemetry.logging import request_id
 from polygraft_api.v1 import inference_pb2 as pb
@@ -74,16 +74,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         model = self._handle.model
         domain = await self._convert(request, lambda: convert.generate_request(request, unique, model))
         _note(domain.adapters)
-        async with aclosing(self._handle.generate(domain)) as outputs:
-            async for output in outputs:
-                if output.error is not None:
-                    raise output.error
-                chunk = await answer.chunk(output)
-                if output.finished is not None:
-                    note_finished(output.finished)
-                    answer.finish(output.finished, call)
-                    return
-                yield chunk
+        tokens = 0
+        try:
+            async with aclosing(self._handle.generate(domain)) as outputs:
+                async for output in outputs:
+                    if output.error is not None:
+                        raise output.error
+                    tokens += len(output.token_ids)
+                    chunk = await answer.chunk(output)
+                    if output.finished is not None:
+                        note_finished(output.finished)
+                        answer.finish(output.finished, call)
+                        return
+                    yield chunk
+        finally:
+            if tokens:
+                note_unfinished(tokens)
         raise RuntimeError("the engine ended a request without saying how")
 
     async def _convert(self, message: Message, call: Callable[[], T]) -> T:
