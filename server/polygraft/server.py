@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 import polygraft
@@ -15,6 +16,7 @@ from polygraft.config import ServerConfig
 from polygraft.config_sources import mistaken_variables
 from polygraft.early_signals import force_from_now
 from polygraft.engine.machine import Machine
+from polygraft.errors import PolygraftError
 from polygraft.stages import Stages
 from polygraft.telemetry.logging import adopt_libraries, configure_logging
 
@@ -51,7 +53,11 @@ def run(config: ServerConfig) -> int:
         addresses[metrics_setting] = config.metrics
     _limit_openmp()
     # Reports a port that can't be had now, not after the model has been loaded.
-    with Reservation(addresses) as reserved, contextlib.ExitStack() as stack:
+    with (
+        failure_logged(config.log_format),
+        Reservation(addresses) as reserved,
+        contextlib.ExitStack() as stack,
+    ):
         from polygraft.telemetry.endpoint import MetricsEndpoint
         from polygraft.telemetry.metrics import Metrics
         from polygraft.telemetry.probes import Probes
@@ -76,6 +82,18 @@ def run(config: ServerConfig) -> int:
             return asyncio.run(_serve(config, engine, thread, metrics, probes, scraped, stages))
         finally:
             force_from_now()
+
+
+@contextlib.contextmanager
+def failure_logged(form: str) -> Iterator[None]:
+    """Put what ends the process into a JSON log; the command line says it only as text."""
+    try:
+        yield
+    except Exception as error:
+        if form == "json":
+            expected = isinstance(error, PolygraftError)
+            log.critical("the server ends: %s", error, exc_info=None if expected else error)
+        raise
 
 
 def _limit_openmp() -> None:
