@@ -235,10 +235,10 @@ def other_model(tensors: dict[str, torch.Tensor]) -> None:
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (
         lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]),
-        f"{WEIGHTS} can't be read",
+        f"{WEIGHTS} is cut short or damaged",
     ),
     "pickle": (pickle_only, "is a pickle"),
-    "pickle in disguise": (pickle_in_disguise, f"{WEIGHTS} can't be read"),
+    "pickle in disguise": (pickle_in_disguise, f"{WEIGHTS} is a pickle under another name"),
     "nan": (lambda f: edit_tensors(f, set_nan), "holds NaN or infinity"),
     "missing tensor": (
         lambda f: edit_tensors(f, lambda t: t.pop(f"{Q0}.lora_B.weight")),
