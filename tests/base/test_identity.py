@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_the_same_by_content(copies: tuple[Path, Path], tmp_path: Path) -> None:
     assert is_same_base(str(tmp_path / "link"), base.name, str(base))
 
 
-@pytest.mark.parametrize("what", ["config", "vocabulary", "weights", "elsewhere", "nothing"])
+@pytest.mark.parametrize("what", ["config", "vocabulary", "weights", "elsewhere", "nothing", "a pipe"])
 def test_other_content(copies: tuple[Path, Path], tmp_path: Path, what: str) -> None:
     base, renamed = copies
     match what:
@@ -69,6 +70,9 @@ def test_other_content(copies: tuple[Path, Path], tmp_path: Path, what: str) -> 
         case "weights":
             with (renamed / "model.safetensors").open("ab") as file:
                 file.write(b" ")
+        case "a pipe":
+            (renamed / "config.json").unlink()
+            os.mkfifo(renamed / "config.json")
         case "elsewhere":  # an adapter must not have files read wherever it names them
             (tmp_path / "further").mkdir()
             base = base.rename(tmp_path / "further" / "base")

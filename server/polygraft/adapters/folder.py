@@ -113,9 +113,8 @@ class AdapterFolder:
                 if not any(word in str(error) for word in _CUT_SHORT):
                     raise
                 problem = (
-                    f"{self.weights_file} is cut short or damaged: it has {len(content)} "
-                    f"bytes, and its header "
-                    "says another number; copy it again"
+                    f"{self.weights_file} is cut short or damaged: it has {len(content)} bytes, and its "
+                    "header says another number; copy it again"
                 )
                 raise AdapterInvalid(self.name, [problem]) from None
         if len(tensors) > MAX_TENSORS:

@@ -101,9 +101,8 @@ class FolderReader:
         trained_on = trained_on or self._base_name
         if trained_on and base.name and not is_same_base(trained_on, base.name, base.folder):
             self.warnings.append(
-                f"it was trained on {trained_on!r}, and the base is {base.name!r}: if "
-                f"they are the same model, put "
-                "the base's name into base_model_name_or_path"
+                f"it was trained on {trained_on!r}, and the base is {base.name!r}: if they are the same "
+                "model, put the base's name into base_model_name_or_path"
             )
 
     def option(self, key: str, expected: type | tuple[type, ...], default: Any) -> Any:

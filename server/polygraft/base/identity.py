@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ _SNAPSHOT = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 """A model's folder in the hub's cache."""
 _SUFFIXES = re.compile(r"(?:-[0-9a-f]{8}-\d+|-unsloth-bnb-4bit|-bnb-4bit)$")
 """What this package's own cache, and copies of the same weights in 4 bits, append to a model's name."""
+CONFIGURATION, VOCABULARY = "config.json", "tokenizer.json"
 _MOST_BYTES = 2**25
 _INCIDENTAL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures")
 """Keys of config.json that say nothing about the model."""
@@ -41,7 +43,11 @@ def is_same_base(trained_on: str, name: str, folder: str) -> bool:
         return True
     if not any(there.is_relative_to(root) for root in _roots(here)) or not there.is_dir():
         return False
-    return _content(there) is not None and _content(there) == _content(here)
+    try:
+        # Sizes first: they differ for nearly all other models, and cost nothing.
+        return _sizes(there) == _sizes(here) and _content(there) == _content(here)
+    except (OSError, ValueError, RecursionError):  # one of them isn't a model's folder
+        return False
 
 
 def _bare(name: str) -> str:
@@ -53,26 +59,31 @@ def _bare(name: str) -> str:
 
 
 def _roots(folder: Path) -> list[Path]:
-    roots = [folder.parent]
+    """Folders below which an adapter's path is followed; never the whole file system."""
+    roots = [] if folder.parent == folder.parent.parent else [folder.parent]
     with contextlib.suppress(ConfigError):  # there is no cache
         roots.append(Path(os.path.realpath(cache_dir())))
     return roots
 
 
-def _content(folder: Path) -> tuple[Any, bytes, dict[str, int]] | None:
-    """A model's configuration, vocabulary and sizes of its weights; None if the folder isn't a model's."""
-    try:
-        config = json.loads(_read(folder / "config.json"))
-        vocabulary = _read(folder / "tokenizer.json")
-        weights = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-    except (OSError, ValueError, RecursionError):
-        return None
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (folder / VOCABULARY, *folder.glob("*.safetensors"))
+    return {path.name: path.stat().st_size for path in files}
+
+
+def _content(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """A model's configuration and vocabulary. Raises OSError, ValueError, RecursionError."""
+    config = json.loads(_read(folder / CONFIGURATION))
     if not isinstance(config, dict):
-        return None
-    return {key: value for key, value in config.items() if key not in _INCIDENTAL}, vocabulary, weights
+        raise ValueError(f"{CONFIGURATION} holds no object")
+    return {key: value for key, value in config.items() if key not in _INCIDENTAL}, _read(folder / VOCABULARY)
 
 
 def _read(path: Path) -> bytes:
-    if path.stat().st_size > _MOST_BYTES:
-        raise OSError(f"{path} is too large")
-    return path.read_bytes()
+    # Without waiting, since a pipe in place of the file would hold up the caller for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+            raise OSError(f"{path} isn't a file of a model")
+        return file.read(_MOST_BYTES)

@@ -109,9 +109,8 @@ class AdapterManager:
             log.info("--adapters names a single adapter's folder: it is served as %s", printable(only, 128))
         elif not self.store.names() and self.store.exists:
             log.warning(
-                "--adapters names a folder without sub-folders: no adapter is loaded. "
-                "It should hold a folder "
-                "for each adapter, as PEFT or AdapterHub saves them"
+                "--adapters names a folder without sub-folders: no adapter is loaded. It should hold a "
+                "folder for each adapter, as PEFT or AdapterHub saves them"
             )
         names = self._names_in_store()
         for _ in range(LOADS_AT_ONCE):
