@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,61 @@ def test_a_printed_configuration_is_the_same_one(
         )
     )
     assert before == after
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--model", "1234"),
+        ("--model", "true"),
+        ("--served-model-name", "²"),
+        ("--served-model-name", "😀 é"),
+        ("--served-model-name", '"\\u0041"\x7f\t'),
+        ("--unread-timeout", "86400.25"),
+        ("--max-step-ms", "1234567"),
+        ("--max-step-ms", "inf"),
+        ("--max-step-ms", "1e-9"),
+        ("--max-adapter-bytes", "12345"),
+        ("--max-num-batched-tokens", "12345678"),
+    ],
+)
+def test_a_value_is_printed_exactly(
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "printed.toml"
+    file.write_text(printed(capsys, option, value))
+    name = option.removeprefix("--").replace("-", "_")
+    given, read = read_config([option, value]), read_config(["--config", str(file)])
+    assert getattr(read, name) == getattr(given, name)
+
+
+@pytest.mark.parametrize("folder", ["a\nb", "a\x07b"])
+def test_a_files_name_never_breaks_the_printed_comment(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / folder).mkdir()
+    first, second = tmp_path / folder / "first.toml", tmp_path / "second.toml"
+    first.write_text("max-num-seqs = 4")
+    second.write_text(printed(capsys, "--config", str(first)))
+    assert read_config(["--config", str(second)]).max_num_seqs == 4
+
+
+def test_a_path_that_toml_cant_hold_is_refused(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    Path(folder).mkdir()
+    with pytest.raises(ConfigError, match="--adapters: isn't Unicode"):
+        read_config(["--adapters", folder, "--print-config"])
+
+
+def test_a_printed_configuration_warns_of_nearly_variables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POLYGRAFT_MAX_NUM_SEQ", "3")
+    with pytest.raises(typer.Exit):
+        read_config(["--print-config"])
+    shown = capsys.readouterr()
+    assert "did you mean POLYGRAFT_MAX_NUM_SEQS?" in shown.err
+    assert "POLYGRAFT_MAX_NUM_SEQ " not in shown.out
 
 
 def test_the_example_is_what_is_printed(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from polygraft.config import Group, ServerConfig
+from polygraft.errors import ConfigError
 from polygraft.sizes import shown_bytes
 
 _WIDTH = 100
@@ -30,6 +30,9 @@ def config_text(config: ServerConfig, origins: Mapping[str, str]) -> str:
 
     Args:
         origins: where the settings that aren't at their default come from.
+
+    Raises:
+        ConfigError: a path isn't Unicode.
     """
     lines = _comment(_HEADER)
     for group in Group:
@@ -51,7 +54,10 @@ def value_text(field: FieldInfo, value: Any) -> str:
         return "true" if value else "false"
     if extra(field)["metavar"] == "BYTES":
         return shown_bytes(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)
 
 
 def extra(field: FieldInfo) -> dict[str, Any]:
@@ -71,14 +77,25 @@ def _setting(name: str, field: FieldInfo, value: Any, origin: str | None) -> lis
         return [*about, f"# {key} is set by {origin}, and isn't shown"]
     if name == "metrics" and not value:
         value = "off"
-    return [*about, f"{key} = {_toml(field, value)}  # from {origin}"]
+    try:
+        return [*about, f"{key} = {_toml(field, value)}  # from {_printable(origin)}"]
+    except UnicodeEncodeError:
+        raise ConfigError(origin, "isn't Unicode, and a TOML file holds nothing else") from None
 
 
 def _toml(field: FieldInfo, value: Any) -> str:
     text = value_text(field, value)
-    if isinstance(value, bool) or (isinstance(value, int | float) and text == f"{value:g}"):
+    if isinstance(value, int | float) and not text.endswith("B"):  # no size with a unit; bools too
         return text
-    return text if text.isdigit() else json.dumps(str(value) if isinstance(value, Path) else text)
+    text.encode()  # a path with other bytes fails here
+    # JSON escapes what TOML wants escaped, except this. Its other escapes would be of no use in TOML,
+    # which knows no surrogates.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _printable(origin: str) -> str:
+    """A source's name for a comment, which line breaks and control characters in a file's name would end."""
+    return "".join(char if char.isprintable() else "?" for char in origin)
 
 
 def _comment(text: str) -> list[str]:

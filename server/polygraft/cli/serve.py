@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -48,9 +49,11 @@ def read_config(arguments: Sequence[str]) -> ServerConfig:
     config = settle(**given)
     config.check()
     if show:
-        from polygraft.config_sources import origins
+        from polygraft.config_sources import mistaken_variables, origins
         from polygraft.config_text import config_text
 
+        for warning in mistaken_variables(type(config).model_fields, os.environ):
+            print("warning:", warning, file=sys.stderr)
         print(config_text(config, origins(type(config).model_fields, given, os.environ)), end="")
         raise typer.Exit
     return config
