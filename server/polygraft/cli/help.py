@@ -13,6 +13,8 @@ CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_w
 ARGUMENTS, OPTIONS = "Arguments", "Options"
 COMMON = "Server and output"
 """The heading of options that many commands share."""
+_UNCUT = 1000
+"""More characters than any command's first sentence has."""
 
 
 class PlainCommand(TyperCommand):
@@ -52,6 +54,15 @@ class PlainGroup(TyperGroup):
         """Write the options as `PlainCommand` does, then the commands."""
         write_options(self, ctx, formatter)
         self.format_commands(ctx, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands with their first sentences, wrapped where the base class would cut them."""
+        names = self.list_commands(ctx)
+        found = [(name, command) for name in names if (command := self.get_command(ctx, name)) is not None]
+        rows = [(name, command.get_short_help_str(_UNCUT)) for name, command in found if not command.hidden]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
 
 
 def write_options(command: Any, ctx: Any, formatter: Any) -> None:
