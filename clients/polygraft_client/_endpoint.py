@@ -107,8 +107,9 @@ def _target(address: object) -> str:
     if "://" in text:
         raise InvalidRequest(
             "address",
-            f"expected HOST or HOST:PORT, got {address!r}: gRPC addresses have no scheme. Plain text is the "
-            "default; for TLS give `credentials` to the Python client",
+            f"expected HOST or HOST:PORT, got {address!r}: gRPC addresses have no scheme, so leave out "
+            f"{text.partition('://')[0] + '://'!r}. Connections are plain text; only the Python client takes "
+            "`credentials` for TLS",
         )
     if host := _host(text):  # no port
         return f"{host}:{DEFAULT_PORT}"

@@ -40,6 +40,7 @@ class InvalidRequest(PolygraftError, ValueError):
     def __init__(self, argument: str, problem: str) -> None:
         super().__init__(f"{argument}: {problem}")
         self.argument = argument
+        self.problem = problem
 
 
 class UsageError(PolygraftError, RuntimeError):

@@ -50,21 +50,38 @@ STATUS_ERRORS: Mapping[grpc.StatusCode, type[StatusError]] = MappingProxyType(
 )
 """Every code that means an answer of the server; the other two are the caller's own."""
 
+_NOBODY = "no server is listening there; `polygraft serve` starts one"
+_HTTP1 = "what answers there speaks HTTP/1, not gRPC; name the gRPC port, not the one for metrics"
+_PLAIN = "what answers there doesn't speak TLS; leave out `credentials`, or name a proxy that does"
+_TRANSPORT: Mapping[str, str] = MappingProxyType(
+    {
+        "Connection refused": _NOBODY,
+        "connect failed: addr: unix": _NOBODY,
+        "http1.x server": _HTTP1,
+        "WRONG_VERSION_NUMBER": _PLAIN,
+    }
+)
+"""Parts of what gRPC's transport says, and what they mean."""
+
 
 def error_from_rpc(error: grpc.RpcError, address: str) -> PolygraftError:
     """Translate what grpc raised for a call to `address`."""
     code, message = error.code(), error.details() or error.code().value[1]
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if message == "Deadline Exceeded":  # the transport's own words
+            message = "no answer within the call's timeout"
         return DeadlineExceeded(f"{address}: {message}")
     if code is grpc.StatusCode.CANCELLED:
         return Cancelled(f"{address}: {message}")
     details = _Details(error)
     if code is grpc.StatusCode.UNAVAILABLE and not details.reason:
         # The transport makes up UNAVAILABLE by itself; only a server attaches a reason to it.
-        refused = "Connection refused" in message
-        return ConnectError(address, "no server is listening there" if refused else message)
+        meaning = next((meant for part, meant in _TRANSPORT.items() if part in message), message)
+        return ConnectError(address, meaning)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not details.reason and "larger than max" in message:
         message += ": the request or its answer is larger than the server's --max-message-bytes allows"
+    if code is grpc.StatusCode.UNIMPLEMENTED and not details.reason:
+        message = f"{address}: {message} The server there is older than this client, or isn't Polygraft"
     if code is grpc.StatusCode.UNAUTHENTICATED:
         message += "; give it to the client as `token`"
     return STATUS_ERRORS[code](

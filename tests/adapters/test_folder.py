@@ -251,6 +251,11 @@ def test_names_that_no_adapter_can_have(name: str) -> None:
     assert len(str(caught.value)) < 400
 
 
+def test_white_space_around_a_name_is_named() -> None:
+    with pytest.raises(InvalidRequest, match=r"got 'json '; leave out the white space around it$"):
+        check_name("json ")
+
+
 @pytest.mark.parametrize("name", ["a", "0", "json-v1.2_x", "A" * 128])
 def test_names_that_one_can_have(name: str) -> None:
     check_name(name)

@@ -99,8 +99,9 @@ def test_a_first_load_that_fails(keep: bool) -> None:
         assert registry.list() == []
         return
     assert registry.list() == [failed]
-    with pytest.raises(AdapterUnavailable, match=r"failed: one thing$"):
-        registry.resolve(AdapterRef("a"))
+    for call in (lambda: registry.resolve(AdapterRef("a")), lambda: registry.current("a")):
+        with pytest.raises(AdapterUnavailable, match=r"failed: one thing$"):
+            call()
     with pytest.raises(AdapterNotFound, match="generation 3"):
         registry.resolve(AdapterRef("a", 3))
     assert registry.begin_unload("a", wait=False) == failed
@@ -233,11 +234,12 @@ def test_no_pin_is_lost_between_threads() -> None:
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ("json", "did you mean 'json-contact'?"),
-        ("SENTIMENT", "did you mean 'sentiment'?"),
-        ("sentimnt", "did you mean 'sentiment'?"),
-        ("ticket-lroa", "did you mean 'ticket-lora' or 'ticket-qlora'?"),
-        ("something-else-altogether", "there are 4 others"),
+        ("json", " did you mean 'json-contact'?"),
+        ("SENTIMENT", " did you mean 'sentiment'?"),
+        ("sentimnt", " did you mean 'sentiment'?"),
+        ("ticket-lroa", " did you mean 'ticket-lora' or 'ticket-qlora'?"),
+        ("TICKET-LROA", " did you mean 'ticket-lora' or 'ticket-qlora'?"),
+        ("something-else-altogether", ""),
     ],
 )
 def test_an_unknown_name_names_the_nearest(asked: str, says: str) -> None:
@@ -251,7 +253,14 @@ def test_an_unknown_name_names_the_nearest(asked: str, says: str) -> None:
     ):
         with pytest.raises(AdapterNotFound) as caught:
             ask()
-        assert str(caught.value) == f"adapter {asked!r}: not registered; {says}"
+        assert str(caught.value) == (
+            f"adapter {asked!r}: not registered;{says} ListAdapters (`polygraft adapters list`) shows all 4"
+        )
+
+
+def test_an_unknown_name_where_there_are_none() -> None:
+    with pytest.raises(AdapterNotFound, match="not registered; no adapters are loaded"):
+        AdapterRegistry(4).get("a")
 
 
 def test_names_among_many_are_found_quickly() -> None:

@@ -39,6 +39,13 @@ def test_sources_that_lead_out_of_the_store(intact: Path, source: str) -> None:
     assert caught.value.field == "source"
 
 
+@pytest.mark.parametrize(("source", "near"), [("ONE", "; did you mean 'one'?"), ("nothing-alike", "")])
+def test_an_unknown_folder_names_the_nearest(intact: Path, source: str, near: str) -> None:
+    with pytest.raises(AdapterInvalid) as caught:
+        AdapterStore(intact.parent, ROOM).read("new", source)
+    assert caught.value.problems == (f"no such folder in the store: {source}{near}",)
+
+
 def test_a_server_without_a_store(intact: Path) -> None:
     store = AdapterStore(None, ROOM)
     assert store.names() == []

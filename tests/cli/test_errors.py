@@ -22,7 +22,14 @@ from .conftest import Invoke
         (["generate"], "Missing argument"),
         (["generate", "hi", "--top-k", "many"], "--top-k"),
         (["adapters", "show", "x", "--nearest", "99"], "--nearest"),
-        (["generate", "hi", "--raw", "--top-k", "-1", "--server", "127.0.0.1:1"], "top_k: "),
+        (["generate", "hi", "--raw", "--top-k", "-1", "--server", "127.0.0.1:1"], "--top-k: "),
+        (
+            ["generate", "hi", "--stop-token-id", "-1", "--raw", "--server", "127.0.0.1:1"],
+            "--stop-token-id: ",
+        ),
+        (["generate", "hi", "--server", "http://localhost"], "--server: expected HOST or HOST:PORT"),
+        (["generate", "hi", "--timeout", "nan"], "--timeout: expected seconds"),
+        (["adapters", "list", "--token", "é"], "--token: holds a character"),
         (["serve", "--block-size", "0"], "--block-size: Input should be greater than or equal to 1"),
         (["serve", "--dtype", "int3", "--listen"], "Option '--listen' requires an argument"),
         (["serve", "--dtype", "int3", "--threads", "0"], "--threads: "),
@@ -59,7 +66,9 @@ def test_broken_settings_file(invoke: Invoke, tmp_path: Path) -> None:
 def test_nobody_listens(invoke: Invoke) -> None:
     result = invoke("generate", "hi", "--server", "127.0.0.1:1")
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: 127.0.0.1:1: ")
+    assert result.stderr == (
+        "error: 127.0.0.1:1: no server is listening there; `polygraft serve` starts one\n"
+    )
 
 
 def test_errors_of_the_server(call: Invoke, script: Script) -> None:

@@ -242,10 +242,10 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
 class ScriptedServer:
     """Runs a script on a port of its own while the context lasts."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: Sequence[tuple[str, Any]] = ()) -> None:
         self.script = Script()
         self._pool = ThreadPoolExecutor(16)
-        self._server = grpc.server(self._pool)
+        self._server = grpc.server(self._pool, options=options)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Inference(self.script), self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(_Adapters(self.script), self._server)
         self.health = health.HealthServicer()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import grpc
 import pytest
 
@@ -18,6 +24,7 @@ from polygraft_client import (
     ResourceExhausted,
     StatusError,
     Unavailable,
+    Unimplemented,
 )
 from polygraft_client._status import STATUS_ERRORS
 
@@ -120,3 +127,74 @@ def test_unavailable_is_tried_again(server: ScriptedServer, script: Script) -> N
 def test_retries_are_bounded() -> None:
     with pytest.raises(InvalidRequest, match="retries"):
         Client(retries=5)
+
+
+async def fails(address: str, expected: type[PolygraftError], says: str, **options: object) -> None:
+    """Both clients raise the same error."""
+    with Client(address, **options) as client, pytest.raises(expected) as caught:  # type: ignore[arg-type]
+        client.generate("Hello")
+    assert says in str(caught.value)
+    async with AsyncClient(address, **options) as other:  # type: ignore[arg-type]
+        with pytest.raises(expected) as caught:
+            await other.generate("Hello")
+        assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("limited", ["receive", "send"])
+async def test_a_message_that_is_too_large_names_the_setting(limited: str) -> None:
+    with ScriptedServer([(f"grpc.max_{limited}_message_length", 3)]) as server:
+        await fails(server.address, ResourceExhausted, "the server's --max-message-bytes")
+
+
+async def test_a_method_that_the_server_lacks() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        says = f"{address}: Method not found! The server there is older than this client, or isn't Polygraft"
+        await fails(address, Unimplemented, says)
+    finally:
+        server.stop(None).wait()
+
+
+async def test_nobody_listens_says_how_to_start_one(nobody: str, tmp_path: Path) -> None:
+    for address in (nobody, f"unix:{tmp_path / 'none.sock'}"):
+        says = f"{address}: no server is listening there; `polygraft serve` starts one"
+        await fails(address, ConnectError, says, retries=0)
+
+
+async def test_tls_to_a_server_without(server: ScriptedServer) -> None:
+    credentials = grpc.ssl_channel_credentials()
+    await fails(server.address, ConnectError, "doesn't speak TLS", credentials=credentials, retries=0)
+
+
+@pytest.fixture
+def http1() -> Iterator[str]:
+    """Where a server answers everything as one for HTTP/1 does."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:  # the test is over
+                    return
+                with connection:
+                    connection.recv(65_536)
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+
+
+async def test_a_port_that_speaks_http_1(http1: str) -> None:
+    await fails(http1, ConnectError, "speaks HTTP/1, not gRPC", retries=0)
+
+
+async def test_a_call_that_takes_longer_than_its_timeout(server: ScriptedServer, script: Script) -> None:
+    script.hold = threading.Event()
+    says = f"{server.address}: no answer within the call's timeout"
+    await fails(server.address, DeadlineExceeded, says, timeout=0.2)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.info import AdapterInfo, AdapterState, MergedInfo
-from polygraft.adapters.names import nearest_names
+from polygraft.adapters.names import did_you_mean
 from polygraft.engine.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
 from polygraft.printable import printable_texts
@@ -62,6 +62,15 @@ class _Record:
         if self.loading or self.info.state == AdapterState.UNLOADING:
             raise AdapterUnavailable(self.info.name, "loading" if self.loading else "unloading")
 
+    def serving(self) -> Adapter:
+        """The generation that new requests get. Raises AdapterUnavailable, which says why there is none."""
+        if self.info.state == AdapterState.UNLOADING:
+            raise AdapterUnavailable(self.info.name, "being unloaded")
+        if self.adapter is None:
+            why = f"failed: {self.info.problems[0]}" if self.info.problems else "still loading; try again"
+            raise AdapterUnavailable(self.info.name, why)
+        return self.adapter
+
 
 class AdapterRegistry:
     """All adapters by name, those that failed to load included.
@@ -95,11 +104,8 @@ class AdapterRegistry:
                 )
                 if adapter is None:
                     raise AdapterNotFound(ref.name, f"generation {ref.generation} isn't loaded (any more)")
-            elif record.info.state == AdapterState.UNLOADING:
-                raise AdapterUnavailable(ref.name, "being unloaded")
-            elif adapter is None:
-                why = record.info.problems[0] if record.info.problems else "still loading"
-                raise AdapterUnavailable(ref.name, f"{record.info.state.value.lower()}: {why}")
+            else:
+                adapter = record.serving()
             adapter.pins += 1
             return adapter
 
@@ -223,12 +229,15 @@ class AdapterRegistry:
         return info
 
     def _unknown(self, name: str) -> AdapterNotFound:
-        """Nothing is registered under a name; says what is, by similar names."""
+        """Nothing is registered under a name; names the nearest, and how to list all."""
         known = list(self._records)
-        if near := nearest_names(name, known):
-            return AdapterNotFound(name, f"not registered; did you mean {' or '.join(map(repr, near))}?")
-        some = f"there are {len(known)} others" if known else "no adapters are loaded"
-        return AdapterNotFound(name, f"not registered; {some}")
+        if not known:
+            return AdapterNotFound(name, "not registered; no adapters are loaded")
+        near = did_you_mean(name, known) or ";"
+        count = f"all {len(known)}" if len(known) > 1 else "the only one"
+        return AdapterNotFound(
+            name, f"not registered{near} ListAdapters (`polygraft adapters list`) shows {count}"
+        )
 
     def find(self, name: str) -> AdapterInfo | None:
         """None if nothing is registered under the name."""
@@ -242,9 +251,7 @@ class AdapterRegistry:
             record = self._records.get(name)
             if record is None:
                 raise self._unknown(name)
-            if record.adapter is None or record.info.state == AdapterState.UNLOADING:
-                raise AdapterUnavailable(name, record.info.state.value.lower())
-            return record.adapter
+            return record.serving()
 
     def compiled(self, name: str) -> CompiledAdapter:
         """What an adapter is made of. Raises AdapterNotFound, AdapterUnavailable."""

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from polygraft.adapters.folder import CONFIG, AdapterFolder, folder_bytes, read_open_folder
+from polygraft.adapters.names import did_you_mean
 from polygraft.adapters.open_folder import FolderChanged, OpenFolder, OutsideStore, open_folder
 from polygraft.errors import AdapterInvalid, ConfigError, InvalidRequest
 
@@ -104,17 +105,20 @@ class AdapterStore:
             except AdapterInvalid as error:
                 failure = error
             except OSError as error:
-                failure = AdapterInvalid(name, [_why(error, source)])
+                failure = AdapterInvalid(name, [self._why(error, source)])
             # Else it was missing because the tree that it was in is gone, and there is another one.
             if os.path.realpath(self._root) == was:
                 raise failure
         raise AdapterInvalid(name, ["it changes while it is being read; load it again when it is complete"])
 
-
-def _why(error: OSError, source: str) -> str:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return f"no such folder in the store: {source[:200]}"
-    return f"the folder can't be opened: {source[:200]}: {error.strerror}"
+    def _why(self, error: OSError, source: str) -> str:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            try:
+                near = did_you_mean(source[:200], (known for known in self.names() if known != source))
+            except ConfigError:  # the store has gone or can't be listed
+                near = ""
+            return f"no such folder in the store: {source[:200]}{near}"
+        return f"the folder can't be opened: {source[:200]}: {error.strerror}"
 
 
 def _may_be_adapter(entry: os.DirEntry[str]) -> bool:

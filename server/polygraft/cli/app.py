@@ -14,6 +14,11 @@ from polygraft.cli.environment import discard_output
 from polygraft.cli.help import CONTEXT, PlainCommand, PlainGroup
 from polygraft.errors import ConfigError, PolygraftError
 
+_FLAGS = {"address": "--server", "stop_token_ids": "--stop-token-id"}
+"""Flags that aren't called as the client's argument."""
+_WITHOUT_FLAG = {"prompt", "chat", "continuations"}
+"""Arguments of the client that the command line takes by place."""
+
 FAILED = 1
 MISUSED = 2
 """Exit statuses."""
@@ -72,7 +77,16 @@ def _text(error: Exception) -> str:
         # The client's text names its own argument.
         text = str(error).removesuffix("; give it to the client as `token`")
         return f"{text}; give --token, or set POLYGRAFT_ADMIN_TOKEN"
+    if isinstance(error, polygraft_client.InvalidRequest) and error.argument.isidentifier():
+        return f"{_flag(error.argument)}: {error.problem}"
     return str(error)
+
+
+def _flag(argument: str) -> str:
+    """What the command line calls an argument of the client."""
+    if argument in _WITHOUT_FLAG:
+        return argument
+    return _FLAGS.get(argument, f"--{argument.replace('_', '-')}")
 
 
 app = typer.Typer(
