@@ -119,3 +119,11 @@ def test_a_shared_part_longer_than_the_prompt(call: Invoke) -> None:
     result = call("bench", "--prompt-tokens", 8, "--shared-tokens", 9)
     assert result.exit_code == 2
     assert "--shared-tokens" in result.stderr
+
+
+def test_an_adapter_that_cant_be_used_is_an_error_before_any_load(call: Invoke, script: Script) -> None:
+    text = "adapter 'json': not registered; did you mean 'json-contact'?"
+    script.failures = [status(grpc.StatusCode.NOT_FOUND, text, reason="ADAPTER_NOT_FOUND")]
+    result = call("bench", "--adapter", "json")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {text}\n")
+    assert [request.adapter for request in script.requests] == ["json"]

@@ -91,6 +91,8 @@ def bench(
     async def run() -> report.Report:
         async with AsyncClient(server, token=token) as client:
             names = adapter if adapter else await _ready(client)
+            for name in dict.fromkeys(filter(None, adapter or ())):
+                await client.model(adapter=name)  # raises before any load if it can't be used
             model = await client.model()
             load = Load(
                 names, choice, zipf_exponent, prompt_tokens, new_tokens, shared_tokens, rate,
