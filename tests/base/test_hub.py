@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from polygraft.base import hub
 from polygraft.base.hub import hub_folder
 from polygraft.base.loader import base_config, load_base
 from polygraft.errors import BaseModelError
@@ -23,13 +24,8 @@ def hub_cache(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> P
     shutil.copytree(llama, model / "snapshots" / ("0" * 40))
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("0" * 40)
-    real = huggingface_hub.snapshot_download
-
-    def download(repo: str, **options: object) -> object:
-        # Port 1 of this machine refuses every connection.
-        return real(repo, cache_dir=tmp_path, endpoint="http://127.0.0.1:1", **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    # Port 1 of this machine refuses every connection.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     return tmp_path
 
@@ -58,3 +54,12 @@ def test_what_it_lacks_is_refused_at_once_with_what_to_do(
         assert "`--model default`" in said
         assert isinstance(caught.value.__cause__, LocalEntryNotFoundError)
     assert time.monotonic() - started < 20
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert hub_folder("team/tiny").startswith(str(hub_cache))
+        with pytest.raises(BaseModelError, match="the hub cannot be reached"):
+            hub_folder("team/other")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 
 from polygraft.errors import BaseModelError
@@ -46,6 +47,7 @@ def hub_folder(model: str, files: Sequence[str] = WHOLE) -> str:
                 allow_patterns=list(files),
                 ignore_patterns=["consolidated*", "*/*"],
                 etag_timeout=_SECONDS,
+                local_files_only=constants.HF_HUB_OFFLINE or not _answers(model),
             )
     except GatedRepoError as error:
         raise BaseModelError(
@@ -63,3 +65,30 @@ def hub_folder(model: str, files: Sequence[str] = WHOLE) -> str:
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise BaseModelError(f"{model}: can't be fetched from the hub: {error}") from error
+
+
+def _answers(model: str) -> bool:
+    """Whether the hub answers a look-up in time.
+
+    `snapshot_download` waits for this answer without an end, and a timeout of one connection doesn't bound
+    the look-up of the hub's name, nor attempts at each of its addresses. So a thread of its own asks.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(model, timeout=_SECONDS)
+        except (HfHubHTTPError, HFValidationError):
+            answers.append(True)  # a refusal, which the download explains
+        except Exception as error:  # noqa: BLE001 - each transport has its own classes
+            log.info("the model hub can't be reached: %s", error)
+        else:
+            answers.append(True)
+
+    asking = threading.Thread(target=ask, name="hub look-up", daemon=True)
+    asking.start()
+    asking.join(_SECONDS)
+    return bool(answers)
