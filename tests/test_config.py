@@ -97,7 +97,7 @@ def test_sizes_that_are_none(size: str) -> None:
         (b"model = ", "isn't TOML"),
         (b'model = "\xff"', "isn't TOML"),
         (b"no_such = 1", "settings.toml: no such setting"),
-        (b"max-num-seq = 1", "did you mean max-num-seqs?"),
+        (b"max-num-seq = 1", "did you mean 'max-num-seqs'"),
         (b"[server]\nmodel = 1", "is a table"),
         (b'config = "x"', "can't name another one"),
         (b"max-num-seqs = 3\nmax_num_seqs = 3", "is the same setting as max-num-seqs"),

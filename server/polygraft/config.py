@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,7 +55,7 @@ class ServerConfig(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="POLYGRAFT_", env_ignore_empty=True, frozen=True, extra="forbid", protected_namespaces=()
     )
-    _names: dict[str, str] = PrivateAttr(default_factory=dict)
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     model: str = _setting(
         Group.MODEL, "default",
@@ -231,13 +232,18 @@ class ServerConfig(BaseSettings):
             raise ValueError("must have at least 16 characters")
         return SecretStr(bare)
 
-    def use_names(self, names: dict[str, str]) -> None:
-        """Set what errors call the settings: the flag, variable or key that each of them came from."""
-        self._names = names
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """The flag, variable or key that each setting came from; without those at their defaults."""
+        return self._origins
+
+    def set_origins(self, origins: dict[str, str]) -> None:
+        """Remember where the settings came from, for errors and for printing them."""
+        self._origins = origins
 
     def name_of(self, setting: str) -> str:
-        """What errors call a setting."""
-        return self._names.get(setting, flag(setting))
+        """Return what an error should call a setting."""
+        return self._origins.get(setting, flag(setting))
 
     def check(self) -> None:
         """Check what involves more than one setting; raises ConfigError."""

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import PydanticBaseSettingsSource
 
 from polygraft.errors import ConfigError
+from polygraft.near_names import did_you_mean
 
 PREFIX = "POLYGRAFT_"
 _OTHERS = {"CACHE", "SERVER", "STORE", "REQUIRE_PROMETHEUS", "RECORD_STEP_COST"}
@@ -29,12 +30,6 @@ def flag(setting: str, *, negated: bool = False) -> str:
 def variable(setting: str) -> str:
     """The environment's name for a setting."""
     return f"{PREFIX}{setting.upper()}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X or Y?`, or "" if nothing is near."""
-    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.7)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def read_file(path: str | Path, settings: Collection[str]) -> dict[str, tuple[str, Any]]:
@@ -60,7 +55,9 @@ def read_file(path: str | Path, settings: Collection[str]) -> dict[str, tuple[st
             raise ConfigError(f"{key} in {path}", "a settings file can't name another one")
         if setting not in settings:
             known = (name.replace("_", "-") for name in settings)
-            raise ConfigError(f"{key} in {path}", f"no such setting{nearest(key.replace('_', '-'), known)}")
+            raise ConfigError(
+                f"{key} in {path}", f"no such setting{did_you_mean(key.replace('_', '-'), known)}"
+            )
         if setting in found:
             raise ConfigError(f"{key} in {path}", f"is the same setting as {found[setting][0]}, also there")
         found[setting] = key, value

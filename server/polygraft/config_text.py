@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import SecretStr
@@ -23,13 +22,10 @@ _HEADER = (
 )
 
 
-def config_text(config: ServerConfig, origins: Mapping[str, str]) -> str:
-    """The settings by group, each with its meaning and where its value comes from.
+def config_text(config: ServerConfig) -> str:
+    """Return the settings by group, each with its meaning and where its value comes from.
 
     The admin token is left out.
-
-    Args:
-        origins: where the settings that aren't at their default come from.
 
     Raises:
         ConfigError: a path isn't Unicode.
@@ -39,7 +35,7 @@ def config_text(config: ServerConfig, origins: Mapping[str, str]) -> str:
         lines += ["", f"# --- {group} ---"]
         for name, field in ServerConfig.model_fields.items():
             if extra(field)["group"] == group and name != "config":
-                lines += ["", *_setting(name, field, getattr(config, name), origins.get(name))]
+                lines += ["", *_setting(name, field, getattr(config, name), config.origins.get(name))]
     return "\n".join(lines) + "\n"
 
 

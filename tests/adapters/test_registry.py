@@ -9,10 +9,10 @@ import pytest
 
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.info import AdapterInfo, AdapterState
-from polygraft.adapters.names import nearest_names
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
 from polygraft.engine.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
+from polygraft.near_names import nearest_names
 
 COMPILED = CompiledAdapter("lora", 10)
 

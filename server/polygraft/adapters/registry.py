@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.info import AdapterInfo, AdapterState, MergedInfo
-from polygraft.adapters.names import did_you_mean
 from polygraft.engine.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
+from polygraft.near_names import did_you_mean
 from polygraft.printable import printable_texts
 
 

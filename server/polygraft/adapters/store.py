@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from polygraft.adapters.folder import CONFIG, AdapterFolder, folder_bytes, read_open_folder
-from polygraft.adapters.names import did_you_mean
 from polygraft.adapters.open_folder import FolderChanged, OpenFolder, OutsideStore, open_folder
 from polygraft.errors import AdapterInvalid, ConfigError, InvalidRequest
+from polygraft.near_names import did_you_mean
 
 T = TypeVar("T")
 _TRIES = 5

@@ -21,7 +21,7 @@ from polygraft.cli.options import (
     print_logprobs,
     to_json,
 )
-from polygraft_client import Client, GenerateOptions, Generation, LoraPath, Stream
+from polygraft_client import Client, GenerateOptions, Generation, Stream
 
 STANDARD_INPUT = "-"
 
@@ -202,7 +202,7 @@ def generate(
     if combination_type is not None:
         options["combination_type"] = combination_type
     if lora_path is not None:
-        options["lora_path"] = LoraPath(lora_path.value)
+        options["lora_path"] = lora_path
     streaming = sys.stdout.isatty() and not as_json if stream is None else stream
     with Client(server, timeout=timeout) as client:
         if chat is None:

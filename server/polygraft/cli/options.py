@@ -7,8 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -59,9 +58,8 @@ Combination = Annotated[
         "--combination-type",
         metavar="[stack|linear]",
         case_sensitive=False,
-        help="How several adapters act together: one after another (`stack`), or as "
-        "the single LoRA that PEFT's "
-        "linear combination makes of them (`linear`). [default: stack]",
+        help="How several adapters act together: one after another (`stack`), or as the single LoRA that "
+        "PEFT's linear combination makes of them (`linear`). [default: stack]",
         rich_help_panel=ADAPTERS,
     ),
 ]
@@ -74,14 +72,8 @@ Timeout = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=COMMON)]
 
 
-class OfferedPath(StrEnum):
-    """The LoRA paths that a request may ask for."""
-
-    AUTO = "AUTO"
-    UNMERGED = "UNMERGED"
-    MERGED = "MERGED"
-
-
+OfferedPath = Literal["auto", "unmerged", "merged"]
+"""The LoRA paths that a request may ask for."""
 PATHS = "[auto|unmerged|merged]"
 
 

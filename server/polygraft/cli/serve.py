@@ -49,12 +49,12 @@ def read_config(arguments: Sequence[str]) -> ServerConfig:
     config = settle(**given)
     config.check()
     if show:
-        from polygraft.config_sources import mistaken_variables, origins
+        from polygraft.config_sources import mistaken_variables
         from polygraft.config_text import config_text
 
         for warning in mistaken_variables(type(config).model_fields, os.environ):
             print("warning:", warning, file=sys.stderr)
-        print(config_text(config, origins(type(config).model_fields, given, os.environ)), end="")
+        print(config_text(config), end="")
         raise typer.Exit
     return config
 
@@ -70,7 +70,7 @@ def settle(**given: Any) -> ServerConfig:
 
     with _named(given):
         config = ServerConfig(**given)
-    config.use_names(origins(ServerConfig.model_fields, given, os.environ))
+    config.set_origins(origins(ServerConfig.model_fields, given, os.environ))
     return config
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from polygraft.adapters.info import AdapterInfo, AdapterState
 from polygraft.addresses import Address
+from polygraft.config import ServerConfig
 from polygraft.engine.handle import ModelInfo
 
-_DEFAULT_PORT = 50051
 _PROMPT = "Maria Lopez, 34, is a teacher from Madrid."
 """The default model answers it well, alone and with most of the samples."""
 
@@ -42,7 +42,7 @@ def command_to_try(adapters: Sequence[AdapterInfo], listening: Address) -> str:
         # LoRA is what most people have; the first by name otherwise.
         command += ["--adapter", min(ready, key=lambda info: (info.kind != "lora", info.name)).name]
     server = _from_here(listening)
-    if str(server) != f"127.0.0.1:{_DEFAULT_PORT}":
+    if str(server) != ServerConfig.model_fields["listen"].default:
         command += ["--server", str(server)]
     return shlex.join(command)
 

@@ -96,7 +96,7 @@ def bench(
             model = await client.model()
             load = Load(
                 names, choice, zipf_exponent, prompt_tokens, new_tokens, shared_tokens, rate,
-                model.vocabulary_size, seed, None if lora_path is None else LoraPath(lora_path.value),
+                model.vocabulary_size, seed, None if lora_path is None else LoraPath(lora_path.upper()),
             )  # fmt: skip
             planned = plan(load)
             with Progress(
