@@ -99,6 +99,7 @@ class StatusError(PolygraftError):
         request_id: str = "",
     ) -> None:
         super().__init__(message)
+        self.message = message
         self.reason = reason
         self.violations = tuple(violations)
         self.retry_after = retry_after
@@ -132,6 +133,9 @@ class Unimplemented(StatusError):
 
 class Unauthenticated(StatusError):
     """The call needs a token and has no valid one."""
+
+    def __str__(self) -> str:
+        return f"{self.message}; give it to the client as `token`"
 
 
 class PermissionDenied(StatusError):

@@ -50,18 +50,18 @@ STATUS_ERRORS: Mapping[grpc.StatusCode, type[StatusError]] = MappingProxyType(
 )
 """Every code that means an answer of the server; the other two are the caller's own."""
 
-_NOBODY = "no server is listening there; `polygraft serve` starts one"
+_NO_SERVER = "no server is listening there; `polygraft serve` starts one"
 _HTTP1 = "what answers there speaks HTTP/1, not gRPC; name the gRPC port, not the one for metrics"
 _PLAIN = "what answers there doesn't speak TLS; leave out `credentials`, or name a proxy that does"
 _TRANSPORT: Mapping[str, str] = MappingProxyType(
     {
-        "Connection refused": _NOBODY,
-        "connect failed: addr: unix": _NOBODY,
+        "Connection refused": _NO_SERVER,
+        "connect failed: addr: unix": _NO_SERVER,
         "http1.x server": _HTTP1,
         "WRONG_VERSION_NUMBER": _PLAIN,
     }
 )
-"""Parts of what gRPC's transport says, and what they mean."""
+"""Parts of messages of gRPC's transport, and what to say instead."""
 
 
 def error_from_rpc(error: grpc.RpcError, address: str) -> PolygraftError:
@@ -82,8 +82,6 @@ def error_from_rpc(error: grpc.RpcError, address: str) -> PolygraftError:
         message += ": the request or its answer is larger than the server's --max-message-bytes allows"
     if code is grpc.StatusCode.UNIMPLEMENTED and not details.reason:
         message = f"{address}: {message} The server there is older than this client, or isn't Polygraft"
-    if code is grpc.StatusCode.UNAUTHENTICATED:
-        message += "; give it to the client as `token`"
     return STATUS_ERRORS[code](
         message,
         reason=details.reason,

@@ -83,7 +83,7 @@ class ConfigFile(PydanticBaseSettingsSource):
 def origins(
     settings: Collection[str], given: Mapping[str, Any], environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Where each setting that isn't at its default comes from, as errors name it.
+    """Return where each setting that isn't at its default comes from, as errors name it.
 
     Args:
         given: the settings of the command line.

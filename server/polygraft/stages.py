@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 REMINDER_SECONDS = 5.0
-"""Whoever watches a start for so long without a line wonders if it hangs."""
+"""After this time without a line, a start looks as if it hung."""
 
 
 class Stages:
-    """Times the stages of a start, so that the log can say where the time went.
+    """Times the stages of a start for the log.
 
     Args:
         clock: returns seconds.

@@ -24,6 +24,7 @@ def hub_cache(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> P
     shutil.copytree(llama, model / "snapshots" / ("0" * 40))
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("0" * 40)
+    hub_folder.cache_clear()
     # Port 1 of this machine refuses every connection.
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -1,7 +1,7 @@
-"""What a folder that can't be served most probably is, in one sentence.
+"""Diagnoses folders that can't be served.
 
-A folder for another base makes one problem for each of its tensors. The sentence says what they have in
-common, and comes before them.
+A folder for another base has a problem with each of its tensors. A diagnosis is the one sentence that
+explains them all, and is shown first.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 _PREFIX = "base_model.model."
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.(\d{1,5})\.")
 _PART = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\b.*")
-_MOST_NAMES = 2**15
 _PICKLE = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _SOFT_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 """Kinds whose prompt_embeddings have the base's hidden size."""
 
 
-def file_instead(file: str, content: bytes) -> str | None:
-    """What a file of weights or a configuration is, if it isn't one: a pointer, a page, a pickle, nothing.
+def diagnose_file(file: str, content: bytes) -> str | None:
+    """Recognise a file that isn't what its name says: a Git LFS pointer, a web page, a pickle, an empty file.
 
     Args:
         content: all of it, or its first hundred bytes.
+
+    Returns:
+        a sentence; None if the file is none of these.
     """
     start = content[:100].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
@@ -37,7 +39,7 @@ def file_instead(file: str, content: bytes) -> str | None:
         return (
             f"{file} is a web page, not the file: the download got an error or a login page; fetch it again"
         )
-    # A safetensors file may begin with any byte, the length of its header, but then goes on with a brace.
+    # A safetensors file begins with the length of its header, so with any bytes, and goes on with a brace.
     if content.startswith(_PICKLE) and content[8:9] != b"{":
         return (
             f"{file} is a pickle under another name: name it adapter_model.bin, then convert the folder with "
@@ -48,13 +50,16 @@ def file_instead(file: str, content: bytes) -> str | None:
     return None
 
 
-def cause(shapes: Shapes, config: Mapping[str, Any], base: BaseSpec) -> str | None:
-    """What makes a folder's tensors not fit a base; None if nothing is recognised.
+def diagnose_tensors(shapes: Shapes, config: Mapping[str, Any], base: BaseSpec) -> str | None:
+    """Find out why a folder's tensors don't fit a base.
 
     Args:
         shapes: of all tensors in the file, by name.
+
+    Returns:
+        a sentence; None if no cause is recognised.
     """
-    names = list(shapes)[:_MOST_NAMES]
+    names = list(shapes)
     if sum(0 in shape for shape in shapes.values()) > len(shapes) // 2:
         return (
             "its tensors are empty, as DeepSpeed ZeRO-3 saves them unless they are gathered first: gather "
@@ -64,7 +69,7 @@ def cause(shapes: Shapes, config: Mapping[str, Any], base: BaseSpec) -> str | No
 
 
 def _other_saver(names: list[str]) -> str | None:
-    """How the keys differ from what PEFT's `save_pretrained` writes."""
+    """Recognise who saved the file, by how its keys differ from those of PEFT's `save_pretrained`."""
     if any(re.search(r"\.lora_\w+\.default\b|\.default\.weight$", name) for name in names):
         return (
             "saved by an older trainer, or from the model's state dict: keys carry `.default`. Save it with "
@@ -93,7 +98,7 @@ def _other_saver(names: list[str]) -> str | None:
 
 
 def _other_size(shapes: Shapes, config: Mapping[str, Any], base: BaseSpec) -> str | None:
-    """That the base has another hidden size or number of layers."""
+    """Recognise a base of another hidden size, or with more layers."""
     found = _hidden_sizes(shapes, config.get("peft_type"), base)
     if found and base.hidden_size not in found:
         ((size, _),) = found.most_common(1)
@@ -106,9 +111,9 @@ def _other_size(shapes: Shapes, config: Mapping[str, Any], base: BaseSpec) -> st
 
 
 def _hidden_sizes(shapes: Shapes, kind: object, base: BaseSpec) -> Counter[int]:
-    """Hidden sizes that the tensors' shapes show."""
+    """Count the hidden sizes that the tensors' shapes imply."""
     found: Counter[int] = Counter()
-    for name, shape in list(shapes.items())[:_MOST_NAMES]:
+    for name, shape in shapes.items():
         if name == "prompt_embeddings" and len(shape) == 2 and kind in _SOFT_PROMPTS:
             found[shape[1]] += 1
         part = _PART.search(name)
@@ -123,13 +128,13 @@ def _hidden_sizes(shapes: Shapes, kind: object, base: BaseSpec) -> Counter[int]:
 
 
 def _layers(names: Iterable[str]) -> int:
-    """One more than the largest layer's number in the names; 0 if they number none."""
+    """Return the number of layers that the names imply, 0 if they number none."""
     numbers = (int(found[1]) for name in names if (found := _LAYER.search(f".{name}")))
     return 1 + max(numbers, default=-1)
 
 
 def _other_architecture(names: list[str], base: BaseSpec) -> str | None:
-    """That the base has none of the modules that the tensors are for."""
+    """Recognise a base that has none of the adapted modules."""
     modules = [name[: part.start()] for name in names if (part := _PART.search(name))]
     known = {*base.linears, *base.others}
     if not modules or any(module.removeprefix(_PREFIX) in known for module in modules):

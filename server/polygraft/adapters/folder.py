@@ -19,7 +19,7 @@ from polygraft.adapters.adapterhub.form import (
     HEAD_CONFIG,
     is_adapterhub,
 )
-from polygraft.adapters.diagnosis import file_instead
+from polygraft.adapters.diagnosis import diagnose_file
 from polygraft.adapters.open_folder import FileUnreadable, FolderChanged, OpenFolder, read_descriptor
 from polygraft.base.tokenizer import TOKENIZER, VOCABULARIES
 from polygraft.errors import AdapterInvalid, PolygraftError
@@ -50,7 +50,7 @@ MAX_TOKENIZER_BYTES = 2**26
 MAX_HEADER_BYTES = 2**22
 """Limit of the weights file's header, which has its tensors' names and shapes."""
 _CUT_SHORT = ("not fully covered", "IncompleteBuffer", "invalid header length", "header too small")
-"""What safetensors says of a file of the wrong length."""
+"""Parts of safetensors' messages about files of the wrong length."""
 MAX_TENSORS = 2**15
 """Only LoRAs that are saved expert by expert have more, and those aren't served anyway."""
 
@@ -185,8 +185,8 @@ def _read(name: str, folder: OpenFolder, max_bytes: int) -> AdapterFolder:
                     ],
                 )
     weights = folder.read(weights_file, max_bytes)
-    if instead := file_instead(weights_file, weights):
-        raise AdapterInvalid(name, [instead])
+    if wrong := diagnose_file(weights_file, weights):
+        raise AdapterInvalid(name, [wrong])
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(weights)
     texts = {file: folder.read(file, MAX_TOKENIZER_BYTES) for file in TOKENIZER_FILES if folder.has(file)}
@@ -197,7 +197,7 @@ def _read(name: str, folder: OpenFolder, max_bytes: int) -> AdapterFolder:
 
 
 def _no_configuration(folder: OpenFolder) -> str:
-    """What a folder without an adapter's configuration may be instead."""
+    """Say what a folder without an adapter's configuration seems to be."""
     if below := folder.folders_with(CONFIG):
         shown = ", ".join(below[:3]) + (f" and {len(below) - 3} more" if len(below) > 3 else "")
         return f"{CONFIG} is missing here, but is in its sub-folders: {shown}. Load one of these"
@@ -210,8 +210,8 @@ def _no_configuration(folder: OpenFolder) -> str:
 
 def parse_config(name: str, raw: bytes) -> dict[str, Any]:
     """A folder's configuration. Raises AdapterInvalid if it is none."""
-    if instead := file_instead(CONFIG, raw):
-        raise AdapterInvalid(name, [instead])
+    if wrong := diagnose_file(CONFIG, raw):
+        raise AdapterInvalid(name, [wrong])
     try:
         config = json.loads(raw)
         # The hash is taken of this, so values that are nested too deep must fail here.

@@ -24,7 +24,7 @@ from polygraft.adapters.compiled import CompiledAdapter
 from polygraft.adapters.cpt import compile_cpt
 from polygraft.adapters.deft import compile_deft
 from polygraft.adapters.delora import compile_delora
-from polygraft.adapters.diagnosis import cause
+from polygraft.adapters.diagnosis import diagnose_tensors
 from polygraft.adapters.folder import AdapterFolder, untrusted
 from polygraft.adapters.fourierft import compile_fourierft
 from polygraft.adapters.frod import compile_frod
@@ -164,10 +164,9 @@ def _compile(
     try:
         compiled = yield from _compile_read(folder, reader, base, limits)
     except AdapterInvalid as error:
-        # A single damaged tensor speaks for itself.
-        why = (
-            cause(reader.shapes, folder.config, base) if error.total > 1 or len(reader.shapes) == 1 else None
-        )
+        # A single damaged tensor among others needs no diagnosis.
+        worth_it = error.total > 1 or len(reader.shapes) == 1
+        why = diagnose_tensors(reader.shapes, folder.config, base) if worth_it else None
         if why is None:
             raise
         raise error.because(why) from None

@@ -1,10 +1,10 @@
-"""Models on the Hugging Face hub, and in its cache on this machine."""
+"""Fetches models from the Hugging Face hub, or finds them in its cache on this machine."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
-from collections.abc import Sequence
 
 from polygraft.errors import BaseModelError
 from polygraft.stages import reminders
@@ -15,13 +15,14 @@ WHOLE = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 """Files of a model: configuration, weights, tokenizer. Pickles and code are never fetched."""
 CONFIGURATION = ("*.json",)
 _SECONDS = 5.0
-"""How long the hub may take to answer a look-up; then the cache on this machine is used."""
+"""How long the hub may take to answer a look-up. After that, its cache on this machine is used."""
 
 
-def hub_folder(model: str, files: Sequence[str] = WHOLE) -> str:
-    """The folder of a model on the hub, downloaded unless this machine has its newest version.
+@functools.cache  # a check asks several times, and each look-up may take seconds
+def hub_folder(model: str, files: tuple[str, ...] = WHOLE) -> str:
+    """Return the folder of a model on the hub, downloaded unless this machine has its newest version.
 
-    If the hub can't be reached, the version that this machine has serves.
+    If the hub can't be reached, the version on this machine is used.
 
     Args:
         files: patterns of the files to fetch.

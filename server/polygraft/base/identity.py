@@ -1,4 +1,4 @@
-"""Whether a base that an adapter names is the one that is served."""
+"""Decides whether the base that an adapter names is the one that is served."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from polygraft.errors import ConfigError
 _SNAPSHOT = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 """A model's folder in the hub's cache."""
 _SUFFIXES = re.compile(r"(?:-[0-9a-f]{8}-\d+|-unsloth-bnb-4bit|-bnb-4bit)$")
-"""What this package's own cache, and copies of the same weights in 4 bits, append to a model's name."""
+"""Endings of model names: of this package's own cache, and of copies of the same weights in 4 bits."""
 CONFIGURATION, VOCABULARY = "config.json", "tokenizer.json"
 _MOST_BYTES = 2**25
 _INCIDENTAL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures")
-"""Keys of config.json that say nothing about the model."""
+"""Keys of config.json that may differ between copies of the same model."""
 
 
 def is_same_base(trained_on: str, name: str, folder: str) -> bool:
-    """Whether an adapter's base is the served one, by name or else by content.
+    """Return whether an adapter's base is the served one: by name, or else by content.
 
-    A path in an adapter's configuration is only followed beside the base's own folder and in this package's
-    cache: an adapter can't have other files read.
+    A path in an adapter's configuration is followed only next to the base's own folder and in this package's
+    cache, so that an adapter can't make the server read other files.
 
     Args:
         trained_on: what the adapter names: a hub id, or a path on the machine that trained it.
@@ -51,7 +51,7 @@ def is_same_base(trained_on: str, name: str, folder: str) -> bool:
 
 
 def _bare(name: str) -> str:
-    """A model's name without its owner, path, revision and form."""
+    """Return a model's name without its owner, path, revision and ending."""
     name = name.strip().rstrip("/")
     if found := _SNAPSHOT.search(name):
         name = found[2]
@@ -59,7 +59,7 @@ def _bare(name: str) -> str:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Folders below which an adapter's path is followed; never the whole file system."""
+    """Return the folders below which an adapter's path is followed; never the whole file system."""
     roots = [] if folder.parent == folder.parent.parent else [folder.parent]
     with contextlib.suppress(ConfigError):  # there is no cache
         roots.append(Path(os.path.realpath(cache_dir())))
@@ -72,7 +72,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _content(folder: Path) -> tuple[dict[str, Any], bytes]:
-    """A model's configuration and vocabulary. Raises OSError, ValueError, RecursionError."""
+    """Read a model's configuration and vocabulary. Raises OSError, ValueError, RecursionError."""
     config = json.loads(_read(folder / CONFIGURATION))
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIGURATION} holds no object")
@@ -80,7 +80,7 @@ def _content(folder: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def _read(path: Path) -> bytes:
-    # Without waiting, since a pipe in place of the file would hold up the caller for ever.
+    # Don't wait for a pipe's writer: there may never be one.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)

@@ -15,9 +15,9 @@ from polygraft.cli.help import CONTEXT, PlainCommand, PlainGroup
 from polygraft.errors import ConfigError, PolygraftError
 
 _FLAGS = {"address": "--server", "stop_token_ids": "--stop-token-id"}
-"""Flags that aren't called as the client's argument."""
+"""Flags whose names differ from those of the client's arguments."""
 _WITHOUT_FLAG = {"prompt", "chat", "continuations"}
-"""Arguments of the client that the command line takes by place."""
+"""The client's arguments that are positional on the command line."""
 
 FAILED = 1
 MISUSED = 2
@@ -26,7 +26,7 @@ MISUSED = 2
 
 @runtime_checkable
 class UsageError(Protocol):
-    """What typer's own errors have in common; their classes have other names in other versions."""
+    """What all of typer's errors offer; the names of their classes differ between versions."""
 
     exit_code: int
 
@@ -74,16 +74,14 @@ def _text(error: Exception) -> str:
     if isinstance(error, typer.Abort):
         return "aborted"
     if isinstance(error, polygraft_client.Unauthenticated):
-        # The client's text names its own argument.
-        text = str(error).removesuffix("; give it to the client as `token`")
-        return f"{text}; give --token, or set POLYGRAFT_ADMIN_TOKEN"
+        return f"{error.message}; give --token, or set POLYGRAFT_ADMIN_TOKEN"
     if isinstance(error, polygraft_client.InvalidRequest) and error.argument.isidentifier():
         return f"{_flag(error.argument)}: {error.problem}"
     return str(error)
 
 
 def _flag(argument: str) -> str:
-    """What the command line calls an argument of the client."""
+    """Return the flag for an argument of the client."""
     if argument in _WITHOUT_FLAG:
         return argument
     return _FLAGS.get(argument, f"--{argument.replace('_', '-')}")

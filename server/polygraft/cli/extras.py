@@ -1,4 +1,4 @@
-"""What a command needs beyond the packages of the extra `cli`."""
+"""Reports packages that a command needs beyond those of the extra `cli`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MissingPackages(PolygraftError):
 
 @contextmanager
 def server_packages(command: str) -> Iterator[None]:
-    """Surround what imports the server's packages for a command that computes on this machine.
+    """Report a missing package of the server, for imports in the block.
 
     Raises:
         MissingPackages: one of them isn't installed.

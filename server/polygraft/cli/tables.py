@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _STYLES = {AdapterState.READY: "green", AdapterState.FAILED: "red"}
 
 NAME_WIDTH = 28
-"""Columns that names get at least, where there are longer ones: they are folded, never cut."""
+"""Least width of the column of names if there are longer ones, which are folded and never cut."""
 SHOWN_REMARKS = 4
-"""Problems and warnings of an adapter that a terminal shows; JSON has more."""
+"""Most problems, and most warnings, of an adapter that are shown; JSON has all."""
 
 _MERGED_ONLY = "on a merged copy only"
 

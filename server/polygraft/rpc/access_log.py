@@ -16,7 +16,7 @@ _log = logging.getLogger("polygraft.access")
 
 @dataclass(slots=True)
 class CallRecord:
-    """What is known about a call when it ends. Texts of prompts and answers are never part of it.
+    """The facts about one call that its line in the log shows; never texts of prompts or answers.
 
     Args:
         method: as /package.Service/Method.

@@ -75,7 +75,7 @@ def configure_logging(level: str, form: str = "text", stream: TextIO | None = No
 
 
 def adopt_libraries() -> None:
-    """Write libraries' records, and the tracebacks of threads that fail, as this process writes its own.
+    """Send libraries' records, and the tracebacks of failed threads, through this process's own handler.
 
     Some libraries give their logger a handler of its own (transformers, huggingface_hub, torch), which prints
     raw text, even beside JSON. Call it once they are imported.

@@ -1,4 +1,4 @@
-"""What liveness and readiness probes are told."""
+"""Answers liveness and readiness probes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 STALLED_SECONDS = 60.0
-"""An event loop that hasn't run for so long hangs: callbacks take well under a second."""
+"""An event loop that hasn't run for this long hangs: callbacks take well under a second."""
 BEAT_SECONDS = 1.0
 
 
@@ -27,27 +27,27 @@ class Probes:
         self._beat: float | None = None
 
     def ready(self) -> None:
-        """Requests are answered from here on."""
+        """Report that requests are answered from now on."""
         self._unready = None
 
     def unready(self, why: str) -> None:
-        """New requests are refused from here on."""
+        """Report that new requests are refused from now on."""
         self._unready = why
 
     def dead(self, why: str) -> None:
-        """The process can't recover and should be restarted."""
+        """Report that the process can't recover and should be restarted."""
         self._dead = why
 
     def beat(self) -> None:
-        """The event loop runs. Call it every `BEAT_SECONDS`, after the first call."""
+        """Report that the event loop runs; once begun, call it every `BEAT_SECONDS`."""
         self._beat = self._clock()
 
     def rest(self) -> None:
-        """The event loop ends as planned, and beats no more."""
+        """Report that the event loop ends as planned, so that no more beats are expected."""
         self._beat = None
 
     def unhealthy_because(self) -> str | None:
-        """Why the process should be restarted; None while it is well, be it loading or draining."""
+        """Return why the process should be restarted; None if it needn't be, as while it loads or drains."""
         if self._dead is not None:
             return self._dead
         beat = self._beat
@@ -56,5 +56,5 @@ class Probes:
         return None
 
     def unready_because(self) -> str | None:
-        """Why requests should go elsewhere; None while they are answered."""
+        """Return why requests should be sent elsewhere; None while they are answered."""
         return self.unhealthy_because() or self._unready

@@ -136,7 +136,7 @@ def _build_best(levels: Sequence[str]) -> Path:
     """For the best instruction set that the compiler knows: an old one doesn't know the newest."""
     folder = cache_dir() / "kernels"
     _compiler()  # its absence is all that needs saying
-    log.info("compiling the C++ operators for this processor, once, into %s: about half a minute", folder)
+    log.info("compiling the C++ operators for this processor, once, into %s", folder)
     started = time.monotonic()
     *better, last = levels
     with reminders("compiling", lambda text: log.info("C++ operators: %s", text)):

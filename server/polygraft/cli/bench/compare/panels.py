@@ -1,4 +1,4 @@
-"""What the report's plots show: small panels of curves, with limits that hold every point."""
+"""Decides what the report's plots show: small panels of curves, with limits that include every point."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from polygraft.cli.bench.compare.verdict import count, verdicts
 _LOG_FROM = 20.0
 """From this ratio of the largest to the smallest value on, the axis is logarithmic."""
 _ROOM = 1.08
-"""Free room above the largest value, as a factor."""
+"""Headroom above the largest value, as a factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ Draft = tuple[str, str, list[Curve]]
 
 
 def rows(found: Comparison) -> list[Row]:
-    """The report's rows; those that have nothing to show are left out."""
+    """Return the report's rows, without those that have nothing to show."""
     drafts = [
         ("Throughput by distinct adapters", "tokens/s", "distinct adapters", _throughput(found)),
         ("Typical time between tokens (p50)", "ms", "requests in flight", _latency(found, "p50")),
@@ -145,7 +145,7 @@ def _ticks(curves: Iterable[Curve]) -> tuple[int, ...]:
 
 
 def _limits(curves: Sequence[Curve]) -> tuple[tuple[float, float], bool]:
-    """Limits that hold all values, and whether they are of a logarithmic axis."""
+    """Return limits that include all values, and whether the axis is logarithmic."""
     values = [value for curve in curves for value in (*curve.y, *curve.low, *curve.high)]
     finite = [value for value in values if math.isfinite(value) and value >= 0]
     least, most = min(finite, default=0.0), max(finite, default=0.0)

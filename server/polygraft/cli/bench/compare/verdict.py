@@ -1,4 +1,4 @@
-"""Which path is faster, and whether the measurements are good enough to say so."""
+"""Decides which path is faster, and whether the measurements are good enough to say so."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from polygraft.cli.bench.compare.result import Comparison, Figures
 
 MARGIN = 1.02
-"""A path is faster if it gives more than so many times the tokens per second."""
+"""A path is faster if its tokens per second exceed the other's by more than this factor."""
 ENOUGH_ROUNDS = 3
 NOISY = 0.10
-"""Spread of a cell's rounds, relative to their median, from which on the machine counts as noisy."""
+"""From this spread of a cell's rounds on, relative to their median, the machine counts as noisy."""
 
 
 def count(number: int, noun: str) -> str:
@@ -46,7 +46,7 @@ class Verdict:
         return found
 
     def short(self) -> str:
-        """A few words for a panel."""
+        """Return a few words for a panel's title."""
         if self.crossover is not None:
             return f"unmerged faster from {count(self.crossover, 'adapter')} on"
         if self.merged and len(self.merged) == len(self.ratios):
@@ -54,7 +54,7 @@ class Verdict:
         return "no clear crossover"
 
     def sentence(self) -> str:
-        """What was seen at this concurrency."""
+        """Summarise this concurrency in a sentence."""
         parts = []
         for path, numbers in (("unmerged", self.unmerged), ("merged", self.merged)):
             if numbers:
@@ -72,7 +72,7 @@ class Verdict:
 
 
 def verdicts(cells: Sequence[Figures]) -> list[Verdict]:
-    """One for each concurrency at which both paths were measured with the same numbers of adapters."""
+    """Return a verdict for each concurrency at which both paths were measured with the same mixes."""
     found = []
     for concurrency in sorted({cell.concurrency for cell in cells}):
         by_number: dict[int, dict[str, Figures]] = {}
@@ -116,7 +116,7 @@ def _left(number: int) -> str:
 
 
 def caveats(found: Comparison) -> list[str]:
-    """Why the figures may be worth less than they look."""
+    """Return the reasons for reading the figures with caution."""
     lines = []
     if found.rounds < ENOUGH_ROUNDS:
         lines.append(
