@@ -64,3 +64,11 @@ def test_a_hub_that_never_answers_is_not_waited_for(hub_cache: Path, monkeypatch
         assert hub_folder("team/tiny").startswith(str(hub_cache))
         with pytest.raises(BaseModelError, match="the hub cannot be reached"):
             hub_folder("team/other")
+
+
+def test_a_model_is_looked_up_once(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(hub, "_answers", lambda model: bool(asked.append(model)))
+    for _ in range(3):
+        assert base_config("team/tiny").model_type == "llama"
+    assert asked == ["team/tiny"]
