@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from polygraft.engine.request import (
     RequestOutput,
     ScoreRequest,
 )
+from polygraft.engine.scoring import ScoreJob
 from polygraft.errors import (
     AdapterNotFound,
     ContextLengthExceeded,
@@ -300,18 +302,34 @@ async def test_the_async_engine_scores_aborts_and_counts(llama: Path, llama_stor
     check_clean(engine)
 
 
-async def test_who_gives_up_while_it_is_tokenized_pins_no_adapter(llama: Path, llama_store: Path) -> None:
+async def test_who_gives_up_while_it_is_tokenized_pins_no_adapter(
+    llama: Path, llama_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine(llama, llama_store)
+    tokenized, given_up = threading.Event(), threading.Event()
+    prepare = engine.prepare_score
+
+    def prepare_until_given_up(request: ScoreRequest) -> ScoreJob:
+        job = prepare(request)
+        tokenized.set()
+        assert given_up.wait(20)
+        return job
+
+    def pins() -> int:
+        return sum(info.running_requests for info in engine.adapters.registry.list())
+
+    monkeypatch.setattr(engine, "prepare_score", prepare_until_given_up)
     handle = AsyncEngine(engine, Metrics(), max_waiting=2)
     handle.start()
     task = asyncio.create_task(handle.score(ask("a", "lora", prompt="ab " * 60, continuations=["c"] * 200)))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    assert await asyncio.to_thread(tokenized.wait, 20)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    async with asyncio.timeout(20):  # the tokenizing goes on, on a thread of its own
-        while any(info.running_requests for info in handle.list_adapters()):
+    assert pins() == 1
+    given_up.set()
+    async with asyncio.timeout(20):
+        while pins():
             await asyncio.sleep(0.01)
     assert await handle.drain(10.0) == 0
     check_clean(engine)
