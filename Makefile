@@ -65,10 +65,11 @@ test-oldest: $(OLDEST)/.done  ## Run the tests with the oldest versions that are
 attacks: model  ## Attack a server of the default model, one fault after another, and report what others felt
 	$(BIN)/python -m tests.attacks
 
-check: setup  ## Lint, format, types, protos and their stubs
+check: setup  ## Lint, format, types, imports, protos and their stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint
 	rm -rf build/stubs && mkdir -p build/stubs && $(call PROTOC,build/stubs)
 	diff -r -x '*.proto' -x __init__.py -x __pycache__ build/stubs/polygraft_api/v1 protos/polygraft_api/v1

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from benchmarks.workload import ADAPTERS, RANK, TARGETS, adapter_names
 from polygraft.base.default_model import HUB_ID
-from polygraft.base.spec import BaseSpec
+from polygraft.core.spec import BaseSpec
 
 
 def write_adapters(store: Path, base: BaseSpec, count: int = ADAPTERS, rank: int = RANK) -> None:

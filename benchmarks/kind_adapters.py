@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.workload import RANK, TARGETS
 from polygraft.base.default_model import HUB_ID
 from polygraft.base.model_folder import resolve_model
-from polygraft.base.spec import BaseSpec
+from polygraft.core.spec import BaseSpec
 
 TOKENS = 16
 CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}

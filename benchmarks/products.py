@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from polygraft.layers.linear import LinearGroup, PackedLinear
+from polygraft.layers.linear.linear import LinearGroup, PackedLinear
 from polygraft.layers.native.kernels import load_kernels
 
 OUT, IN = 1536, 576  # gate or up of the default model

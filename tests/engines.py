@@ -9,8 +9,7 @@ import torch
 
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
-from polygraft.engine.engine import Engine
-from polygraft.engine.request import (
+from polygraft.core.request import (
     AdapterRef,
     CombinationType,
     FinishReason,
@@ -18,7 +17,8 @@ from polygraft.engine.request import (
     Request,
     StoppingParams,
 )
-from polygraft.engine.sequence import CanarySequence
+from polygraft.engine.engine import Engine
+from polygraft.engine.schedule.sequence import CanarySequence
 
 
 def make_engine(

@@ -10,12 +10,12 @@ from collections.abc import AsyncGenerator
 from multiprocessing.connection import Connection
 
 from polygraft.config import ServerConfig
+from polygraft.core.request import Request, RequestOutput
 from polygraft.engine.async_engine import AsyncEngine
+from polygraft.engine.client import ModelInfo
 from polygraft.engine.engine import Engine
 from polygraft.engine.engine_thread import EngineThread
-from polygraft.engine.handle import ModelInfo
-from polygraft.engine.request import Request, RequestOutput
-from polygraft.rpc.server import RpcServer
+from polygraft.rpc.grpc_server import GrpcServer
 from polygraft.server import SWITCH_SECONDS
 from polygraft.telemetry.metrics import Metrics
 
@@ -36,7 +36,7 @@ def run_engine(pipe: Connection) -> None:
 
 
 class ProcessEngine:
-    """Just enough of `EngineHandle` for this benchmark, over a pipe to a child process."""
+    """Just enough of `EngineClient` for this benchmark, over a pipe to a child process."""
 
     def __init__(self) -> None:
         self._pipe, child = multiprocessing.Pipe()
@@ -81,7 +81,7 @@ async def main(kind: str) -> None:
     else:
         handle = ProcessEngine()
     handle.start()
-    server = RpcServer(CONFIG, handle, metrics)
+    server = GrpcServer(CONFIG, handle, metrics)
     port = await server.start()
     print(f"ready 127.0.0.1:{port}", flush=True)
     await asyncio.to_thread(sys.stdin.read)

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from benchmarks.suite.experiment import Experiment, Row
-from polygraft.base.packing import weight_bytes
+from polygraft.base.optimize.packing import weight_bytes
 from polygraft.config import ServerConfig
+from polygraft.core.request import Request, StoppingParams
 from polygraft.engine.engine import Engine
-from polygraft.engine.request import Request, StoppingParams
-from polygraft.layers.linear import LinearGroup, PackedLinear
+from polygraft.layers.linear.linear import LinearGroup, PackedLinear
 from polygraft.layers.native.kernels import load_kernels
 
 STEPS = 24

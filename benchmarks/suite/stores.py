@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from benchmarks.adapter_files import write_adapters
 from benchmarks.workload import adapter_names
 from polygraft.base.default_model import HUB_ID
-from polygraft.base.spec import BaseSpec
+from polygraft.core.spec import BaseSpec
 
 DISTINCT = 8
 """So many folders of a large store differ; the others are the same files under other names."""

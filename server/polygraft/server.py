@@ -15,7 +15,7 @@ from polygraft.addresses import Address, Reservation
 from polygraft.config import ServerConfig
 from polygraft.config_sources import mistaken_variables
 from polygraft.early_signals import force_from_now
-from polygraft.engine.machine import Machine
+from polygraft.engine.machine.machine import Machine
 from polygraft.errors import PolygraftError
 from polygraft.stages import Stages
 from polygraft.telemetry.logging import adopt_libraries, configure_logging
@@ -113,7 +113,7 @@ async def _serve(
     stages: Stages,
 ) -> int:
     from polygraft.engine.async_engine import AsyncEngine
-    from polygraft.rpc.serve import serve
+    from polygraft.rpc.lifecycle import serve
     from polygraft.telemetry.greeting import greeting
 
     handle = AsyncEngine(engine, metrics, max_waiting=config.max_waiting, thread=thread)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from polygraft.adapters.adapterhub.form import ADAPTERHUB_WEIGHTS
+from polygraft.adapters.files.adapterhub_form import ADAPTERHUB_WEIGHTS
 from polygraft.base.loader import inspect_without_weights
-from polygraft.base.spec import BaseSpec
+from polygraft.core.spec import BaseSpec
 from tests.adapterhub.library import FIXTURES, base_folder
 from tests.adapters.specimen import Specimen
 

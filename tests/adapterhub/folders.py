@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.files.store import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
-from polygraft.adapters.store import read_folder
+from polygraft.base.inspect.residual_sites import ATTENTION
 from polygraft.base.loader import inspect_without_weights
-from polygraft.base.residual_sites import ATTENTION
-from polygraft.base.spec import BaseSpec
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.spec import BaseSpec
 
 _DEFAULTS: dict[str, Any] = {
     "mh_adapter": False, "output_adapter": True, "cross_adapter": False, "reduction_factor": 8,
@@ -76,7 +76,7 @@ def save_bottleneck(folder: Path, model: Path, kind: str, seed: int = 0) -> Path
     return folder
 
 
-def compiled_for(model: Path, folder: Path) -> tuple[BaseSpec, CompiledAdapter]:
+def compiled_for(model: Path, folder: Path) -> tuple[BaseSpec, AdapterWeights]:
     """A base's names, and an adapter's primitives in float32."""
     base = inspect_without_weights(str(model))
     return base, run_to_end(compile_adapter(read_folder("a", folder, 2**30), base, AdapterLimits()))

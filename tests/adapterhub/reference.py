@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.primitives import Bottleneck, Coupling, CouplingLayers, LowRank, Prefix, Scale
-from polygraft.base.residual_sites import ResidualSite
-from polygraft.base.spec import BaseSpec
-from polygraft.layers.activations import ACTIVATIONS
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.primitives import Bottleneck, Coupling, CouplingLayers, LowRank, Prefix, Scale
+from polygraft.core.spec import BaseSpec, ResidualSite
+from polygraft.layers.residual.activations import ACTIVATIONS
 
 ATTENTION = "prefix_reference"
 
@@ -104,7 +103,7 @@ AttentionInterface.register(ATTENTION, PREFIXES)
 
 
 @contextmanager
-def adapted(model: PreTrainedModel, base: BaseSpec, compiled: CompiledAdapter) -> Iterator[None]:
+def adapted(model: PreTrainedModel, base: BaseSpec, compiled: AdapterWeights) -> Iterator[None]:
     """The model with an adapter's primitives in it; its attention implementation must be `ATTENTION`."""
     handles: list[RemovableHandle] = []
     assert set(compiled.bottlenecks) <= set(base.residual)

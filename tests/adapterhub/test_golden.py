@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from polygraft.base.loader import inspect_without_weights
-from polygraft.base.spec import BaseSpec
+from polygraft.core.spec import BaseSpec
 from tests.adapterhub.library import ARCHITECTURES, CASES, FIXTURES, PROMPT, ROWS, base_folder, expected
 from tests.adapterhub.reference import ATTENTION, adapted
 from tests.adapters.specimen import compile_folder

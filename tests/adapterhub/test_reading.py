@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from polygraft.adapters.adapterhub.form import ADAPTERHUB_PICKLE, ADAPTERHUB_WEIGHTS, HEAD_CONFIG
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.folder import AdapterFolder, Weights
+from polygraft.adapters.files.adapterhub_form import ADAPTERHUB_PICKLE, ADAPTERHUB_WEIGHTS, HEAD_CONFIG
+from polygraft.adapters.files.folder import AdapterFolder, Weights
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
-from polygraft.adapters.primitives import Prefix
-from polygraft.base.spec import BaseSpec
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.primitives import Prefix
+from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapterhub.library import FIXTURES, REFUSED, keys
 from tests.adapters.specimen import Specimen, compile_folder
@@ -52,11 +52,11 @@ def refusals(bases: Callable[[str], BaseSpec], tmp_path: Path) -> Callable[[Spec
 
 
 @pytest.fixture
-def compiled(bases: Callable[[str], BaseSpec], tmp_path: Path) -> Callable[[Specimen, str], CompiledAdapter]:
+def compiled(bases: Callable[[str], BaseSpec], tmp_path: Path) -> Callable[[Specimen, str], AdapterWeights]:
     """A specimen's primitives."""
     number = itertools.count()
 
-    def get(specimen: Specimen, architecture: str = "llama") -> CompiledAdapter:
+    def get(specimen: Specimen, architecture: str = "llama") -> AdapterWeights:
         return compile_folder(specimen.save(tmp_path / f"intact-{next(number)}"), bases(architecture))
 
     return get
@@ -370,7 +370,7 @@ def test_kind_and_primitives(base: BaseSpec, key: str) -> None:
 
 
 def test_only_the_classes_that_invert_do(
-    specimen: Callable[..., Specimen], compiled: Callable[..., CompiledAdapter]
+    specimen: Callable[..., Specimen], compiled: Callable[..., AdapterWeights]
 ) -> None:
     for model_class, inverted in (("LlamaForCausalLM", False), ("LlamaAdapterModel", True)):
         one = specimen("seq_bn_inv")
@@ -392,7 +392,7 @@ def test_layers_without_a_prefix(base: BaseSpec) -> None:
 
 def test_copies_of_a_tensor_must_be_the_same(
     specimen: Callable[..., Specimen],
-    compiled: Callable[..., CompiledAdapter],
+    compiled: Callable[..., AdapterWeights],
     refusals: Callable[..., tuple[str, ...]],
 ) -> None:
     pool = "prefix_tunings.prefix.self_prefix.wte.weight"
@@ -405,7 +405,7 @@ def test_copies_of_a_tensor_must_be_the_same(
 
 
 def test_a_prefix_that_was_flattened_after_training(
-    specimen: Callable[..., Specimen], compiled: Callable[..., CompiledAdapter]
+    specimen: Callable[..., Specimen], compiled: Callable[..., AdapterWeights]
 ) -> None:
     """`eject_prefix_tuning` leaves `flat` as it was."""
     flat, ejected = specimen("prefix-flat"), specimen("prefix-flat")
@@ -418,7 +418,7 @@ def test_a_prefix_that_was_flattened_after_training(
     ("version", "scaled"), [("adapters.1.0.1", False), ("adapters.1.1.0", True), ("3.2.1", True)]
 )
 def test_lora_of_versions_that_forgot_its_scaling(
-    specimen: Callable[..., Specimen], compiled: Callable[..., CompiledAdapter], version: str, scaled: bool
+    specimen: Callable[..., Specimen], compiled: Callable[..., AdapterWeights], version: str, scaled: bool
 ) -> None:
     one = specimen("lora")
     one.config["version"] = version
@@ -445,7 +445,7 @@ def test_lora_of_versions_that_forgot_its_scaling(
 )
 def test_what_a_file_of_sixteen_bits_holds_is_not_rounded_again(
     specimen: Callable[..., Specimen],
-    compiled: Callable[..., CompiledAdapter],
+    compiled: Callable[..., AdapterWeights],
     kind: str,
     options: dict[str, object],
     dtype: torch.dtype,
@@ -467,7 +467,7 @@ def test_what_a_file_of_sixteen_bits_holds_is_not_rounded_again(
 
 
 def test_activations_of_the_first_version(
-    specimen: Callable[..., Specimen], compiled: Callable[..., CompiledAdapter]
+    specimen: Callable[..., Specimen], compiled: Callable[..., AdapterWeights]
 ) -> None:
     for name, old, now in (("gelu", "gelu_tanh", "gelu"), ("relu", "relu", "relu")):
         one = specimen("act-gelu")
@@ -478,7 +478,7 @@ def test_activations_of_the_first_version(
 
 
 def test_a_name_of_another_base_is_a_warning(
-    specimen: Callable[..., Specimen], compiled: Callable[..., CompiledAdapter]
+    specimen: Callable[..., Specimen], compiled: Callable[..., AdapterWeights]
 ) -> None:
     one = specimen("lora")
     one.config["model_name"] = "someone/else"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from polygraft.base.loader import inspect_without_weights
-from polygraft.base.spec import BaseSpec
+from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapters.specimen import Specimen, compile_folder
 

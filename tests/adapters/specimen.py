@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.folder import CONFIG, WEIGHTS
+from polygraft.adapters.files.folder import CONFIG, WEIGHTS
+from polygraft.adapters.files.store import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
-from polygraft.adapters.store import read_folder
-from polygraft.base.spec import BaseSpec
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.spec import BaseSpec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -47,7 +47,7 @@ def split(folder: Path) -> None:
     exec(code[1], {"json": json, "load_file": load_file, "save_file": save_file, "folder": folder})
 
 
-def compile_folder(folder: Path, base: BaseSpec, limits: AdapterLimits | None = None) -> CompiledAdapter:
+def compile_folder(folder: Path, base: BaseSpec, limits: AdapterLimits | None = None) -> AdapterWeights:
     """All that loading does before the engine sees the adapter."""
     limits = limits or AdapterLimits()
     files = read_folder(folder.name, folder, limits.compiled_bytes)

@@ -12,8 +12,8 @@ from polygraft.adapters.kinds import AdapterLimits
 from polygraft.base.default_config import default_config
 from polygraft.base.default_model import ensure_default_model
 from polygraft.base.loader import load_base
-from polygraft.base.spec import BaseSpec
 from polygraft.config import ServerConfig
+from polygraft.core.spec import BaseSpec
 from polygraft.engine.check import CheckReport, check_against, check_folder
 from polygraft.engine.engine import Engine
 from polygraft.errors import BaseModelError

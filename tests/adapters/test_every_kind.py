@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from polygraft.adapters.kinds import KINDS as SERVED
-from polygraft.base.spec import BaseSpec
+from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapters.conftest import CheckIgnored
 from tests.adapters.specimen import Specimen, compile_folder

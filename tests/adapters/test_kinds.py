@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from polygraft.adapters.kinds import AdapterLimits
-from polygraft.adapters.primitives import Prefix, SoftPrompt
 from polygraft.base.loader import inspect_without_weights
-from polygraft.base.spec import BaseSpec
+from polygraft.core.primitives import Prefix, SoftPrompt
+from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapters.conftest import CheckRefused
 from tests.adapters.specimen import Q0, Specimen, compile_folder

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from polygraft.adapters import nearest
-from polygraft.adapters.info import NearToken
 from polygraft.adapters.nearest import nearest_tokens
-from polygraft.adapters.primitives import SoftPrompt
+from polygraft.core.adapter_info import NearToken
+from polygraft.core.primitives import SoftPrompt
 
 
 def run(prompt: torch.Tensor, table: torch.Tensor, count: int) -> list[list[NearToken]]:

@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.info import AdapterInfo, AdapterState
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
-from polygraft.engine.request import AdapterRef
+from polygraft.core.adapter_info import AdapterInfo, AdapterState
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
 from polygraft.near_names import nearest_names
 
-COMPILED = CompiledAdapter("lora", 10)
+COMPILED = AdapterWeights("lora", 10)
 
 
 def finish(registry: AdapterRegistry, name: str) -> Adapter:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from polygraft.adapters.files.reader import MAX_ENTRIES
+from polygraft.adapters.files.store import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter
-from polygraft.adapters.reader import MAX_ENTRIES
-from polygraft.adapters.store import read_folder
-from polygraft.base.spec import BaseSpec
+from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapters.specimen import Specimen, compile_folder
 
@@ -114,6 +114,6 @@ def test_whatever_goes_wrong_is_a_reason(
     def fail(*_: object, **__: object) -> None:
         raise error("some\nreason")
 
-    monkeypatch.setattr("polygraft.adapters.lora.find_targets", fail)
+    monkeypatch.setattr("polygraft.adapters.peft.lora.find_targets", fail)
     with pytest.raises(AdapterInvalid, match=r"can't be read: some\\nreason"):
         compile_folder(folder, spec)

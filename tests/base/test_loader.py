@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from polygraft.base import fusing, loader, packing
-from polygraft.base.loader import context_limit, inspect_without_weights, load_base
+from polygraft.base import loader
+from polygraft.base.context_limit import context_limit
+from polygraft.base.loader import inspect_without_weights, load_base
+from polygraft.base.optimize import fusing, packing
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
 from polygraft.errors import BaseModelError, UnsupportedArchitecture

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from polygraft.base.loader import load_base
 from polygraft.base.tokenizer import TextTokenizer, contained, text_tokenizer
-from polygraft.engine.logprobs import TokenTexts
-from polygraft.engine.prompts import Prompts
-from polygraft.engine.request import AdapterRef, Request, ResponseParams, SamplingParams, StoppingParams
+from polygraft.core.request import AdapterRef, Request, ResponseParams, SamplingParams, StoppingParams
+from polygraft.engine.requests.prompts import Prompts
+from polygraft.engine.sampling.logprobs import TokenTexts
 from polygraft.errors import BaseModelError, InvalidRequest
 from tests.engines import greedy, make_engine, run_greedy
 from tests.tiny import byte_tokenizer

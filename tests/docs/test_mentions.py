@@ -19,7 +19,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 ROOTS = (ROOT, ROOT / "server" / "polygraft")
 OTHER_VARIABLES = {
-    "POLYGRAFT_CACHE",  # of base/cache_dir.py
+    "POLYGRAFT_CACHE",  # of core/cache_dir.py
     "POLYGRAFT_SERVER",  # of the commands that call a server
 }
 NO_COMMANDS = ("polygraft ready: ", "polygraft serve | ", "polygraft adapters …")

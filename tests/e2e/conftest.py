@@ -15,7 +15,7 @@ import pytest
 from polygraft.cli.demo.launcher import Addresses, ServerProcess, serve_command
 from polygraft.config import ServerConfig
 from polygraft.engine.async_engine import AsyncEngine
-from polygraft.rpc.server import RpcServer
+from polygraft.rpc.grpc_server import GrpcServer
 from polygraft.telemetry.metrics import Metrics
 from polygraft_api.v1 import adapters_pb2_grpc, inference_pb2_grpc
 from polygraft_api.v1 import inference_pb2 as pb
@@ -58,7 +58,7 @@ async def live(llama: Path, llama_store: Path, tmp_path: Path) -> AsyncIterator[
     metrics = Metrics()
     handle = AsyncEngine(engine, metrics, max_waiting=64)
     handle.start()
-    server = RpcServer(ServerConfig(listen="127.0.0.1:0", metrics=""), handle, metrics)
+    server = GrpcServer(ServerConfig(listen="127.0.0.1:0", metrics=""), handle, metrics)
     port = await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield Live(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from polygraft.adapters.names import STACK, STACK_KIND
+from polygraft.core.names import STACK, STACK_KIND
 from polygraft_api.v1 import adapters_pb2 as ap
 from polygraft_api.v1 import inference_pb2 as pb
 from polygraft_client import AsyncClient, CombinationType

@@ -18,7 +18,7 @@ import pytest
 
 from polygraft.config import ServerConfig
 from polygraft.engine.async_engine import AsyncEngine
-from polygraft.rpc.server import RpcServer
+from polygraft.rpc.grpc_server import GrpcServer
 from polygraft.telemetry.metrics import Metrics
 from polygraft_api.v1 import inference_pb2 as pb
 from tests.engines import make_engine
@@ -178,7 +178,7 @@ async def address(roomy: Path) -> AsyncIterator[str]:
     metrics = Metrics()
     handle = AsyncEngine(engine, metrics, max_waiting=64)
     handle.start()
-    server = RpcServer(ServerConfig(listen="127.0.0.1:0", metrics=""), handle, metrics)
+    server = GrpcServer(ServerConfig(listen="127.0.0.1:0", metrics=""), handle, metrics)
     yield f"127.0.0.1:{await server.start()}"
     await server.stop(None)
     await handle.drain(5.0)

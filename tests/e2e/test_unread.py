@@ -14,7 +14,7 @@ import pytest
 from polygraft.config import ServerConfig
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.rpc import interceptors
-from polygraft.rpc.server import RpcServer
+from polygraft.rpc.grpc_server import GrpcServer
 from polygraft.telemetry.metrics import Metrics
 from polygraft_api.v1 import inference_pb2 as pb
 from polygraft_api.v1 import inference_pb2_grpc
@@ -39,7 +39,7 @@ def chatty(tokens: int = TOKENS) -> pb.GenerateRequest:
 
 
 class Served:
-    def __init__(self, handle: AsyncEngine, server: RpcServer, metrics: Metrics, address: str) -> None:
+    def __init__(self, handle: AsyncEngine, server: GrpcServer, metrics: Metrics, address: str) -> None:
         self.handle = handle
         self.server = server
         self.metrics = metrics
@@ -67,7 +67,7 @@ async def serving(model: Path, **settings: Any) -> AsyncIterator[Served]:
     metrics = Metrics()
     handle = AsyncEngine(engine, metrics, max_waiting=64)
     handle.start()
-    server = RpcServer(ServerConfig(listen="127.0.0.1:0", metrics="", **settings), handle, metrics)
+    server = GrpcServer(ServerConfig(listen="127.0.0.1:0", metrics="", **settings), handle, metrics)
     port = await server.start()
     yield Served(handle, server, metrics, f"127.0.0.1:{port}")
     await server.stop(None)

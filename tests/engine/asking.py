@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from polygraft.core.request import AdapterRef, Finished, Request, RequestOutput, StoppingParams
 from polygraft.engine.engine import Engine
-from polygraft.engine.request import AdapterRef, Finished, Request, RequestOutput, StoppingParams
 
 PROMPT = list(range(30, 60))
 

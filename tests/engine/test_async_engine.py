@@ -15,19 +15,11 @@ from typing import Any
 
 import pytest
 
-from polygraft.adapters.info import AdapterInfo, AdapterState, MergeEvent
+from polygraft.core.adapter_info import AdapterInfo, AdapterState, MergeEvent
+from polygraft.core.request import Chat, ChatMessage, Finished, FinishReason, LoraPath, Request, RequestOutput
 from polygraft.engine.async_engine import AsyncEngine
+from polygraft.engine.client import Occupancy, StepStats
 from polygraft.engine.engine import Engine
-from polygraft.engine.handle import Occupancy, StepStats
-from polygraft.engine.request import (
-    Chat,
-    ChatMessage,
-    Finished,
-    FinishReason,
-    LoraPath,
-    Request,
-    RequestOutput,
-)
 from polygraft.engine.step_result import StepResult
 from polygraft.errors import (
     AdapterExists,

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from polygraft.adapters.folder import CONFIG, WEIGHTS
-from polygraft.adapters.info import AdapterState
+from polygraft.adapters.files.folder import CONFIG, WEIGHTS
 from polygraft.base.tokenizer import TOKENIZER
 from polygraft.config import ServerConfig
+from polygraft.core.adapter_info import AdapterState
 from polygraft.engine.check import CheckReport, check_folder
 from polygraft.engine.engine import Engine
 from polygraft.errors import AdapterInvalid, InvalidRequest

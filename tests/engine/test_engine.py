@@ -13,12 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from polygraft.base.loader import Base
-from polygraft.engine import engine as engine_module
-from polygraft.engine import generations as generations_module
-from polygraft.engine import sequence as sequence_module
-from polygraft.engine.engine import Engine
-from polygraft.engine.model_info import default_sampling
-from polygraft.engine.request import (
+from polygraft.core.request import (
     DEFAULT_MAX_NEW_TOKENS,
     AdapterRef,
     FinishReason,
@@ -27,6 +22,11 @@ from polygraft.engine.request import (
     SamplingParams,
     StoppingParams,
 )
+from polygraft.engine import engine as engine_module
+from polygraft.engine.engine import Engine
+from polygraft.engine.model_info import default_sampling
+from polygraft.engine.requests import generations as generations_module
+from polygraft.engine.schedule import sequence as sequence_module
 from tests.engine.asking import PROMPT, check_clean, request, run, text_of, tokens_of
 from tests.engine.stores import copy_of, poison
 from tests.engines import greedy, make_engine, run_greedy

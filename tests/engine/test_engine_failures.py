@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from polygraft.adapters.info import AdapterState
-from polygraft.engine.request import Request, RequestOutput
+from polygraft.core.adapter_info import AdapterState
+from polygraft.core.request import Request, RequestOutput
 from polygraft.errors import EngineDead, PolygraftError
 from tests.engine.stores import copy_of
 from tests.engine.test_async_engine import PROMPT, Running

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.primitives import Bottleneck, Coupling, CouplingLayers, Kron, LowRank, Rotation, Scale
 from polygraft.adapters.registry import AdapterRegistry
 from polygraft.adapters.stack import check_stack
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.primitives import Bottleneck, Coupling, CouplingLayers, Kron, LowRank, Rotation, Scale
+from polygraft.core.request import AdapterRef, LoraPath, Request, ScoreRequest, StoppingParams
 from polygraft.engine.engine import Engine
-from polygraft.engine.request import AdapterRef, LoraPath, Request, ScoreRequest, StoppingParams
 from polygraft.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, PolygraftError
 from tests.engine.asking import PROMPT, check_clean, run
 from tests.engine.stores import copy_of, load, start_unload, strengthen
@@ -100,7 +100,7 @@ HALF = CouplingLayers(torch.zeros(1, 2), torch.zeros(1), torch.zeros(2, 1), torc
 LOW_RANK = {"m": LowRank(torch.zeros(1, 4), torch.zeros(4, 1))}
 
 
-class Unheard(CompiledAdapter):
+class Unheard(AdapterWeights):
     """One that has a primitive of which stacks know nothing."""
 
     @property
@@ -112,30 +112,30 @@ class Unheard(CompiledAdapter):
     ("first", "second", "text"),
     [
         (
-            CompiledAdapter("a", 1, bottlenecks={"x": BOTTLENECK, "y": BOTTLENECK}),
-            CompiledAdapter("b", 1, bottlenecks={"y": BOTTLENECK}),
+            AdapterWeights("a", 1, bottlenecks={"x": BOTTLENECK, "y": BOTTLENECK}),
+            AdapterWeights("b", 1, bottlenecks={"y": BOTTLENECK}),
             "both have a bottleneck at y",
         ),
         (
-            CompiledAdapter("a", 1, coupling=Coupling(HALF, HALF, "relu")),
-            CompiledAdapter("b", 1, coupling=Coupling(HALF, HALF, "relu")),
+            AdapterWeights("a", 1, coupling=Coupling(HALF, HALF, "relu")),
+            AdapterWeights("b", 1, coupling=Coupling(HALF, HALF, "relu")),
             "both are invertible adapters",
         ),
         (
-            CompiledAdapter("a", 1, krons={"m": Kron(torch.zeros(1, 1), torch.zeros(4, 4))}),
-            CompiledAdapter("b", 1, rotations={"m": Rotation(torch.zeros(1, 4, 4))}),
+            AdapterWeights("a", 1, krons={"m": Kron(torch.zeros(1, 1), torch.zeros(4, 4))}),
+            AdapterWeights("b", 1, rotations={"m": Rotation(torch.zeros(1, 4, 4))}),
             "it rotates what m reads, which the weights that are added before it",
         ),
         (
-            CompiledAdapter("a", 1, scales={"m": Scale(output=torch.ones(4))}),
-            CompiledAdapter("b", 1, low_rank=LOW_RANK, of_base="projection"),
+            AdapterWeights("a", 1, scales={"m": Scale(output=torch.ones(4))}),
+            AdapterWeights("b", 1, low_rank=LOW_RANK, of_base="projection"),
             "it makes a projection of the base's weights of m, not of what is before it; name it first",
         ),
-        (CompiledAdapter("a", 1, low_rank=LOW_RANK), Unheard("b", 1), "what telepathy means beside another"),
-        (Unheard("a", 1), CompiledAdapter("b", 1, low_rank=LOW_RANK), "what telepathy means beside another"),
+        (AdapterWeights("a", 1, low_rank=LOW_RANK), Unheard("b", 1), "what telepathy means beside another"),
+        (Unheard("a", 1), AdapterWeights("b", 1, low_rank=LOW_RANK), "what telepathy means beside another"),
     ],
 )
-def test_what_stacks_dont_know_is_refused(first: CompiledAdapter, second: CompiledAdapter, text: str) -> None:
+def test_what_stacks_dont_know_is_refused(first: AdapterWeights, second: AdapterWeights, text: str) -> None:
     registry = AdapterRegistry(9)
     members = [(registry.new_adapter(c.kind, c, 0), 1.0) for c in (first, second)]
     with pytest.raises(InvalidRequest, match=rf"adapters\[1\]: 'b' after 'a': {text}"):
@@ -147,25 +147,25 @@ def test_what_stacks_dont_know_is_refused(first: CompiledAdapter, second: Compil
     ("first", "second"),
     [
         (
-            CompiledAdapter("a", 1, bottlenecks={"x": BOTTLENECK}),
-            CompiledAdapter("b", 1, bottlenecks={"y": BOTTLENECK}),
+            AdapterWeights("a", 1, bottlenecks={"x": BOTTLENECK}),
+            AdapterWeights("b", 1, bottlenecks={"y": BOTTLENECK}),
         ),
-        (CompiledAdapter("a", 1, low_rank=LOW_RANK), CompiledAdapter("b", 1, bottlenecks={"y": BOTTLENECK})),
+        (AdapterWeights("a", 1, low_rank=LOW_RANK), AdapterWeights("b", 1, bottlenecks={"y": BOTTLENECK})),
         (
-            CompiledAdapter("a", 1, scales={"m": Scale(input=torch.ones(4))}),
-            CompiledAdapter("b", 1, low_rank=LOW_RANK),
-        ),
-        (
-            CompiledAdapter("a", 1, low_rank=LOW_RANK),
-            CompiledAdapter("b", 1, scales={"m": Scale(output=torch.ones(4)), "n": Scale(torch.ones(4))}),
+            AdapterWeights("a", 1, scales={"m": Scale(input=torch.ones(4))}),
+            AdapterWeights("b", 1, low_rank=LOW_RANK),
         ),
         (
-            CompiledAdapter("a", 1, scales={"m": Scale(output=torch.ones(4))}, low_rank=LOW_RANK),
-            CompiledAdapter("b", 1, scales={"m": Scale(output=torch.ones(4))}),
+            AdapterWeights("a", 1, low_rank=LOW_RANK),
+            AdapterWeights("b", 1, scales={"m": Scale(output=torch.ones(4)), "n": Scale(torch.ones(4))}),
+        ),
+        (
+            AdapterWeights("a", 1, scales={"m": Scale(output=torch.ones(4))}, low_rank=LOW_RANK),
+            AdapterWeights("b", 1, scales={"m": Scale(output=torch.ones(4))}),
         ),
     ],
 )
-def test_what_does_not_meet_goes_together(first: CompiledAdapter, second: CompiledAdapter) -> None:
+def test_what_does_not_meet_goes_together(first: AdapterWeights, second: AdapterWeights) -> None:
     registry = AdapterRegistry(9)
     check_stack([(registry.new_adapter(c.kind, c, 0), 1.0) for c in (first, second)])
 

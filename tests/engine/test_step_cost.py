@@ -18,8 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from polygraft.core.request import Request
 from polygraft.engine.engine import Engine
-from polygraft.engine.request import Request
 from polygraft.layers.native.kernels import load_kernels
 from tests.engines import greedy, make_engine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polygraft.engine.request import RequestOutput, TokenLogprob, TopLogprob
+from polygraft.core.request import RequestOutput, TokenLogprob, TopLogprob
 from polygraft.engine.unread import PIECE, Unread, weight
 from polygraft.errors import EngineDead
 

@@ -23,9 +23,9 @@ from peft.tuners.road.layer import RoadLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from polygraft.adapters.adapterhub.form import ADAPTERHUB_WEIGHTS
+from polygraft.adapters.files.adapterhub_form import ADAPTERHUB_WEIGHTS
 from polygraft.base.bitsandbytes import leave_unpacked
-from polygraft.layers.merging import dense_weight
+from polygraft.layers.linear.merging import dense_weight
 from tests.adapterhub.folders import compiled_for
 from tests.adapterhub.reference import adapted
 

@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from polygraft.adapters.files.store import read_folder
 from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
-from polygraft.adapters.store import read_folder
+from polygraft.core.request import AdapterRef, Request, ScoreRequest, StoppingParams
 from polygraft.engine.engine import Engine
-from polygraft.engine.request import AdapterRef, Request, ScoreRequest, StoppingParams
 from polygraft.errors import AdapterInvalid, InvalidRequest
 from tests.engines import greedy, make_engine, run_greedy
 from tests.equivalence.reference import generate, load_reference

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig
 from safetensors.torch import save_file
 
-from polygraft.adapters.info import AdapterState
-from polygraft.engine.request import AdapterRef, CombinationType, LoraPath, Request, StoppingParams
+from polygraft.core.adapter_info import AdapterState
+from polygraft.core.request import AdapterRef, CombinationType, LoraPath, Request, StoppingParams
 from polygraft.errors import AdapterUnavailable, InvalidRequest
 from polygraft.layers.experts import sites
 from polygraft.layers.experts.forward import experts_forward

@@ -17,8 +17,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, Trainabl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from polygraft.engine.engine import Engine
-from polygraft.engine.request import (
+from polygraft.core.request import (
     AdapterRef,
     Request,
     ResponseParams,
@@ -26,6 +25,7 @@ from polygraft.engine.request import (
     ScoreRequest,
     StoppingParams,
 )
+from polygraft.engine.engine import Engine
 from polygraft.errors import InvalidRequest
 from tests.engines import forced_logits, greedy, make_engine, run_greedy
 from tests.equivalence.reference import Reference, forced, generate, load_reference

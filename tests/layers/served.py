@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import Kron, LowRank, Rotation, Scale
-from polygraft.layers.linear import LinearGroup, PackedLinear, Quantization
-from polygraft.layers.low_rank_bank import LowRankBank, Run
-from polygraft.layers.merging import WeightSwitch, merge
+from polygraft.core.primitives import Kron, LowRank, Rotation, Scale
+from polygraft.layers.linear.linear import LinearGroup, PackedLinear, Quantization
+from polygraft.layers.linear.low_rank_bank import LowRankBank, Run
+from polygraft.layers.linear.merging import WeightSwitch, merge
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import NO_SEGMENTS, AttentionPlan, StepContext
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
+from polygraft.core.spec import AttentionSite
 from polygraft.errors import UnsupportedArchitecture
-from polygraft.layers.attention import AttentionSite, PagedAttention, Probe, attention_forward
+from polygraft.layers.attention import PagedAttention, Probe, attention_forward
 from polygraft.layers.masks import carry_rule
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import AttentionPlan, StepContext

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from polygraft.config import ServerConfig
-from polygraft.rpc.server import RpcServer
+from polygraft.rpc.grpc_server import GrpcServer
 from polygraft.telemetry.metrics import Metrics
 from polygraft_api.v1 import adapters_pb2_grpc, inference_pb2_grpc
 from tests.rpc.fake_engine import FakeEngine
@@ -22,7 +22,7 @@ from tests.rpc.fake_engine import FakeEngine
 @dataclass
 class Served:
     engine: FakeEngine
-    server: RpcServer
+    server: GrpcServer
     metrics: Metrics
     channel: grpc.aio.Channel
     port: int
@@ -40,7 +40,7 @@ async def _serve(engine: FakeEngine | None = None, **settings: Any) -> AsyncIter
     engine = engine or FakeEngine()
     metrics = Metrics()
     config = ServerConfig(listen="127.0.0.1:0", metrics="", **settings)
-    server = RpcServer(config, engine, metrics)
+    server = GrpcServer(config, engine, metrics)
     port = await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -6,9 +6,15 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
-from polygraft.adapters.info import AdapterInfo, AdapterState, Deviation, MergedInfo, MergeState, NearToken
-from polygraft.engine.handle import ModelInfo
-from polygraft.engine.request import (
+from polygraft.core.adapter_info import (
+    AdapterInfo,
+    AdapterState,
+    Deviation,
+    MergedInfo,
+    MergeState,
+    NearToken,
+)
+from polygraft.core.request import (
     AdapterRef,
     Chat,
     ContinuationScore,
@@ -24,6 +30,7 @@ from polygraft.engine.request import (
     TopLogprob,
     Usage,
 )
+from polygraft.engine.client import ModelInfo
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, Draining, EngineDead, InvalidRequest
 
 MODEL = ModelInfo(
@@ -53,7 +60,7 @@ def ready(name: str, generation: int = 1, **fields: object) -> AdapterInfo:
 
 
 class FakeEngine:
-    """An `EngineHandle`.
+    """An `EngineClient`.
 
     `answer` is what every request generates, one piece a step. Requests pause after `pause_after`
     pieces until `resume` is set. `error` is raised before a request is queued, `late_error` once

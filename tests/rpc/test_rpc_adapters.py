@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
-from polygraft.adapters.info import AdapterInfo, AdapterState, MergedInfo, MergeState
+from polygraft.core.adapter_info import AdapterInfo, AdapterState, MergedInfo, MergeState
 from polygraft_api.v1 import adapters_pb2 as pb
 from polygraft_api.v1.inference_pb2 import GenerateRequest
 from tests.rpc.conftest import Serve, Served, details_of

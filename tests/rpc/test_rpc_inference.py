@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 import polygraft
-from polygraft.engine.request import AdapterRef
+from polygraft.core.request import AdapterRef
 from polygraft_api.v1 import inference_pb2 as pb
 from tests.rpc.conftest import Serve, Served, details_of
 from tests.rpc.fake_engine import MODEL, FakeEngine

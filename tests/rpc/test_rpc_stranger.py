@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from polygraft.rpc.server import ADAPTERS, HEALTH, INFERENCE
+from polygraft.rpc.grpc_server import ADAPTERS, HEALTH, INFERENCE
 from tests.rpc.conftest import Serve, Served
 
 GRPCURL = Path(sys.executable).with_name("grpcurl")

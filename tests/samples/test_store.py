@@ -12,7 +12,7 @@ import pytest
 
 from polygraft.adapters.kinds import AdapterLimits
 from polygraft.base.loader import inspect_without_weights
-from polygraft.base.spec import BaseSpec
+from polygraft.core.spec import BaseSpec
 from polygraft.engine.check import check_against
 
 SAMPLES = Path(__file__).resolve().parents[2] / "adapters"

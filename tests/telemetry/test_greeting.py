@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from polygraft.adapters.info import AdapterInfo, AdapterState
 from polygraft.addresses import Address
+from polygraft.core.adapter_info import AdapterInfo, AdapterState
 from polygraft.telemetry.greeting import command_to_try, greeting
 from tests.rpc.fake_engine import MODEL, ready
 

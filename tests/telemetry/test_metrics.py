@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from polygraft.adapters.info import AdapterInfo, AdapterState
-from polygraft.adapters.names import STACK
-from polygraft.engine.handle import ModelInfo, Occupancy, StepStats
-from polygraft.engine.request import Finished, FinishReason, LoraPath, SamplingParams, Timings, Usage
+from polygraft.core.adapter_info import AdapterInfo, AdapterState
+from polygraft.core.names import STACK
+from polygraft.core.request import Finished, FinishReason, LoraPath, SamplingParams, Timings, Usage
+from polygraft.engine.client import ModelInfo, Occupancy, StepStats
 from polygraft.telemetry.labels import OTHER, AdapterLabels
 from polygraft.telemetry.metrics import Metrics
 

@@ -13,58 +13,58 @@ from typing import TypeVar
 
 import torch
 
-from polygraft.adapters.adalora import compile_adalora
 from polygraft.adapters.adapterhub.compile import KINDS as ADAPTERHUB_KINDS
 from polygraft.adapters.adapterhub.compile import compile_adapterhub
-from polygraft.adapters.adapterhub.form import is_adapterhub
-from polygraft.adapters.beft import compile_beft
-from polygraft.adapters.boft import compile_boft
-from polygraft.adapters.c3a import compile_c3a
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.cpt import compile_cpt
-from polygraft.adapters.deft import compile_deft
-from polygraft.adapters.delora import compile_delora
-from polygraft.adapters.diagnosis import diagnose_tensors
-from polygraft.adapters.folder import AdapterFolder, untrusted
-from polygraft.adapters.fourierft import compile_fourierft
-from polygraft.adapters.frod import compile_frod
-from polygraft.adapters.glora import compile_glora
-from polygraft.adapters.gralora import compile_gralora
-from polygraft.adapters.hira import compile_hira
-from polygraft.adapters.hra import compile_hra
-from polygraft.adapters.ia3 import compile_ia3
-from polygraft.adapters.ln_tuning import compile_ln_tuning
-from polygraft.adapters.loha import compile_loha
-from polygraft.adapters.lokr import compile_lokr
-from polygraft.adapters.lora import compile_lora
-from polygraft.adapters.miss import compile_miss
-from polygraft.adapters.multitask_prompt_tuning import compile_multitask_prompt_tuning
-from polygraft.adapters.oft import compile_oft
-from polygraft.adapters.osf import compile_osf
-from polygraft.adapters.peanut import compile_peanut
-from polygraft.adapters.poly import compile_poly
-from polygraft.adapters.prefix_tuning import compile_cartridge, compile_prefix_tuning
-from polygraft.adapters.pvera import compile_pvera
-from polygraft.adapters.randlora import compile_randlora
-from polygraft.adapters.reader import FolderReader, shown
-from polygraft.adapters.refusals import why_not_kind
-from polygraft.adapters.road import compile_road
-from polygraft.adapters.saved_modules import take_saved_modules
-from polygraft.adapters.shira import compile_shira
-from polygraft.adapters.soft_prompt import compile_p_tuning, compile_prompt_tuning
-from polygraft.adapters.supertuning import compile_supertuning
-from polygraft.adapters.targets import choose
-from polygraft.adapters.tinylora import compile_tinylora
-from polygraft.adapters.trainable_tokens import compile_trainable_tokens
-from polygraft.adapters.unilora import compile_unilora
-from polygraft.adapters.vblora import compile_vblora
-from polygraft.adapters.vera import compile_vera
-from polygraft.adapters.waveft import compile_waveft
-from polygraft.base.spec import BaseSpec
+from polygraft.adapters.files.adapterhub_form import is_adapterhub
+from polygraft.adapters.files.diagnosis import diagnose_tensors
+from polygraft.adapters.files.folder import AdapterFolder, untrusted
+from polygraft.adapters.files.reader import FolderReader, shown
+from polygraft.adapters.files.refusals import why_not_kind
+from polygraft.adapters.peft.adalora import compile_adalora
+from polygraft.adapters.peft.beft import compile_beft
+from polygraft.adapters.peft.boft import compile_boft
+from polygraft.adapters.peft.c3a import compile_c3a
+from polygraft.adapters.peft.cpt import compile_cpt
+from polygraft.adapters.peft.deft import compile_deft
+from polygraft.adapters.peft.delora import compile_delora
+from polygraft.adapters.peft.fourierft import compile_fourierft
+from polygraft.adapters.peft.frod import compile_frod
+from polygraft.adapters.peft.glora import compile_glora
+from polygraft.adapters.peft.gralora import compile_gralora
+from polygraft.adapters.peft.hira import compile_hira
+from polygraft.adapters.peft.hra import compile_hra
+from polygraft.adapters.peft.ia3 import compile_ia3
+from polygraft.adapters.peft.ln_tuning import compile_ln_tuning
+from polygraft.adapters.peft.loha import compile_loha
+from polygraft.adapters.peft.lokr import compile_lokr
+from polygraft.adapters.peft.lora import compile_lora
+from polygraft.adapters.peft.miss import compile_miss
+from polygraft.adapters.peft.multitask_prompt_tuning import compile_multitask_prompt_tuning
+from polygraft.adapters.peft.oft import compile_oft
+from polygraft.adapters.peft.osf import compile_osf
+from polygraft.adapters.peft.peanut import compile_peanut
+from polygraft.adapters.peft.poly import compile_poly
+from polygraft.adapters.peft.prefix_tuning import compile_cartridge, compile_prefix_tuning
+from polygraft.adapters.peft.pvera import compile_pvera
+from polygraft.adapters.peft.randlora import compile_randlora
+from polygraft.adapters.peft.road import compile_road
+from polygraft.adapters.peft.saved_modules import take_saved_modules
+from polygraft.adapters.peft.shira import compile_shira
+from polygraft.adapters.peft.soft_prompt import compile_p_tuning, compile_prompt_tuning
+from polygraft.adapters.peft.supertuning import compile_supertuning
+from polygraft.adapters.peft.targets import choose
+from polygraft.adapters.peft.tinylora import compile_tinylora
+from polygraft.adapters.peft.trainable_tokens import compile_trainable_tokens
+from polygraft.adapters.peft.unilora import compile_unilora
+from polygraft.adapters.peft.vblora import compile_vblora
+from polygraft.adapters.peft.vera import compile_vera
+from polygraft.adapters.peft.waveft import compile_waveft
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 
 T = TypeVar("T")
-Compiler = Callable[[FolderReader, BaseSpec], Generator[None, None, CompiledAdapter]]
+Compiler = Callable[[FolderReader, BaseSpec], Generator[None, None, AdapterWeights]]
 
 KINDS: Mapping[str, Compiler] = {
     "LORA": compile_lora,
@@ -134,7 +134,7 @@ class AdapterLimits:
 
 def compile_adapter(
     folder: AdapterFolder, base: BaseSpec, limits: AdapterLimits
-) -> Generator[None, None, CompiledAdapter]:
+) -> Generator[None, None, AdapterWeights]:
     """Compile a folder of any kind, in slices: it yields where it may be interrupted.
 
     Raises:
@@ -148,7 +148,7 @@ def compile_adapter(
             with untrusted(folder.name, "its configuration or its weights"):
                 next(job)
         except StopIteration as end:
-            compiled: CompiledAdapter = end.value
+            compiled: AdapterWeights = end.value
             return compiled
         spent += time.thread_time() - started
         if spent > limits.seconds:
@@ -159,7 +159,7 @@ def compile_adapter(
 
 def _compile(
     folder: AdapterFolder, base: BaseSpec, limits: AdapterLimits
-) -> Generator[None, None, CompiledAdapter]:
+) -> Generator[None, None, AdapterWeights]:
     reader = FolderReader(folder, limits.dtype, limits.rank, limits.compiled_bytes)
     try:
         compiled = yield from _compile_read(folder, reader, base, limits)
@@ -175,7 +175,7 @@ def _compile(
 
 def _compile_read(
     folder: AdapterFolder, reader: FolderReader, base: BaseSpec, limits: AdapterLimits
-) -> Generator[None, None, CompiledAdapter]:
+) -> Generator[None, None, AdapterWeights]:
     compiler = _compiler(folder)
     reader.check_base_name(base)
     kind = folder.config.get("peft_type")
@@ -211,7 +211,7 @@ def _compile_read(
     return dataclasses.replace(compiled, warnings=reader.warnings.told())
 
 
-def _check_replaced(reader: FolderReader, compiled: CompiledAdapter) -> None:
+def _check_replaced(reader: FolderReader, compiled: AdapterWeights) -> None:
     """Note where what is replaced of the base can't be served beside the rest."""
     if compiled.merged_only and compiled.unmergeable:
         reader.problems.append(

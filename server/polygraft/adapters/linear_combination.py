@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.primitives import LowRank
-from polygraft.adapters.targets import Targets
+from polygraft.core.adapter_weights import AdapterWeights, LoraSettings
+from polygraft.core.primitives import LowRank
 from polygraft.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -28,29 +26,6 @@ if TYPE_CHECKING:
 
 Members = Sequence[tuple["Adapter", float]]
 """Adapters and their weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """What PEFT's combinations read of a LoRA beside its matrices.
-
-    Args:
-        rank: the largest that the configuration names.
-        rslora: whether it is scaled by the root of its rank.
-        scalings: by module, the factor on its B A.
-        targets: what the configuration targets.
-        embedding: name of the base's, if it is among the modules.
-        tied: whether the embedding's matrices are the head's as well.
-        has_parameters: whether it has `target_parameters`.
-    """
-
-    rank: int
-    rslora: bool
-    scalings: Mapping[str, float]
-    targets: Targets
-    embedding: str | None = None
-    tied: bool = False
-    has_parameters: bool = False
 
 
 def check_linear(members: Members) -> None:
@@ -83,7 +58,7 @@ def check_linear(members: Members) -> None:
     _check_targets(first, settings)
 
 
-def _not_plain(compiled: CompiledAdapter) -> str | None:
+def _not_plain(compiled: AdapterWeights) -> str | None:
     """Why there is no linear combination with an adapter; None for a plain LoRA."""
     if compiled.lora is None:
         return f"{compiled.kind} is no LoRA of PEFT's"
@@ -140,7 +115,7 @@ def combined_bytes(members: Members, dtype: torch.dtype) -> int:
 
 def combine(
     members: Members, read: Callable[[Adapter, str], LowRank], dtype: torch.dtype
-) -> Generator[None, None, CompiledAdapter]:
+) -> Generator[None, None, AdapterWeights]:
     """The combination of adapters that `check_linear` lets pass; yields between modules.
 
     Args:
@@ -170,7 +145,7 @@ def combine(
         combined[name] = both
     table = next((lora.embedding for _, lora, _ in loras if lora.embedding is not None), "")
     embedding = combined.pop(table, None)
-    return CompiledAdapter("lora", 0, low_rank=combined, embedding=embedding)
+    return AdapterWeights("lora", 0, low_rank=combined, embedding=embedding)
 
 
 def _factors(product: float) -> tuple[float, float]:
@@ -179,7 +154,7 @@ def _factors(product: float) -> tuple[float, float]:
     return math.copysign(factor, product), factor
 
 
-def _matrices(compiled: CompiledAdapter) -> dict[str, LowRank]:
+def _matrices(compiled: AdapterWeights) -> dict[str, LowRank]:
     """Those of all modules, the embedding's under its name."""
     lora = compiled.lora
     if lora is None or lora.embedding is None or compiled.embedding is None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Generator
 
 import torch
 
-from polygraft.adapters.info import NearToken
-from polygraft.adapters.primitives import SoftPrompt
+from polygraft.core.adapter_info import NearToken
+from polygraft.core.primitives import SoftPrompt
 
 _ROWS = 8192
 """Rows of the embedding table that are compared at a time: a millisecond or two."""

@@ -11,9 +11,9 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.info import AdapterInfo, AdapterState, MergedInfo
-from polygraft.engine.request import AdapterRef
+from polygraft.core.adapter_info import AdapterInfo, AdapterState, MergedInfo
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
 from polygraft.near_names import did_you_mean
 from polygraft.printable import printable_texts
@@ -27,7 +27,7 @@ class Adapter:
     """
 
     def __init__(
-        self, name: str, generation: int, compiled: CompiledAdapter, slot: int, lock: threading.Lock
+        self, name: str, generation: int, compiled: AdapterWeights, slot: int, lock: threading.Lock
     ) -> None:
         self.name = name
         self.generation = generation
@@ -130,7 +130,7 @@ class AdapterRegistry:
                 )
             self._records[name] = _Record(AdapterInfo(name, AdapterState.LOADING, source))
 
-    def new_adapter(self, name: str, compiled: CompiledAdapter, slot: int) -> Adapter:
+    def new_adapter(self, name: str, compiled: AdapterWeights, slot: int) -> Adapter:
         """A new generation, not yet under its name."""
         return Adapter(name, next(self._generations), compiled, slot, self._lock)
 
@@ -253,7 +253,7 @@ class AdapterRegistry:
                 raise self._unknown(name)
             return record.serving()
 
-    def compiled(self, name: str) -> CompiledAdapter:
+    def compiled(self, name: str) -> AdapterWeights:
         """What an adapter is made of. Raises AdapterNotFound, AdapterUnavailable."""
         return self.current(name).compiled
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.names import STACK, STACK_KIND
 from polygraft.adapters.registry import Adapter
-from polygraft.engine.request import CombinationType
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.names import STACK, STACK_KIND
+from polygraft.core.request import CombinationType
 from polygraft.errors import InvalidRequest
 
 Runs = tuple[tuple[int, float], ...]
@@ -129,7 +129,7 @@ def check_stack(members: Sequence[tuple[Adapter, float]]) -> None:
                 raise InvalidRequest(f"adapters[{at}]", f"{adapter.name!r} after {before.name!r}: {problem}")
 
 
-def _conflict(before: CompiledAdapter, after: CompiledAdapter) -> str | None:
+def _conflict(before: AdapterWeights, after: AdapterWeights) -> str | None:
     """Why the second can't act behind the first; None if it can."""
     if before.merged_only or after.merged_only:
         only = before if before.merged_only else after
@@ -155,7 +155,7 @@ def _conflict(before: CompiledAdapter, after: CompiledAdapter) -> str | None:
     return _conflict_of_inputs(before, after)
 
 
-def _conflict_of_inputs(before: CompiledAdapter, after: CompiledAdapter) -> str | None:
+def _conflict_of_inputs(before: AdapterWeights, after: AdapterWeights) -> str | None:
     """Why the second can't change what modules read, or the base's weights, behind the first."""
     added = {*before.low_rank, *before.krons}
     scaled = {name for name, scale in after.scales.items() if scale.input is not None}
@@ -184,7 +184,7 @@ def _conflict_of_inputs(before: CompiledAdapter, after: CompiledAdapter) -> str 
     return None
 
 
-def _magnitudes(compiled: CompiledAdapter) -> set[str]:
+def _magnitudes(compiled: AdapterWeights) -> set[str]:
     """Modules whose rows an adapter brings to norms of its own."""
     if compiled.of_base:  # GLoRA's scales are factors on the base's weights, and no norms
         return set()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polygraft.layers.four_bit_panels import BLOCK
+from polygraft.layers.linear.four_bit_panels import BLOCK
 
 _PACKED_OUTPUTS = 32
 """Columns in a block of the form that bitsandbytes packs 4-bit weights in."""

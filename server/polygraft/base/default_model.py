@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from polygraft.base.cache_dir import cache_dir as user_cache_dir
+from polygraft.core.cache_dir import cache_dir as user_cache_dir
 from polygraft.errors import BaseModelError, ConfigError
 from polygraft.stages import reminders
 

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from polygraft.base.cache_dir import cache_dir
+from polygraft.core.cache_dir import cache_dir
 from polygraft.errors import ConfigError
 
 _SNAPSHOT = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")

@@ -14,19 +14,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from polygraft.base import bitsandbytes
+from polygraft.base.context_limit import context_limit
 from polygraft.base.default_config import default_config
 from polygraft.base.default_model import HUB_ID, fetched_default_model
 from polygraft.base.device import check_device
-from polygraft.base.fusing import fuse
 from polygraft.base.hub import CONFIGURATION, hub_folder
+from polygraft.base.inspect.inspect_base import inspect_base, not_through_interface
 from polygraft.base.model_folder import DEFAULT, locate, resolve_model, shown_name
-from polygraft.base.packing import count_quantized, gather_weights, own_parameters, pack_linears, weight_bytes
-from polygraft.base.spec import BaseSpec, inspect_base, not_through_interface
+from polygraft.base.optimize.fusing import fuse
+from polygraft.base.optimize.packing import (
+    count_quantized,
+    gather_weights,
+    own_parameters,
+    pack_linears,
+    weight_bytes,
+)
 from polygraft.base.tokenizer import TextTokenizer, load_tokenizer
+from polygraft.core.spec import BaseSpec
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
-from polygraft.layers.four_bit_panels import BLOCK
-from polygraft.layers.linear import Quantization
+from polygraft.layers.linear.four_bit_panels import BLOCK
+from polygraft.layers.linear.linear import Quantization
 from polygraft.layers.native.kernels import DTYPES, load_kernels
 from polygraft.stages import reminders
 
@@ -205,32 +213,6 @@ def inspect_without_weights(model: str) -> BaseSpec:
     here = fetched_default_model() if model == DEFAULT else locate(model)
     folder = str(here) if here is not None and Path(here).is_dir() else ""
     return inspect_base(empty, HUB_ID if model == DEFAULT else shown_name(model), folder)
-
-
-def context_limit(config: Any) -> tuple[int, tuple[str, ...]]:
-    """Most positions that are exact, and why if that is less than the model's own.
-
-    `longrope` and `dynamic` RoPE in transformers look at the longest position of the whole call, so in a
-    packed step a long neighbour would change a short request. Up to the original length both are plain.
-    """
-    text = config.get_text_config()
-    limit = int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", 0) or 2048)
-    rope = getattr(text, "rope_parameters", None) or {}
-    per_type = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
-    for parameters in per_type:
-        if parameters.get("rope_type") in {"longrope", "dynamic"}:
-            original = (
-                parameters.get("original_max_position_embeddings")
-                or getattr(text, "original_max_position_embeddings", None)
-                or limit
-            )
-            if original < limit:
-                note = (
-                    f"context capped at {original} of {limit} tokens: {parameters['rope_type']} RoPE is "
-                    "exact in a mixed step only up to its original length"
-                )
-                return int(original), (note,)
-    return limit, ()
 
 
 def _compute_dtype(dtype: str, config: Any, device: str) -> torch.dtype:

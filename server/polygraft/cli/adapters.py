@@ -164,7 +164,7 @@ def convert(
     A process of its own reads the pickle, and only tensors from it.
     """
     with server_packages("polygraft adapters convert"):
-        from polygraft.adapters.convert import convert_folder  # it imports torch
+        from polygraft.adapters.files.convert import convert_folder  # it imports torch
 
     done = convert_folder(folder, out, max_bytes)
     if as_json:

@@ -10,21 +10,21 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from polygraft.adapters.folder import AdapterFolder
-from polygraft.adapters.info import AdapterInfo, AdapterState, NearToken
-from polygraft.adapters.names import check_name
+from polygraft.adapters.files.folder import AdapterFolder
 from polygraft.adapters.nearest import nearest_tokens
-from polygraft.adapters.primitives import SoftPrompt
 from polygraft.adapters.stack import Stack
-from polygraft.engine.background import Job
+from polygraft.core.adapter_info import AdapterInfo, AdapterState, NearToken
+from polygraft.core.names import check_name
+from polygraft.core.primitives import SoftPrompt
+from polygraft.core.request import AdapterRef, Chat, Request, RequestOutput, ScoreRequest
+from polygraft.engine.client import ModelInfo, Observer
 from polygraft.engine.commands import Commands
 from polygraft.engine.engine import Engine
 from polygraft.engine.engine_loop import EngineLoop
 from polygraft.engine.engine_thread import EngineThread
-from polygraft.engine.handle import ModelInfo, Observer
-from polygraft.engine.load_memory import LoadQueue, Ticket
-from polygraft.engine.preparation import Preparation
-from polygraft.engine.request import AdapterRef, Chat, Request, RequestOutput, ScoreRequest
+from polygraft.engine.requests.preparation import Preparation
+from polygraft.engine.residency.background import Job
+from polygraft.engine.residency.load_memory import LoadQueue, Ticket
 from polygraft.engine.step_result import StepResult
 from polygraft.engine.streams import Streams
 from polygraft.engine.watchdog import Watchdog
@@ -38,7 +38,7 @@ _ABORT_SECONDS = 10.0
 
 
 class AsyncEngine:
-    """`EngineHandle` over an engine on a thread of this process.
+    """`EngineClient` over an engine on a thread of this process.
 
     The thread alone touches the engine; calls reach it through an inbox that it empties between steps, and
     each step's outputs come back to the loop in one hand-over. If an error or a hang ends the thread, or
@@ -95,7 +95,7 @@ class AsyncEngine:
         return self._engine.model
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """See `EngineHandle.generate`."""
+        """See `EngineClient.generate`."""
         self._check_room(request.id)
         generation = await self._preparation.generation(request)
         outputs = self._follow(request.id, generation.stack, lambda: self._engine.add(generation))
@@ -104,7 +104,7 @@ class AsyncEngine:
                 yield output
 
     async def score(self, request: ScoreRequest) -> RequestOutput:
-        """See `EngineHandle.score`."""
+        """See `EngineClient.score`."""
         self._check_room(request.id)
         job = await self._preparation.score(request)
         outputs = self._follow(request.id, job.stack, lambda: self._engine.add_score(job))
@@ -152,11 +152,11 @@ class AsyncEngine:
         self._engine_loop.post(abort)
 
     async def tokenize(self, prompt: str | Chat, adapters: Sequence[AdapterRef] = ()) -> tuple[int, ...]:
-        """See `EngineHandle.tokenize`."""
+        """See `EngineClient.tokenize`."""
         return await self._preparation.tokenize(prompt, adapters)
 
     def model_for(self, adapters: Sequence[AdapterRef]) -> ModelInfo:
-        """See `EngineHandle.model_for`."""
+        """See `EngineClient.model_for`."""
         prompts = self._preparation.prompts_of(adapters)
         return replace(
             self.model,
@@ -166,17 +166,17 @@ class AsyncEngine:
         )
 
     async def detokenize(self, token_ids: Sequence[int], adapters: Sequence[AdapterRef] = ()) -> str:
-        """See `EngineHandle.detokenize`."""
+        """See `EngineClient.detokenize`."""
         return await self._preparation.detokenize(token_ids, adapters)
 
     # ---- adapters ---------------------------------------------------------------------------------------
 
     async def load_adapter(self, name: str, source: str = "") -> AdapterInfo:
-        """See `EngineHandle.load_adapter`."""
+        """See `EngineClient.load_adapter`."""
         return await self._load(name, source or name, reload=False)
 
     async def reload_adapter(self, name: str) -> AdapterInfo:
-        """See `EngineHandle.reload_adapter`."""
+        """See `EngineClient.reload_adapter`."""
         return await self._load(name, self.get_adapter(name).source, reload=True)
 
     async def _load(self, name: str, source: str, *, reload: bool) -> AdapterInfo:
@@ -214,11 +214,11 @@ class AsyncEngine:
         return load
 
     async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
-        """See `EngineHandle.unload_adapter`."""
+        """See `EngineClient.unload_adapter`."""
         return await self._command(lambda done: self._engine.adapters.unload(name, done, wait=wait))
 
     async def update_adapter(self, name: str, *, merged: bool) -> AdapterInfo:
-        """See `EngineHandle.update_adapter`."""
+        """See `EngineClient.update_adapter`."""
         self._check_open()
         return await self._command(lambda done: self._engine.merging.update(name, merged, done))
 
@@ -229,15 +229,15 @@ class AsyncEngine:
         return await self._commands.run(command)
 
     def get_adapter(self, name: str) -> AdapterInfo:
-        """See `EngineHandle.get_adapter`."""
+        """See `EngineClient.get_adapter`."""
         return self._engine.adapters.registry.get(name)
 
     def list_adapters(self) -> list[AdapterInfo]:
-        """See `EngineHandle.list_adapters`."""
+        """See `EngineClient.list_adapters`."""
         return self._engine.adapters.registry.list()
 
     async def nearest_tokens(self, name: str, count: int) -> list[list[NearToken]]:
-        """See `EngineHandle.nearest_tokens`."""
+        """See `EngineClient.nearest_tokens`."""
         prompt = self._engine.adapters.registry.compiled(name).prefix
         if not isinstance(prompt, SoftPrompt) or count == 0:
             return []
@@ -266,7 +266,7 @@ class AsyncEngine:
         await self._failed.wait()
 
     async def drain(self, timeout: float) -> int:
-        """See `EngineHandle.drain`."""
+        """See `EngineClient.drain`."""
         self._draining = True
         aborted = 0
         if not await self._until_idle(timeout):

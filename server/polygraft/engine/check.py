@@ -9,19 +9,20 @@ from pathlib import Path
 
 import torch
 
-from polygraft.adapters.compiled import CompiledAdapter
+from polygraft.adapters.files.store import read_folder
 from polygraft.adapters.kinds import AdapterLimits, run_to_end
 from polygraft.adapters.limits import adapter_limits
-from polygraft.adapters.primitives import LowRank
-from polygraft.adapters.store import read_folder
+from polygraft.base.context_limit import context_limit
 from polygraft.base.default_model import fetched_default_model
-from polygraft.base.loader import base_config, compute_dtype, context_limit, inspect_without_weights
+from polygraft.base.loader import base_config, compute_dtype, inspect_without_weights
 from polygraft.base.model_folder import DEFAULT, locate
-from polygraft.base.spec import BaseSpec
 from polygraft.base.tokenizer import TextTokenizer, load_tokenizer
 from polygraft.config import ServerConfig
-from polygraft.engine.adapter_prompts import AdapterPrompts
-from polygraft.engine.adapter_rules import AdapterRules, Room
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.primitives import LowRank
+from polygraft.core.spec import BaseSpec
+from polygraft.engine.requests.adapter_prompts import AdapterPrompts
+from polygraft.engine.residency.adapter_rules import AdapterRules, Room
 from polygraft.errors import AdapterInvalid, InvalidRequest
 
 
@@ -123,7 +124,7 @@ def check_against(
     )
 
 
-def _least_copy(compiled: CompiledAdapter, base: BaseSpec, dtype: torch.dtype) -> int:
+def _least_copy(compiled: AdapterWeights, base: BaseSpec, dtype: torch.dtype) -> int:
     """Bytes that a merged copy takes at least, where the base isn't quantized."""
     shapes = [base.linears[name] for name in {*compiled.low_rank, *compiled.dense}]
     return sum(shape.in_features * shape.out_features for shape in shapes) * dtype.itemsize
@@ -150,7 +151,7 @@ def local_tokenizer(model: str) -> TextTokenizer | None:
         return None
 
 
-def _with_weights(compiled: CompiledAdapter, base: BaseSpec, dtype: torch.dtype) -> CompiledAdapter:
+def _with_weights(compiled: AdapterWeights, base: BaseSpec, dtype: torch.dtype) -> AdapterWeights:
     """The shapes that it has when a load has completed it with the base's weights."""
     compiled = compiled.without_layer_weights()
 

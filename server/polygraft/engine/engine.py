@@ -9,51 +9,46 @@ from collections.abc import Iterable
 
 import torch
 
+from polygraft.adapters.files.store import AdapterStore
 from polygraft.adapters.limits import adapter_limits
 from polygraft.adapters.registry import Adapter, AdapterRegistry
-from polygraft.adapters.store import AdapterStore
-from polygraft.base.layer_fusing import fuse_decoder_layers
 from polygraft.base.loader import Base, load_base
 from polygraft.base.model_folder import shown_name
+from polygraft.base.optimize.layer_fusing import fuse_decoder_layers
 from polygraft.config import ServerConfig
-from polygraft.engine.adapter_manager import AdapterChange, AdapterManager
-from polygraft.engine.adapter_prompts import AdapterPrompts
-from polygraft.engine.adapter_rules import AdapterRules, Room
-from polygraft.engine.answers import Answers
-from polygraft.engine.background import BackgroundWork
-from polygraft.engine.block_pool import BlockPool
-from polygraft.engine.canaries import Canaries
-from polygraft.engine.garbage import keep_for_good
-from polygraft.engine.generations import Generations
-from polygraft.engine.handle import Occupancy
-from polygraft.engine.intake import Intake
-from polygraft.engine.kv_cache import KVCache
-from polygraft.engine.linear_combinations import LinearCombinations
-from polygraft.engine.load_memory import LoadMemory
-from polygraft.engine.machine import Machine
-from polygraft.engine.memory_plan import plan_for, size
-from polygraft.engine.merge_commands import DEVIATION_TEXTS, MergeCommands
-from polygraft.engine.merged_copies import MergedCopies
+from polygraft.core.request import LoraPath, Request, RequestOutput, ScoreRequest
+from polygraft.engine.cache.block_pool import BlockPool
+from polygraft.engine.cache.kv_cache import KVCache
+from polygraft.engine.cache.prefix_cache import PrefixCache
+from polygraft.engine.cache.shared_prefix import SharedPrefixes
+from polygraft.engine.client import Occupancy
+from polygraft.engine.machine.garbage import keep_for_good
+from polygraft.engine.machine.machine import Machine
+from polygraft.engine.machine.memory_plan import plan_for, size
+from polygraft.engine.machine.threads import set_threads
 from polygraft.engine.model_info import model_info
 from polygraft.engine.model_runner import ModelRunner
-from polygraft.engine.paths import Paths
-from polygraft.engine.prefix_cache import PrefixCache
-from polygraft.engine.request import (
-    LoraPath,
-    Request,
-    RequestOutput,
-    ScoreRequest,
-)
-from polygraft.engine.scheduler import Batch, Scheduler
-from polygraft.engine.scoring import ScoreJob, ScoreSequence, Scoring
-from polygraft.engine.sequence import CanarySequence, Generation, Sequence, SoftPromptSequence
-from polygraft.engine.shared_prefix import SharedPrefixes
-from polygraft.engine.step_cost import StepCost
+from polygraft.engine.requests.adapter_prompts import AdapterPrompts
+from polygraft.engine.requests.generations import Generations
+from polygraft.engine.requests.input_processor import Intake
+from polygraft.engine.requests.output_processor import Answers
+from polygraft.engine.requests.scoring import ScoreJob, ScoreSequence, Scoring
+from polygraft.engine.residency.adapter_manager import AdapterChange, AdapterManager
+from polygraft.engine.residency.adapter_rules import AdapterRules, Room
+from polygraft.engine.residency.background import BackgroundWork
+from polygraft.engine.residency.linear_combinations import LinearCombinations
+from polygraft.engine.residency.load_memory import LoadMemory
+from polygraft.engine.residency.merge_commands import DEVIATION_TEXTS, MergeCommands
+from polygraft.engine.residency.merged_copies import MergedCopies
+from polygraft.engine.residency.smoke_tests import Canaries
+from polygraft.engine.schedule.paths import Paths
+from polygraft.engine.schedule.scheduler import Batch, Scheduler
+from polygraft.engine.schedule.sequence import CanarySequence, Generation, Sequence, SoftPromptSequence
+from polygraft.engine.schedule.step_cost import StepCost
 from polygraft.engine.step_result import StepResult, step_stats
-from polygraft.engine.threads import set_threads
 from polygraft.errors import InvalidRequest
 from polygraft.layers.adapter_bank import AdapterBank
-from polygraft.layers.merging import WeightSwitch
+from polygraft.layers.linear.merging import WeightSwitch
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import StepContext
 from polygraft.stages import Stages

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from polygraft.base.loader import Base
 from polygraft.config import ServerConfig
-from polygraft.engine.handle import ModelInfo
-from polygraft.engine.prompts import Prompts
-from polygraft.engine.request import LoraPath, SamplingParams
+from polygraft.core.request import LoraPath, SamplingParams
+from polygraft.engine.client import ModelInfo
+from polygraft.engine.requests.prompts import Prompts
 
 
 def model_info(

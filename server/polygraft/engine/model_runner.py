@@ -11,11 +11,11 @@ import torch
 
 from polygraft.adapters.stack import Runs
 from polygraft.base.loader import Base
-from polygraft.base.model_frame import ModelFrame
-from polygraft.engine.scheduler import Batch, Scheduled
+from polygraft.base.optimize.model_frame import ModelFrame
+from polygraft.engine.schedule.scheduler import Batch, Scheduled
 from polygraft.layers.adapter_bank import AdapterBank
-from polygraft.layers.low_rank_bank import Run
-from polygraft.layers.merging import WeightSwitch
+from polygraft.layers.linear.low_rank_bank import Run
+from polygraft.layers.linear.merging import WeightSwitch
 from polygraft.layers.step import AttentionPlan, BrokenRun, StepContext
 
 log = logging.getLogger(__name__)

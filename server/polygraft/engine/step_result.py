@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from polygraft.adapters.info import MergeEvent
-from polygraft.engine.adapter_manager import AdapterEvent
-from polygraft.engine.handle import Occupancy, StepStats
-from polygraft.engine.request import LoraPath, RequestOutput
-from polygraft.engine.scheduler import Batch
-from polygraft.engine.sequence import Generation
+from polygraft.core.adapter_info import MergeEvent
+from polygraft.core.request import LoraPath, RequestOutput
+from polygraft.engine.client import Occupancy, StepStats
+from polygraft.engine.residency.adapter_manager import AdapterEvent
+from polygraft.engine.schedule.scheduler import Batch
+from polygraft.engine.schedule.sequence import Generation
 
 
 @dataclass(slots=True)

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from polygraft.adapters.stack import Stack
-from polygraft.engine.adapter_manager import AdapterChange
-from polygraft.engine.handle import Observer
-from polygraft.engine.request import RequestOutput
+from polygraft.core.request import RequestOutput
+from polygraft.engine.client import Observer
+from polygraft.engine.residency.adapter_manager import AdapterChange
 from polygraft.engine.step_result import StepResult
 from polygraft.engine.unread import Unread
 from polygraft.errors import OutputUnread, PolygraftError

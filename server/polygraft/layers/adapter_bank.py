@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.primitives import LowRank
-from polygraft.layers.bottlenecks import BottleneckSites
-from polygraft.layers.couplings import Couplings
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.primitives import LowRank
+from polygraft.layers.experts.routers import Routers
 from polygraft.layers.experts.sites import ExpertSites
-from polygraft.layers.low_rank_bank import LowRankBank, Run, choose_operators
-from polygraft.layers.merging import AnySite
-from polygraft.layers.replaced import ReplacedModules
-from polygraft.layers.routers import Routers
+from polygraft.layers.linear.low_rank_bank import LowRankBank, Run, choose_operators
+from polygraft.layers.linear.merging import AnySite
+from polygraft.layers.replaced.modules import ReplacedModules
+from polygraft.layers.residual.bottlenecks import BottleneckSites
+from polygraft.layers.residual.couplings import Couplings
 from polygraft.layers.step import Segments, StepContext
 
 if TYPE_CHECKING:
-    from polygraft.base.spec import BaseSpec
+    from polygraft.core.spec import BaseSpec
 
 
 class AdapterBank:
@@ -57,7 +57,7 @@ class AdapterBank:
             return None
         return Couplings(model.get_submodule(layer), head, step, bit)
 
-    def install(self, compiled: CompiledAdapter) -> int:
+    def install(self, compiled: AdapterWeights) -> int:
         """Take an adapter in, resolved against the base; returns its slot. Slots count from 1, since 0 stands
         for the base."""
         slot = self.modules.install(
@@ -76,7 +76,7 @@ class AdapterBank:
         self._beside[slot] = bits, compiled.width
         return slot
 
-    def low_rank(self, slot: int, compiled: CompiledAdapter, name: str) -> LowRank:
+    def low_rank(self, slot: int, compiled: AdapterWeights, name: str) -> LowRank:
         """A and B that the adapter in a slot has for a module or, if it has none there, the embedding."""
         if name in compiled.low_rank:
             return self.modules.site(name).slots.low_rank(slot, len(compiled.low_rank[name].b))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from polygraft.core.spec import AttentionSite
 from polygraft.errors import UnsupportedArchitecture
 from polygraft.layers.masks import carry_rule, window_of
 from polygraft.layers.native.kernels import DTYPES, Kernels
@@ -29,19 +29,6 @@ _IGNORED = {
     "output_router_logits", "output_hidden_states", "logits_to_keep", "layer_idx", "training",
     "position_embeddings", "attention_mask", "return_dict",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSite:
-    """Shape and meaning of one attention layer, as its first call showed them."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    scaling: float
-    window: int
-    softcap: float
 
 
 class Probe:

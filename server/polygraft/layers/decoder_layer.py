@@ -1,7 +1,7 @@
 """Whole decoder layers as one C++ operator, in the place of a dozen calls each.
 
 Neighbours are one call together: the first computes them all, and the others hand back what they are given.
-`base/layer_fusing.py` decides where, and checks the results.
+`base/optimize/layer_fusing.py` decides where, and checks the results.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from polygraft.layers.attention import PagedAttention
-from polygraft.layers.bottlenecks import BottleneckSite
 from polygraft.layers.fused import FusedRmsNorm
-from polygraft.layers.linear import LinearGroup
+from polygraft.layers.linear.linear import LinearGroup
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import DecoderLayerStruct, NormStruct
-from polygraft.layers.norms import AdaptedNorm
+from polygraft.layers.replaced.norms import AdaptedNorm
+from polygraft.layers.residual.bottlenecks import BottleneckSite
 from polygraft.layers.step import BrokenRun, StepContext
 
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q", "k")

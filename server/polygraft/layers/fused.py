@@ -1,6 +1,6 @@
 """C++ operators in the place of a base's small modules, which torch runs as half a dozen operations each.
 
-Each takes over one make of module; `base/fusing.py` decides where, and checks the results.
+Each takes over one make of module; `base/optimize/fusing.py` decides where, and checks the results.
 """
 
 from __future__ import annotations

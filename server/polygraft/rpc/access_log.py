@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from polygraft.engine.request import Finished
+from polygraft.core.request import Finished
 
 _log = logging.getLogger("polygraft.access")
 

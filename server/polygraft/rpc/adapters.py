@@ -9,11 +9,11 @@ from typing import Any
 
 import grpc
 
-from polygraft.adapters.info import AdapterInfo, AdapterState
-from polygraft.adapters.names import check_name
-from polygraft.engine.handle import EngineHandle
+from polygraft.core.adapter_info import AdapterInfo, AdapterState
+from polygraft.core.names import check_name
+from polygraft.engine.client import EngineClient
 from polygraft.errors import InvalidRequest, NotSupported
-from polygraft.rpc import messages
+from polygraft.rpc import responses
 from polygraft.rpc.access_log import note_adapters
 from polygraft_api.v1 import adapters_pb2 as pb
 from polygraft_api.v1 import adapters_pb2_grpc
@@ -34,7 +34,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         message_bytes: the largest message that is sent.
     """
 
-    def __init__(self, handle: EngineHandle, message_bytes: int = 4 * 2**20) -> None:
+    def __init__(self, handle: EngineClient, message_bytes: int = 4 * 2**20) -> None:
         self._handle = handle
         # Leaves room for the page token and the fields' tags, and is built within a few milliseconds.
         self._page_bytes = min(message_bytes // 2, _PAGE_BYTES)
@@ -43,7 +43,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         """Load a folder of the store."""
         name = _name(request.name)
         info = await self._handle.load_adapter(name, request.source)
-        return pb.LoadAdapterResponse(adapter=messages.adapter(info))
+        return pb.LoadAdapterResponse(adapter=responses.adapter(info))
 
     async def UnloadAdapter(  # noqa: N802
         self, request: pb.UnloadAdapterRequest, context: Context
@@ -53,14 +53,14 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if request.mode not in pb.UnloadMode.values():
             raise InvalidRequest("mode", f"unknown value {request.mode}")
         info = await self._handle.unload_adapter(name, wait=request.mode != pb.UNLOAD_MODE_REFUSE)
-        return pb.UnloadAdapterResponse(adapter=messages.adapter(info))
+        return pb.UnloadAdapterResponse(adapter=responses.adapter(info))
 
     async def ReloadAdapter(  # noqa: N802
         self, request: pb.ReloadAdapterRequest, context: Context
     ) -> pb.ReloadAdapterResponse:
         """Load a folder again under a new generation."""
         info = await self._handle.reload_adapter(_name(request.name))
-        return pb.ReloadAdapterResponse(adapter=messages.adapter(info))
+        return pb.ReloadAdapterResponse(adapter=responses.adapter(info))
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:  # noqa: N802
         """Show one adapter."""
@@ -73,7 +73,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         ready = info.state == AdapterState.READY
         rows = await self._handle.nearest_tokens(name, count) if count and ready else []
         return pb.GetAdapterResponse(
-            adapter=messages.adapter(info), nearest_tokens=[messages.nearest(row) for row in rows]
+            adapter=responses.adapter(info), nearest_tokens=[responses.nearest(row) for row in rows]
         )
 
     async def ListAdapters(  # noqa: N802
@@ -97,7 +97,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         page: list[pb.Adapter] = []
         size = 0
         for info in infos:
-            adapter = messages.adapter(info)
+            adapter = responses.adapter(info)
             size += adapter.ByteSize()
             if page and size > self._page_bytes:
                 break
@@ -112,9 +112,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if request.HasField("pinned"):
             raise NotSupported("pinned", "not served yet: every loaded adapter is resident")
         if not request.HasField("merged"):
-            return pb.UpdateAdapterResponse(adapter=messages.adapter(self._handle.get_adapter(name)))
+            return pb.UpdateAdapterResponse(adapter=responses.adapter(self._handle.get_adapter(name)))
         info = await self._handle.update_adapter(name, merged=request.merged)
-        return pb.UpdateAdapterResponse(adapter=messages.adapter(info))
+        return pb.UpdateAdapterResponse(adapter=responses.adapter(info))
 
     async def UploadAdapter(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context

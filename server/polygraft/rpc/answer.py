@@ -6,9 +6,9 @@ from typing import TypeVar, cast
 
 from google.protobuf.message import Message
 
-from polygraft.engine.request import Finished, RequestOutput, TokenLogprob
-from polygraft.engine.worker import Worker
-from polygraft.rpc import messages
+from polygraft.core.request import Finished, RequestOutput, TokenLogprob
+from polygraft.engine.workers.worker import Worker
+from polygraft.rpc import responses
 from polygraft_api.v1 import inference_pb2 as pb
 
 M = TypeVar("M", bound=Message)
@@ -50,13 +50,13 @@ class Answer:
             ids = (*output.prompt_ids, *output.token_ids)
             chunk.token_ids.extend(ids)
             whole.token_ids.extend(ids)
-            self._bytes += len(ids) * messages.ID_BYTES
+            self._bytes += len(ids) * responses.ID_BYTES
         if output.logprobs:
             count = entries(output.logprobs)
-            self._bytes += count * messages.ENTRY_BYTES
+            self._bytes += count * responses.ENTRY_BYTES
 
             def add() -> None:
-                chunk.logprobs.extend(messages.logprobs(output.logprobs))
+                chunk.logprobs.extend(responses.logprobs(output.logprobs))
                 whole.logprobs.extend(chunk.logprobs)
 
             if count <= QUICK_ENTRIES:
@@ -70,7 +70,7 @@ class Answer:
         whole = self._last.final
         whole.text = "".join(self._texts)
         self._bytes += len(whole.text)
-        whole.summary.CopyFrom(messages.summary(finished, request_id))
+        whole.summary.CopyFrom(responses.summary(finished, request_id))
 
     async def final_chunk(self) -> pb.GenerateStreamResponse:
         """A stream's last message."""

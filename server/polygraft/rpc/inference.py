@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from polygraft.engine.handle import EngineHandle
-from polygraft.engine.request import AdapterRef
-from polygraft.engine.worker import Worker
+from polygraft.core.request import AdapterRef
+from polygraft.engine.client import EngineClient
+from polygraft.engine.workers.worker import Worker
 from polygraft.errors import Draining
-from polygraft.rpc import convert, messages
+from polygraft.rpc import requests, responses
 from polygraft.rpc.access_log import note_adapters, note_finished, note_unfinished
 from polygraft.rpc.answer import QUICK_ENTRIES, Answer, encode, entries
 from polygraft.telemetry.logging import request_id
@@ -38,7 +38,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         answers: builds answers; its queue has room for every call that this servicer has begun.
     """
 
-    def __init__(self, handle: EngineHandle, requests: Worker, answers: Worker) -> None:
+    def __init__(self, handle: EngineClient, requests: Worker, answers: Worker) -> None:
         self._handle = handle
         self._requests = requests
         self._answers = answers
@@ -72,7 +72,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """All chunks but the last. Afterwards `answer` has that one, and the whole."""
         call, unique = self._ids()
         model = self._handle.model
-        domain = await self._convert(request, lambda: convert.generate_request(request, unique, model))
+        domain = await self._convert(request, lambda: requests.generate_request(request, unique, model))
         _note(domain.adapters)
         tokens = 0
         try:
@@ -93,7 +93,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         raise RuntimeError("the engine ended a request without saying how")
 
     async def _convert(self, message: Message, call: Callable[[], T]) -> T:
-        if convert.elements(message) <= _QUICK_ELEMENTS:
+        if requests.elements(message) <= _QUICK_ELEMENTS:
             return call()
         return await self._requests.run(call)
 
@@ -107,7 +107,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Log-likelihoods of continuations; cancelling this aborts the request."""
         call, unique = self._ids()
         model = self._handle.model
-        domain = await self._convert(request, lambda: convert.score_request(request, unique, model))
+        domain = await self._convert(request, lambda: requests.score_request(request, unique, model))
         _note(domain.adapters)
         output = await self._handle.score(domain)
         finished = output.finished
@@ -116,32 +116,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         note_finished(finished)
         count = sum(1 + entries(score.tokens) for score in output.scores)
         if count <= QUICK_ENTRIES:
-            return messages.scores(output, finished, call)
-        made = await self._answers.run(lambda: messages.scores(output, finished, call))
-        return await encode(self._answers, made, count * messages.ENTRY_BYTES)
+            return responses.scores(output, finished, call)
+        made = await self._answers.run(lambda: responses.scores(output, finished, call))
+        return await encode(self._answers, made, count * responses.ENTRY_BYTES)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to token ids."""
         model = self._handle.model
-        prompt, adapters = await self._convert(request, lambda: convert.tokenize_request(request, model))
+        prompt, adapters = await self._convert(request, lambda: requests.tokenize_request(request, model))
         _note(adapters)
         ids = await self._handle.tokenize(prompt, adapters)
         if len(ids) <= _QUICK_TOKENS:
             return pb.TokenizeResponse(token_ids=ids)
         made = await self._answers.run(lambda: pb.TokenizeResponse(token_ids=ids))
-        return await encode(self._answers, made, len(ids) * messages.ID_BYTES)
+        return await encode(self._answers, made, len(ids) * responses.ID_BYTES)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
         """Token ids to text."""
-        ids, adapters = convert.detokenize_request(request, self._handle.model)
+        ids, adapters = requests.detokenize_request(request, self._handle.model)
         _note(adapters)
         return pb.DetokenizeResponse(text=await self._handle.detokenize(ids, adapters))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         """What is being served."""
-        adapters = convert.adapter_refs(request)
+        adapters = requests.adapter_refs(request)
         _note(adapters)
-        return messages.model(self._handle.model_for(adapters))
+        return responses.model(self._handle.model_for(adapters))
 
 
 def _note(adapters: Sequence[AdapterRef]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol
 import grpc
 from google.protobuf.message import DecodeError
 
-from polygraft.engine.worker import Worker
+from polygraft.engine.workers.worker import Worker
 from polygraft.errors import InvalidRequest, PolygraftError, ResourceExhausted, Unauthenticated
 from polygraft.rpc.access_log import AccessLog, CallRecord
 from polygraft.rpc.calls import Calls

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polygraft.engine.handle import ModelInfo
+from polygraft.engine.client import ModelInfo
 from polygraft.errors import InvalidRequest
 
 _SMALL = 16 * 1024

@@ -6,10 +6,10 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
-from polygraft.adapters.info import AdapterInfo, AdapterState
 from polygraft.addresses import Address
 from polygraft.config import ServerConfig
-from polygraft.engine.handle import ModelInfo
+from polygraft.core.adapter_info import AdapterInfo, AdapterState
+from polygraft.engine.client import ModelInfo
 
 _PROMPT = "Maria Lopez, 34, is a teacher from Madrid."
 """The default model answers it well, alone and with most of the samples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polygraft.adapters.names import STACK
+from polygraft.core.names import STACK
 
 BASE = ""
 """The base model's adapter label; no adapter can have it for a name."""

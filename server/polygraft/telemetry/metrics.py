@@ -14,9 +14,9 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from polygraft.adapters.info import AdapterInfo, AdapterState, MergeEvent, MergeOutcome
-from polygraft.engine.handle import ModelInfo, Occupancy, StepStats
-from polygraft.engine.request import Finished, LoraPath
+from polygraft.core.adapter_info import AdapterInfo, AdapterState, MergeEvent, MergeOutcome
+from polygraft.core.request import Finished, LoraPath
+from polygraft.engine.client import ModelInfo, Occupancy, StepStats
 from polygraft.telemetry.labels import AdapterLabels
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -41,7 +41,7 @@ BASE_KIND = "base"
 class Metrics:
     """Turns what the engine and the RPC layer report into metrics, on a registry of its own.
 
-    Implements `polygraft.engine.handle.Observer` and `polygraft.rpc.interceptors.CallObserver`. An
+    Implements `polygraft.engine.client.Observer` and `polygraft.rpc.interceptors.CallObserver`. An
     adapter's series vanish when it is unloaded.
 
     Args:

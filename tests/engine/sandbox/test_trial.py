@@ -13,12 +13,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from polygraft.base.tokenizer import TextTokenizer, text_tokenizer
-from polygraft.engine.adapter_tokenizer import read_tokenizer
 from polygraft.engine.sandbox import pool
 from polygraft.engine.sandbox.parts import needs_worker, parts_of, problems_of
 from polygraft.engine.sandbox.pool import Workers
 from polygraft.engine.sandbox.process import WorkerUnavailable
 from polygraft.engine.sandbox.reader import TokenizerReader
+from polygraft.engine.tokenizers.adapter_tokenizer import read_tokenizer
 from polygraft.errors import AdapterInvalid, ResourceExhausted, TokenizerFailed
 from tests.tiny import byte_tokenizer
 

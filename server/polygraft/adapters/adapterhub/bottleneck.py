@@ -23,18 +23,13 @@ import torch
 
 from polygraft.adapters.adapterhub.coupling import take_coupling
 from polygraft.adapters.adapterhub.layers import Layer
-from polygraft.adapters.adapterhub.non_linearity import (
-    PRELU,
-    take_non_linearity,
-    take_slope,
-    without_prelu,
-)
+from polygraft.adapters.adapterhub.non_linearity import PRELU, take_non_linearity, take_slope, without_prelu
 from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.phm import PHM, take_phm
 from polygraft.adapters.adapterhub.source import Parts, Source
-from polygraft.adapters.per_module import is_alpha
-from polygraft.adapters.primitives import Bottleneck, NormAfter
-from polygraft.base.residual_sites import ATTENTION, FEED_FORWARD
+from polygraft.adapters.files.numbers import is_alpha
+from polygraft.base.inspect.residual_sites import ATTENTION, FEED_FORWARD
+from polygraft.core.primitives import Bottleneck, NormAfter
 from polygraft.errors import AdapterInvalid
 
 _PLACES = {

@@ -13,9 +13,9 @@ from polygraft.adapters.adapterhub.lora import compile_lora
 from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.prefix import compile_prefix
 from polygraft.adapters.adapterhub.source import Method, Parts, Source
-from polygraft.adapters.compiled import CompiledAdapter
-from polygraft.adapters.reader import FolderReader, shown
-from polygraft.base.spec import BaseSpec
+from polygraft.adapters.files.reader import FolderReader, shown
+from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 
 UNION = "union"
@@ -37,7 +37,7 @@ _WHY_NOT: Mapping[str, str] = {
 _VERSION = re.compile(r"adapters\.(\d+)\.(\d+)")
 
 
-def compile_adapterhub(reader: FolderReader, base: BaseSpec) -> Generator[None, None, CompiledAdapter]:
+def compile_adapterhub(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
     """Compile a folder of AdapterHub's; yields between modules. Problems are noted in the reader.
 
     Raises:
@@ -63,7 +63,7 @@ def compile_adapterhub(reader: FolderReader, base: BaseSpec) -> Generator[None, 
         _join(reader, whole, parts)
     if not reader.problems and _is_empty(whole):
         reader.problems.append("it has weights for nothing in the base")
-    return CompiledAdapter(
+    return AdapterWeights(
         kind,
         reader.parameters,
         low_rank=whole.low_rank,

@@ -14,7 +14,7 @@ import torch
 from polygraft.adapters.adapterhub.non_linearity import PRELU, take_slope, without_prelu
 from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.source import Source
-from polygraft.adapters.primitives import Coupling, CouplingLayers
+from polygraft.core.primitives import Coupling, CouplingLayers
 
 _STATIC_HEADS = ("gpt2", "gptj", "llama", "mistral")
 """Model types of the library's own attention and layers; only their flexible heads invert."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from polygraft.base.residual_sites import site_name
-from polygraft.base.spec import BaseSpec
+from polygraft.base.inspect.residual_sites import site_name
+from polygraft.core.spec import BaseSpec
 
 _LAYER = re.compile(r"((?:(.+)\.)?[^.\d][^.]*)\.(\d+)\.")
 

@@ -18,9 +18,9 @@ import torch
 from polygraft.adapters.adapterhub.layers import Layer
 from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.source import Parts, Source
-from polygraft.adapters.per_module import is_alpha, is_rank
-from polygraft.adapters.primitives import LowRank, Scale
-from polygraft.adapters.reader import shown
+from polygraft.adapters.files.numbers import is_alpha, is_rank
+from polygraft.adapters.files.reader import shown
+from polygraft.core.primitives import LowRank, Scale
 
 _TRAINING_ONLY = ("dropout", "init_weights", "init_weights_seed", "dtype")
 _QKV = "qkv"

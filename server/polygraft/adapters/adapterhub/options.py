@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polygraft.adapters.reader import FolderReader, shown
+from polygraft.adapters.files.reader import FolderReader, shown
 
 _WHY: Mapping[str, str] = {
     "use_gating": "its gate averages over all tokens of a call, so a row would depend on its neighbours",

@@ -18,8 +18,8 @@ from polygraft.adapters.adapterhub.layers import Layer
 from polygraft.adapters.adapterhub.non_linearity import PRELU, take_non_linearity, take_slope
 from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.source import Parts, Source
-from polygraft.adapters.primitives import Prefix
-from polygraft.layers.activations import ACTIVATIONS
+from polygraft.core.primitives import Prefix
+from polygraft.layers.residual.activations import ACTIVATIONS
 
 # Prefixes of encoders and of cross-attention, which are for encoder-decoder models.
 _NO_EFFECT = ("encoder_prefix", "cross_prefix", "dropout", "init_weights_seed", "shared_gating")

@@ -9,9 +9,9 @@ import torch
 
 from polygraft.adapters.adapterhub.layers import BaseLayers
 from polygraft.adapters.adapterhub.options import Options
-from polygraft.adapters.primitives import Bottleneck, Coupling, LowRank, Prefix, Scale
-from polygraft.adapters.reader import FolderReader
-from polygraft.base.spec import BaseSpec
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.core.primitives import Bottleneck, Coupling, LowRank, Prefix, Scale
+from polygraft.core.spec import BaseSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Source:
 
 @dataclass(slots=True)
 class Parts:
-    """What one method, or all of a union, adds to the base; as in `CompiledAdapter`."""
+    """What one method, or all of a union, adds to the base; as in `AdapterWeights`."""
 
     kind: str
     low_rank: dict[str, LowRank] = field(default_factory=dict)

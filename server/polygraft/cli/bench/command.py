@@ -13,16 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from polygraft.cli.bench import report
 from polygraft.cli.bench.plan import BASE, Choice, Load, plan
 from polygraft.cli.bench.run import closed_loop, open_loop
-from polygraft.cli.options import (
-    DEFAULT_SERVER,
-    PATHS,
-    AsJson,
-    OfferedPath,
-    Server,
-    Token,
-    console,
-    to_json,
-)
+from polygraft.cli.options import DEFAULT_SERVER, PATHS, AsJson, OfferedPath, Server, Token, console, to_json
 from polygraft.errors import ConfigError
 from polygraft_client import AdapterState, AsyncClient, LoraPath
 

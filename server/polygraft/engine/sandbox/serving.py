@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from polygraft.engine.request import ChatMessage
+from polygraft.core.request import ChatMessage
 from polygraft.engine.sandbox.frames import Frame
 from polygraft.engine.sandbox.pool import WORKER_BYTES, Workers, key_of
 from polygraft.engine.sandbox.process import WorkerStopped, WorkerUnavailable

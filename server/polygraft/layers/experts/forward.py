@@ -37,7 +37,7 @@ def experts_forward(
     """x [rows, hidden_size] to the same.
 
     Args:
-        experts: a module as `base/experts.py` finds them.
+        experts: a module as `base/inspect/experts.py` finds them.
         weights: [rows, several], of the experts that each row goes to.
         slots: by the name of the parameter, adapters' weights; None for the base alone.
     """

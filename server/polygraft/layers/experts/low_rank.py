@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from polygraft.adapters.primitives import ExpertLowRank
+from polygraft.core.primitives import ExpertLowRank
 from polygraft.layers.experts.pairs import ExpertPairs
-from polygraft.layers.low_rank import ENTRY, SCALING, WEIGHT_DTYPES, scaling_bits
-from polygraft.layers.native.kernels import DTYPES, Kernels
-from polygraft.layers.native.structures import MAX_MODULES, GroupStruct
+from polygraft.layers.linear.low_rank import scaling_bits
+from polygraft.layers.native.kernels import DTYPES, WEIGHT_DTYPES, Kernels
+from polygraft.layers.native.structures import ENTRY, MAX_MODULES, SCALING, GroupStruct
 from polygraft.layers.step import segment_table
 
 if TYPE_CHECKING:
-    from polygraft.layers.triton_side_path import TritonSidePath
+    from polygraft.layers.linear.triton_side_path import TritonSidePath
 
 _ALIGNMENT = 64  # bytes: a cache line; Triton's wide loads need 16
 

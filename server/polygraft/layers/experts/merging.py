@@ -17,7 +17,7 @@ class ExpertsMergeSite:
     """One parameter that can be exchanged for a copy: a `MergeSite`.
 
     Args:
-        module: what holds the parameter, as `base/experts.py` finds it.
+        module: what holds the parameter, as `base/inspect/experts.py` finds it.
         slots: the parameter's.
         numbers: by slot of the bank, the adapter's in `slots`.
     """

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from polygraft.layers.segments import stretches
 from polygraft.layers.step import SEGMENT_DTYPE, Segment, Segments, table_of
-from polygraft.layers.stretches import stretches
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from polygraft.adapters.primitives import ExpertLowRank
+from polygraft.core.primitives import ExpertLowRank
 from polygraft.layers.experts.forward import experts_forward
 from polygraft.layers.experts.low_rank import ExpertSlots
 from polygraft.layers.experts.merging import ExpertsMergeSite
@@ -20,8 +20,8 @@ from polygraft.layers.native.kernels import Kernels
 from polygraft.layers.step import Segments, StepContext
 
 if TYPE_CHECKING:
-    from polygraft.base.experts import ExpertsShape
-    from polygraft.layers.triton_side_path import TritonSidePath
+    from polygraft.core.spec import ExpertsShape
+    from polygraft.layers.linear.triton_side_path import TritonSidePath
 
 
 class ExpertSites:

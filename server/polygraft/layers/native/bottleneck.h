@@ -1,6 +1,6 @@
 // Bottleneck adapters (Houlsby et al., arXiv 1902.00751) where a layer adds a part's output h to the residual
 // stream r, by the segments of side_path.h: only rows of adapters that have weights at the site are touched.
-// adapters/primitives.py says what is computed, layers/bottlenecks.py holds the same in torch.
+// core/primitives.py says what is computed, layers/residual/bottlenecks.py holds the same in torch.
 
 #pragma once
 
@@ -15,13 +15,13 @@ namespace {
 
 enum Reads { kReadsSum = 0, kReadsOutput = 1, kReadsResidual = 2 };
 
-// In the order of layers/activations.py.
+// In the order of layers/residual/activations.py.
 enum Nonlinearity {
   kRelu, kSwish, kGelu, kGeluByTanh, kTanh, kSigmoid, kLeakyRelu, kLinear, kRelu2, kRelu6, kMish, kQuickGelu,
   kLaplace, kGelu10
 };
 
-struct Bottleneck {   // layers/bottlenecks.py fills it
+struct Bottleneck {   // layers/residual/bottlenecks.py fills it
   int64_t down;       // address of [width, hidden]
   int64_t up;         // address of [hidden, width] in panels [panels, width, kPanel], padded with zeros
   int64_t down_bias;  // address of [width] in float32, or 0

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from polygraft.base.cache_dir import cache_dir
+from polygraft.core.cache_dir import cache_dir
 from polygraft.errors import ConfigError
 from polygraft.stages import reminders
 

@@ -10,6 +10,8 @@ import torch
 from polygraft.layers.native import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+WEIGHT_DTYPES = {**DTYPES, torch.float16: 2}
+"""Types of adapters' weights: the C++ operators take the first two, Triton's all three."""
 
 
 class Kernels:

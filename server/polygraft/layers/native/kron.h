@@ -1,7 +1,7 @@
 // Side paths that are Kronecker products (LoKr, arXiv 2309.14859): kron(W1, W2) x, as two small products and
 // without ever being multiplied out. With x seen as X [i1, i2] and the output as [o1, o2] it is W1 X W2^T, of
 // which the half that leaves less between the two products comes first: at most sqrt(inputs * outputs) numbers.
-// layers/low_rank.py holds the same in torch.
+// layers/linear/low_rank.py holds the same in torch.
 
 #pragma once
 

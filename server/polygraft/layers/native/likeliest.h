@@ -1,4 +1,4 @@
-// The token that greedy sampling takes; engine/sampler.py holds the same in torch.
+// The token that greedy sampling takes; engine/sampling/sampler.py holds the same in torch.
 
 #pragma once
 

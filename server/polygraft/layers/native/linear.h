@@ -1,6 +1,6 @@
 // Products with the base's weights and the adapters' side paths in one operator: the modules that read the
 // same input (q, k and v; gate and up) are computed together, and a row's side path is added to the sum
-// before it is rounded. layers/linear.py packs the weights.
+// before it is rounded. layers/linear/linear.py packs the weights.
 //
 // A sum runs over the inputs in the same order whatever the number of rows, so a row's result doesn't
 // depend on its neighbours, to the bit.
@@ -22,7 +22,7 @@ constexpr int64_t kBlockRows = 192;    // most rows that are taken through all p
 
 inline int64_t panels_of(const Module& module) { return (module.width + kPanel - 1) / kPanel; }
 
-struct Group {  // modules that read the same input; layers/linear.py fills it
+struct Group {  // modules that read the same input; layers/linear/linear.py fills it
   int64_t in;
   int64_t modules;
   Module module[kMaxModules];

@@ -1,6 +1,6 @@
 // An adapter folded into a module's weights: W, rotated and scaled, + B A with its scaling and Kronecker products,
 // rounded once, in panels of the base's type.
-// layers/merging.py keeps the copies.
+// layers/linear/merging.py keeps the copies.
 
 #pragma once
 

@@ -1,6 +1,6 @@
 // Block-diagonal matrices that multiply a module's input before the base's weights do (OFT, arXiv 2306.07280).
 // Rows are rotated once, by all threads together, into the scratch, from where each thread takes them for its own
-// panels of weights. layers/low_rank.py holds the same in torch.
+// panels of weights. layers/linear/low_rank.py holds the same in torch.
 
 #pragma once
 

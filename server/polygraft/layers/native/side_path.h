@@ -1,7 +1,7 @@
 // Low-rank side paths by segments: a segment is a run of rows that use one adapter, and adds
 // weight scaling (x A^T) B^T to their outputs (Punica's segments, arXiv 2310.18547, with S-LoRA's unpadded ranks,
 // arXiv 2311.03285), after it has scaled what was in them. Rows of several adapters are in several segments,
-// which act in their order. layers/low_rank.py holds the same in torch.
+// which act in their order. layers/linear/low_rank.py holds the same in torch.
 
 #pragma once
 
@@ -14,7 +14,7 @@ namespace {
 
 enum Flags { kAInPanels = 1, kScalesSum = 2 };
 
-struct Entry {    // one slot of a module's table; layers/low_rank.py fills it
+struct Entry {    // one slot of a module's table; layers/linear/low_rank.py fills it
   int64_t a;      // address of A: rows [rank, in], or panels of weights with `rank` columns
   int64_t b;      // address of B in panels [panels, rank, kPanel], padded with zeros
   int64_t bias;   // address of the bias in float32, padded to whole panels, or 0

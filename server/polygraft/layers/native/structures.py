@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 
 MAX_MODULES = 4  # linear.h's kMaxModules
+ENTRY = 16  # int64 fields of side_path.h's `Entry`
+SCALING = 15  # the last of them
+A_IN_PANELS, SCALES_SUM = 1, 2  # its flags
 STORAGE = {"none": 1, "int8": 2, "nf4": 3, "fp4": 3}  # side_path.h's Storage
 
 

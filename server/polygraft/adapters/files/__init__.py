@@ -1,0 +1,1 @@
+"""Adapter folders on disk: opening, reading, checking, converting and refusing them."""

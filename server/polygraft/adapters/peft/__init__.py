@@ -1,0 +1,1 @@
+"""PEFT's kinds, one file each, and the options that they share."""

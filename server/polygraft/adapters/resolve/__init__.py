@@ -1,0 +1,1 @@
+"""Completes adapter weights that depend on the base's own weights."""

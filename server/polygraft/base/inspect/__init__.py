@@ -1,0 +1,1 @@
+"""Finds out what a base model is made of."""

@@ -1,0 +1,1 @@
+"""Packs a base model's weights and fuses its modules."""

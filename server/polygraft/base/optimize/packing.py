@@ -1,0 +1,185 @@
+"""Brings the base's weights into the order in which this machine multiplies by them fastest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from polygraft.base.optimize.calibration import ONEDNN, Calibration, calibrate
+from polygraft.layers.fused import FusedRmsNorm
+from polygraft.layers.linear.int8_linear import Int8Linear
+from polygraft.layers.linear.linear import LinearGroup, PackedLinear, Quantization
+from polygraft.layers.linear.memory import Arena, give_back
+from polygraft.layers.linear.onednn_linear import OneDnnLinear, gains_by_onednn
+from polygraft.layers.linear.wide_head import WideLinear
+from polygraft.layers.native.kernels import DTYPES, Kernels, load_kernels
+from polygraft.layers.native.structures import MAX_MODULES
+
+log = logging.getLogger(__name__)
+
+_MOST_TWICE = 2**28
+"""Bytes of weights that may take their memory twice while they are moved."""
+
+
+def pack_linears(
+    model: nn.Module,
+    groups: Iterable[Sequence[str]],
+    quantization: Mapping[str, Quantization] = MappingProxyType({}),
+    *,
+    double: bool = True,
+) -> int:
+    """Replace plain linear modules in place.
+
+    Modules quantized by others stay as they are, and so does a tied partner: the embedding keeps a copy. The
+    head's outputs are float32 from here on, whatever computes them.
+
+    Args:
+        groups: names of modules that read the same input.
+        quantization: by the names of those whose weights are quantized; in 4 bits only with the C++
+            operators.
+        double: as `FourBitPanels` says.
+
+    Returns:
+        How many were replaced.
+    """
+    kernels = load_kernels()
+    head = _head(model)
+    table: dict[torch.dtype, Calibration] = {}
+    packed = 0
+    for names in groups:
+        alike: dict[tuple[torch.dtype, Quantization, bool], list[str]] = {}
+        for name in names:
+            module = model.get_submodule(name)
+            if not _is_plain(module):
+                continue
+            weight, bias = _weight_and_bias(module)
+            if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+                continue
+            how = quantization.get(name, "none")
+            # oneDNN rounds products of 16-bit operands to 16 bits, and the head's sums must stay in float32.
+            wide = name == head and weight.dtype != torch.float32
+            if kernels is None and how != "none":
+                assert how == "int8"
+                model.set_submodule(name, Int8Linear(weight, bias, wide=wide))
+            elif wide and how == "none" and kernels is None:
+                continue
+            elif how == "none" and not wide and _kernel(weight, kernels, table) == ONEDNN:
+                if not gains_by_onednn(weight):
+                    continue
+                model.set_submodule(name, OneDnnLinear(weight, bias))
+            else:
+                alike.setdefault((weight.dtype, how, wide), []).append(name)
+            packed += 1
+        for (_, how, wide), same in alike.items():
+            assert kernels is not None
+            for at in range(0, len(same), MAX_MODULES):
+                _pack_group(model, same[at : at + MAX_MODULES], kernels, how, double=double, wide=wide)
+    if head is not None:
+        _widen(model, head)
+    return packed
+
+
+def _head(model: nn.Module) -> str | None:
+    """Name of the module that computes the logits; None where there is none."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _widen(model: nn.Module, head: str) -> None:
+    """Make a head that torch computes return float32."""
+    module = model.get_submodule(head)
+    if type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16):
+        model.set_submodule(head, WideLinear(module))
+
+
+def gather_weights(model: nn.Module) -> None:
+    """Move the weights that were packed into one piece of memory, in the order in which a step reads them."""
+    modules = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    groups = list(dict.fromkeys(module.group for module in modules))
+    arena = Arena(tensor for group in groups for tensor in group.tensors)
+    moved = 0
+    for group in groups:
+        group.move(arena.copy)
+        moved += group.nbytes
+        if moved > _MOST_TWICE:  # what has moved is still in the heap
+            give_back()
+            moved = 0
+
+
+def own_parameters(model: nn.Module) -> None:
+    """Copy the parameters that are left out of the checkpoint's file mapping.
+
+    While one of them is mapped the whole file stays so: it counts as the process's memory a second time, and
+    a file that is replaced in place would change or kill a running server.
+    """
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:  # a quantized one isn't mapped, and its bytes aren't ours to move
+            parameter.data = parameter.data.clone()
+
+
+def count_quantized(model: nn.Module, names: Iterable[str]) -> int:
+    """How many of the named modules hold quantized weights, ours or bitsandbytes'."""
+    modules = map(model.get_submodule, names)
+    return sum(
+        isinstance(module, Int8Linear)
+        or (isinstance(module, PackedLinear) and module.group.quantization != "none")
+        or type(module).__module__.startswith("bitsandbytes.")
+        for module in modules
+    )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights as they are held: shared ones once, and again if they were packed."""
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:  # bitsandbytes keeps the scales beside the parameter
+            parts = [value for value in state.as_dict().values() if isinstance(value, torch.Tensor)]
+            sizes.update((part.data_ptr(), part.nbytes) for part in parts)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            sizes[id(module.group)] = module.group.nbytes
+        elif isinstance(module, FusedRmsNorm | Int8Linear | OneDnnLinear):
+            sizes[id(module)] = module.nbytes
+    return sum(sizes.values())
+
+
+def _pack_group(
+    model: nn.Module,
+    names: Sequence[str],
+    kernels: Kernels,
+    quantization: Quantization,
+    *,
+    double: bool,
+    wide: bool,
+) -> None:
+    weights, biases = zip(*(_weight_and_bias(model.get_submodule(name)) for name in names), strict=True)
+    group = LinearGroup(weights, biases, kernels, quantization, double=double, wide=wide)
+    for member, name in enumerate(names):
+        model.set_submodule(name, PackedLinear(group, member))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, Conv1D)  # a quantized one is a subclass
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[out_features, in_features], and [out_features] or None."""
+    assert isinstance(module, nn.Linear | Conv1D)
+    weight: torch.Tensor = module.weight.detach()
+    bias: torch.Tensor | None = module.bias
+    return weight.t() if isinstance(module, Conv1D) else weight, None if bias is None else bias.detach()
+
+
+def _kernel(weight: torch.Tensor, kernels: Kernels | None, table: dict[torch.dtype, Calibration]) -> str:
+    """The kernel for a type of weights, measured when the first of them comes."""
+    if weight.dtype not in table:
+        table[weight.dtype] = found = calibrate(weight, kernels)
+        log.info("products in %s use %s", str(weight.dtype).removeprefix("torch."), found.describe())
+    return table[weight.dtype].kernel

@@ -1,0 +1,1 @@
+"""The nouns that every layer shares: requests, adapter weights and primitives, and what a base is made of."""

@@ -1,0 +1,1 @@
+"""The paged KV cache, its blocks, and what sequences share of it."""

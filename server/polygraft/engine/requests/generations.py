@@ -1,0 +1,148 @@
+"""The generations that are on their way: their next tokens, and their ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from polygraft.core.request import Finished, FinishReason, RequestOutput, Timings, Usage
+from polygraft.engine.requests.output_processor import Answers
+from polygraft.engine.sampling.logprobs import likelihoods
+from polygraft.engine.sampling.penalties import adjust
+from polygraft.engine.sampling.sampler import sample
+from polygraft.engine.schedule.scheduler import Scheduler
+from polygraft.engine.schedule.sequence import Generation
+from polygraft.errors import PolygraftError
+
+
+class Generations:
+    """Those of one engine; like it, not thread-safe."""
+
+    def __init__(self, scheduler: Scheduler, answers: Answers) -> None:
+        self._scheduler = scheduler
+        self._answers = answers
+        self._running: dict[str, Generation] = {}
+
+    def __contains__(self, request_id: object) -> bool:
+        """Whether a request of this id runs."""
+        return request_id in self._running
+
+    def __iter__(self) -> Iterator[Generation]:
+        """All of them."""
+        return iter(self._running.values())
+
+    def add(self, generation: Generation) -> None:
+        """Queue one."""
+        assert generation.id not in self._running, "request ids must be unique"
+        self._running[generation.id] = generation
+        self._scheduler.add(generation)
+
+    def abort(self, request_id: str) -> list[RequestOutput]:
+        """End one; its last output, or nothing if it has ended already."""
+        generation = self._running.get(request_id)
+        return [] if generation is None else [self._finish(generation, FinishReason.CANCELLED)]
+
+    def expire(self) -> list[RequestOutput]:
+        """End those whose time is up."""
+        now = time.monotonic()
+        late = [g for g in self._running.values() if g.deadline is not None and g.deadline <= now]
+        return [
+            self._finish(generation, FinishReason.TIME_LIMIT, generation.text.flush()) for generation in late
+        ]
+
+    def fail_lost(self) -> list[RequestOutput]:
+        """End those whose weights can't be had."""
+        lost = [(generation, error) for generation in self if (error := generation.lost) is not None]
+        return [self._fail(generation, error) for generation, error in lost]
+
+    def sample(
+        self, generations: list[Generation], rows: list[int], logits: torch.Tensor
+    ) -> list[RequestOutput]:
+        """Give some their next tokens, picked by these rows of the logits."""
+        if not generations:
+            return []
+        with torch.inference_mode():
+            if len(rows) != len(logits):
+                logits = logits[rows]
+            asking = [at for at, g in enumerate(generations) if g.request.response.wants_logprobs]
+            raw = logits[asking] if asking else logits[:0]
+            logits = adjust(
+                logits,
+                [g.request.sampling for g in generations],
+                [g.token_ids for g in generations],
+                [g.prompt_tokens for g in generations],
+            )
+            for at, generation in enumerate(generations):
+                if not generation.may_stop and generation.stop_token_ids:
+                    logits[at, list(generation.stop_token_ids)] = -torch.inf
+            tokens = sample(
+                logits, [g.request.sampling for g in generations], [g.num_tokens for g in generations]
+            )
+        # Nobody is told the likelihoods of a row that fails.
+        picked = [tokens[at] or 0 for at in asking]
+        top = [generations[at].request.response.top_logprobs for at in asking]
+        for at, likelihood in zip(asking, likelihoods(raw, picked, top), strict=True):
+            generations[at].untold.append(likelihood)
+        now = time.monotonic()
+        return [
+            self._accept(generation, token, now)
+            if token is not None and generation.finite
+            else self._fail(generation, PolygraftError("the model's logits are not finite"))
+            for generation, token in zip(generations, tokens, strict=True)
+        ]
+
+    def take_prompt(self, generation: Generation, logits: torch.Tensor) -> None:
+        """Note the logits [rows, vocabulary] after the next of its tokens, if it asks for them."""
+        generation.take_prompt(logits)
+        self._answers.describe(generation)
+
+    def _accept(self, generation: Generation, token: int, now: float) -> RequestOutput:
+        try:
+            text, reason = generation.accept(token, now)
+        except PolygraftError as error:  # its tokenizer, possibly an adapter's, fails
+            return self._fail(generation, error)
+        if reason is not None:
+            return self._finish(generation, reason, text, token)
+        output = RequestOutput(generation.id, text, (token,), path=generation.path)
+        return self._answers.complete(generation, output)
+
+    def _finish(
+        self, generation: Generation, reason: FinishReason, text: str = "", token: int | None = None
+    ) -> RequestOutput:
+        self._remove(generation)
+        now = time.monotonic()
+        first, scheduled = generation.first_token, generation.first_scheduled
+        finished = Finished(
+            reason=reason,
+            usage=Usage(
+                prompt_tokens=generation.prompt_tokens,
+                completion_tokens=generation.completion_tokens,
+                cached_tokens=generation.cached_tokens,
+                virtual_tokens=generation.stack.virtual_tokens,
+            ),
+            timings=Timings(
+                total=now - generation.arrival,
+                queue=None if scheduled is None else scheduled - generation.arrival,
+                prefill=None if first is None or scheduled is None else first - scheduled,
+                time_to_first_token=None if first is None else first - generation.arrival,
+            ),
+            seed=generation.request.sampling.seed,
+            path=generation.path,
+            adapter_generations=generation.stack.generations,
+            stop_sequence=generation.text.matched,
+            stop_token_id=token if reason == FinishReason.STOP else None,
+            preemptions=generation.preemptions,
+        )
+        tokens = () if token is None else (token,)
+        output = RequestOutput(generation.id, text, tokens, finished=finished, path=generation.path)
+        return self._answers.complete(generation, output)
+
+    def _fail(self, generation: Generation, error: PolygraftError) -> RequestOutput:
+        self._remove(generation)
+        return RequestOutput(generation.id, error=error)
+
+    def _remove(self, generation: Generation) -> None:
+        del self._running[generation.id]
+        self._scheduler.remove(generation)

@@ -1,0 +1,1 @@
+"""Loading, unloading and merging adapters between steps."""

@@ -1,0 +1,132 @@
+"""What is asked of merged copies beside running on them: to keep one, and to tell how exact it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from polygraft.adapters.registry import AdapterRegistry
+from polygraft.core.adapter_info import AdapterInfo, Deviation, MergeState
+from polygraft.engine.residency.background import BackgroundWork, Job
+from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
+from polygraft.engine.residency.smoke_tests import Canaries
+from polygraft.errors import AdapterUnavailable, PolygraftError, ResourceExhausted
+
+DEVIATION_TEXTS = (
+    "The committee met on Tuesday and decided to postpone the vote until the spring.",
+    "Water boils at a lower temperature on a mountain because the air pressure is lower.",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
+    "Dear Sir or Madam, I am writing to ask whether my order has been sent.",
+    "Once upon a time there was a fox who lived at the edge of a great forest.",
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "Total: 12 apples, 7 pears and 30 plums, at 2.50 a kilo.",
+    "User: What should I cook tonight?\nAssistant: How about a simple tomato soup?",
+)
+"""Texts on which merged and unmerged logits are compared, at every token but the first few."""
+_SKIPPED = 3
+
+
+class MergeCommands:
+    """Serves UpdateAdapter, and measures each copy once, when nobody else wants the time.
+
+    Args:
+        is_idle: whether no request is running or waiting.
+        texts: token ids of `DEVIATION_TEXTS`.
+    """
+
+    def __init__(
+        self,
+        copies: MergedCopies,
+        registry: AdapterRegistry,
+        background: BackgroundWork,
+        canaries: Canaries,
+        is_idle: Callable[[], bool],
+        texts: Sequence[list[int]],
+    ) -> None:
+        self._copies = copies
+        self._registry = registry
+        self._background = background
+        self._canaries = canaries
+        self._is_idle = is_idle
+        self._texts = texts
+        self._measuring: set[int] = set()
+        self._changed: list[AdapterInfo] = []
+
+    def update(self, name: str, merged: bool, done: Future[AdapterInfo]) -> None:
+        """Keep a merged copy of an adapter, or keep it no longer; `done` gets the outcome."""
+        try:
+            adapter = self._registry.current(name)
+            if merged:
+                self._copies.check(adapter)
+        except PolygraftError as error:
+            done.set_exception(error)
+            return
+        copy = self._copies.pin(adapter, merged)
+        self.collect()  # the answer, and whoever asks next, must see the current state
+        if not merged or copy is None:
+            done.set_result(self._registry.get(name))
+        else:
+            self._background.add(self._await(copy, done))
+
+    def _await(self, copy: MergedCopy, done: Future[AdapterInfo]) -> Job:
+        name = copy.adapter.name
+        while copy.state is MergeState.MERGING and copy.wanted:
+            yield True
+        self.collect()
+        if copy.state is MergeState.FAILED:
+            done.set_exception(ResourceExhausted(f"adapter {name!r} is not merged: {copy.problem}"))
+        elif not self._is_kept(copy):
+            done.set_exception(AdapterUnavailable(name, "given up while it was being merged"))
+        else:
+            done.set_result(self._registry.get(name))
+
+    def collect(self) -> None:
+        """Put what has become of copies into the registry, and have new ones measured."""
+        for adapter in self._copies.take_changed():
+            shown = self._registry.set_merged(adapter, self._copies.info(adapter))
+            if shown is not None:
+                self._changed.append(shown)
+            copy = self._copies.peek(adapter)
+            measured = adapter.generation in self._measuring or not self._copies.needs_deviation(adapter)
+            comparable = not adapter.compiled.merged_only  # else there is nothing to compare with
+            if copy is not None and copy.ready and comparable and not measured:
+                self._measuring.add(adapter.generation)
+                self._background.add(self._measure(copy))
+
+    def _measure(self, copy: MergedCopy) -> Job:
+        adapter = copy.adapter
+        largest = total = 0.0
+        agreeing = positions = values = 0
+        yield False
+        try:
+            for text in self._texts:
+                while not self._is_idle():
+                    yield False
+                several = len(text) - _SKIPPED
+                # Between the two as well, the adapter may be unloaded or replaced, and its slot be another's.
+                if not self._is_kept(copy):
+                    return  # the next copy of this adapter is measured instead
+                merged = yield from self._canaries.logits(text, adapter, positions=several, copy=copy)
+                if not self._is_kept(copy):
+                    return
+                unmerged = yield from self._canaries.logits(text, adapter, positions=several)
+                difference = (merged - unmerged).abs()
+                largest = max(largest, float(difference.max()))
+                total += float(difference.double().sum())
+                values += difference.numel()
+                agreeing += int((merged.argmax(-1) == unmerged.argmax(-1)).sum())
+                positions += several
+        finally:
+            self._measuring.discard(adapter.generation)
+        if self._is_kept(copy):
+            self._copies.set_deviation(
+                adapter, Deviation(largest, total / values, agreeing / positions, positions)
+            )
+
+    def _is_kept(self, copy: MergedCopy) -> bool:
+        return copy.ready and not copy.forgotten and self._copies.holds(copy)
+
+    def take_changed(self) -> list[AdapterInfo]:
+        """Adapters whose copies have changed since the last call."""
+        changed, self._changed = self._changed, []
+        return changed

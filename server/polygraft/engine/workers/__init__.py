@@ -1,0 +1,1 @@
+"""Threads that do slow work away from the event loop."""

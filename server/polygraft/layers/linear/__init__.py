@@ -1,0 +1,1 @@
+"""Linear products with adapters' side paths, and merging."""

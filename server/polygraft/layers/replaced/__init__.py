@@ -1,0 +1,1 @@
+"""Norms, embeddings and heads with adapters' own weights."""

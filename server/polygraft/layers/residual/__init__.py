@@ -1,0 +1,1 @@
+"""Bottlenecks and couplings on the residual stream."""
