@@ -17,7 +17,7 @@ from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.spec import BaseSpec
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "kinds.md"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 

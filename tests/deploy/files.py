@@ -30,7 +30,7 @@ class Query:
 
     @property
     def metrics(self) -> set[str]:
-        """Names of our metrics in it, as `docs/metrics.md` has them."""
+        """Names of our metrics in it, as `docs/guides/metrics.md` has them."""
         return metrics_in(self.expression)
 
     def at(self, window: str) -> str:
@@ -43,7 +43,7 @@ class Query:
 
 
 def metrics_in(expression: str) -> set[str]:
-    """Names of our metrics in an expression, as `docs/metrics.md` has them."""
+    """Names of our metrics in an expression, as `docs/guides/metrics.md` has them."""
     names = re.findall(r"\bpolygraft_[a-z_]+", expression)
     return {re.sub(r"(_seconds|_rows|_adapters|_steps)_(bucket|sum|count)$", r"\1", name) for name in names}
 

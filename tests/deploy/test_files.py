@@ -23,7 +23,7 @@ from tests.deploy.files import (
     read_yaml,
 )
 
-DOCS = DEPLOY.parent / "docs" / "metrics.md"
+DOCS = DEPLOY.parent / "docs" / "guides" / "metrics.md"
 GRAFANA = DEPLOY / "grafana"
 SERVICES: dict[str, dict[str, Any]] = read_yaml(COMPOSE)["services"]
 VOLUMES: dict[str, Any] = read_yaml(COMPOSE)["volumes"]

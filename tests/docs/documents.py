@@ -13,7 +13,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", "deploy/*.md", "adapters/*.md", "adapters/*/README.md")
+    for pattern in ("*.md", "docs/**/*.md", "deploy/*.md", "adapters/*.md", "adapters/*/README.md")
     for path in ROOT.glob(pattern)
 )
 _MARKDOWN = MarkdownIt("commonmark").enable("table")

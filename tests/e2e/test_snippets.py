@@ -37,16 +37,19 @@ EXEMPT = {
         "OMP_NUM_THREADS=2 python -m benchmarks",
     ): "takes minutes and rewrites the document",
     ("adapters/README.md", "python adapters/train.py"): "a synopsis of commands that take minutes to hours",
-    ("docs/adapters.md", "model = PeftModel.from_pretrained(AutoModel"): "needs a folder of transformers 4",
-    ("docs/architecture.md", "rpc/  "): "a table of folders",
-    ("docs/operations.md", "threads: 2"): _LOG,
-    ("docs/operations.md", "INFO polygraft.server"): _LOG,
-    ("docs/operations.md", "INFO polygraft.access"): _LOG,
+    (
+        "docs/reference/kinds.md",
+        "model = PeftModel.from_pretrained(AutoModel",
+    ): "needs a folder of transformers 4",
+    ("docs/internals/architecture.md", "rpc/  "): "a table of folders",
+    ("docs/guides/operations.md", "threads: 2"): _LOG,
+    ("docs/guides/operations.md", "INFO polygraft.server"): _LOG,
+    ("docs/guides/operations.md", "INFO polygraft.access"): _LOG,
 }
 """Why a snippet isn't run, by its document and how its first line begins."""
 
 FRAGMENTS = {
-    ("docs/adapters.md", "config = json.loads("): """
+    ("docs/reference/kinds.md", "config = json.loads("): """
 import json
 from pathlib import Path
 import torch
@@ -57,7 +60,7 @@ folder.mkdir()
 tensors = {"prompt_embeddings": torch.ones(4, 8), "prefix_task_cols": torch.eye(2).reshape(2, 2, 1)}
 save_file(tensors, folder / "adapter_model.safetensors")
 """,
-    ("docs/adapters.md", "model = PeftModel.from_pretrained(base"): """
+    ("docs/reference/kinds.md", "model = PeftModel.from_pretrained(base"): """
 from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForCausalLM

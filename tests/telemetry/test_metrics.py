@@ -16,7 +16,7 @@ from polygraft.engine.client import ModelInfo, Occupancy, StepStats
 from polygraft.telemetry.labels import OTHER, AdapterLabels
 from polygraft.telemetry.metrics import Metrics
 
-DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCS = Path(__file__).parents[2] / "docs" / "guides" / "metrics.md"
 
 FINISHED = Finished(
     reason=FinishReason.LENGTH,

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus. `docs/metrics.md` explains every metric."""
+"""What the server tells Prometheus. `docs/guides/metrics.md` explains every metric."""
 
 from __future__ import annotations
 

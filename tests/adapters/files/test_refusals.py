@@ -26,7 +26,7 @@ from tests.adapters.specimen import Specimen, compile_folder
 from tests.peft_folders import CAUSAL, TARGETS
 from tests.peft_folders import KINDS as FOLDERS
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "adapters.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "kinds.md"
 
 
 @pytest.mark.parametrize("kind", PeftType)
@@ -35,7 +35,7 @@ def test_every_kind_of_peft_is_served_or_refused_with_a_reason(
 ) -> None:
     assert (kind.value in KINDS) != bool(why_not_kind(kind.value))
     row = re.search(rf"^\| `{kind.value}` \|(.*)\|$", DOCUMENT.read_text(), re.MULTILINE)
-    assert row, f"{kind.value} isn't in docs/adapters.md"
+    assert row, f"{kind.value} isn't in docs/reference/kinds.md"
     assert row[1].strip().startswith("served") == (kind.value in KINDS)
     if kind.value in KINDS:
         return
