@@ -8,8 +8,7 @@ with Client("127.0.0.1:50051") as client:
 """
 
 from polygraft_client._adapters import Adapters, AsyncAdapters
-from polygraft_client._async_client import AsyncClient
-from polygraft_client._client import Client
+from polygraft_client._client import AsyncClient, Client
 from polygraft_client._exceptions import (
     AlreadyExists,
     Cancelled,

@@ -1,21 +1,45 @@
-"""The contract's methods, each as a request, where it goes and what becomes of the response.
+"""Every call of the contract, described once for both clients.
 
-Both clients send these; neither knows a request's or a response's fields.
+Each function takes a method's arguments and returns the `Call` to make. Its parameters and its docstring
+are those of the method, of `Client` and of `AsyncClient` alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, Unpack
 
 from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from polygraft_api.v1 import adapters_pb2, inference_pb2
-from polygraft_client import _requests, _responses
-from polygraft_client._models import Adapter, Chunk, Generation, Health, Model, Score
-from polygraft_client._requests import Adapters, Chat, Continuations
+from polygraft_client import _responses
+from polygraft_client._models import (
+    Adapter,
+    Chunk,
+    CombinationType,
+    Generation,
+    Health,
+    LoraPath,
+    Model,
+    Score,
+)
+from polygraft_client._requests import (
+    AdapterRefs,
+    Chat,
+    CombinationName,
+    Continuations,
+    GenerateOptions,
+    LoraPathName,
+    adapter_refs,
+    enum_name,
+    fill,
+    generate_request,
+    one_input,
+    split_timeout,
+    texts_or_ids,
+)
 
 _INFERENCE = "/polygraft.v1.InferenceService/"
 _ADAPTERS = "/polygraft.v1.AdapterService/"
@@ -31,120 +55,241 @@ class Call(Generic[_R]):
         method: full path of the gRPC method.
         response_type: the message to parse each response as.
         convert: from that message to a model.
+        timeout: seconds; None is the client's own.
     """
 
     method: str
     request: Message
     response_type: type[Message]
     convert: Callable[[Any], _R]
+    timeout: float | None
 
     def parse(self, data: bytes) -> _R:
-        """Read a response off the wire."""
+        """The result of a response as it is received."""
         return self.convert(self.response_type.FromString(data))
 
 
-def generate(prompt: str | None, options: dict[str, Any]) -> Call[Generation]:
-    """A whole answer."""
-    request = _requests.generate_request(prompt, **options)
-    return Call(f"{_INFERENCE}Generate", request, inference_pb2.GenerateResponse, _responses.generation_from)
+def generate(prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Call[Generation]:
+    """Generate a whole answer.
 
+    Args:
+        prompt: text, tokenized as it is; or give `token_ids` or `chat` instead.
+        **options: see `GenerateOptions`.
 
-def stream(prompt: str | None, options: dict[str, Any]) -> Call[Chunk]:
-    """An answer in chunks."""
-    request = _requests.generate_request(prompt, **options)
+    Raises:
+        InvalidArgument: a value is out of range, or the prompt doesn't fit; see `violations`.
+        NotFound: no such adapter.
+        FailedPrecondition: the adapter is loading, failed or unloading.
+        ResourceExhausted: the queue is full; see `retry_after`.
+        Unavailable: the server is shutting down.
+    """
+    timeout, fields = split_timeout(options)
+    request = generate_request(prompt, **fields)
     return Call(
-        f"{_INFERENCE}GenerateStream", request, inference_pb2.GenerateStreamResponse, _responses.chunk_from
+        f"{_INFERENCE}Generate", request, inference_pb2.GenerateResponse, _responses.generation_from, timeout
     )
 
 
-def score(prompt: str | None, continuations: Continuations, **options: Any) -> Call[Score]:
-    """Log-likelihoods of continuations."""
-    request = _requests.score_request(prompt, continuations, **options)
-    return Call(f"{_INFERENCE}Score", request, inference_pb2.ScoreResponse, _responses.score_from)
+def stream(prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Call[Chunk]:
+    """Generate an answer chunk by chunk."""
+    timeout, fields = split_timeout(options)
+    request = generate_request(prompt, **fields)
+    return Call(
+        f"{_INFERENCE}GenerateStream",
+        request,
+        inference_pb2.GenerateStreamResponse,
+        _responses.chunk_from,
+        timeout,
+    )
+
+
+def score(
+    prompt: str | None,
+    continuations: Continuations,
+    *,
+    token_ids: Sequence[int] | None = None,
+    chat: Chat | None = None,
+    adapter: str | None = None,
+    adapters: AdapterRefs = (),
+    combination_type: CombinationType | CombinationName | None = None,
+    lora_path: LoraPath | LoraPathName | None = None,
+    top_logprobs: int = 0,
+    timeout: float | None = None,
+) -> Call[Score]:
+    """Log-likelihoods of continuations of a prompt, as lm-evaluation-harness defines them.
+
+    Args:
+        prompt: text, which may be empty; None where `token_ids` or `chat` is given instead.
+        continuations: texts or token ids, at most 256; each is scored by itself.
+        top_logprobs: how many of the most likely tokens to return at each position, in [0, 20].
+
+    Raises:
+        InvalidArgument: a value is out of range, or a continuation doesn't fit; see `violations`.
+        NotFound, FailedPrecondition, ResourceExhausted, Unavailable: as `generate`.
+    """
+    request = fill(
+        inference_pb2.ScoreRequest,
+        **one_input(prompt=prompt, token_ids=token_ids, chat=chat),
+        **texts_or_ids(continuations),
+        adapter=adapter,
+        adapters=adapter_refs(adapters),
+        combination_type=enum_name("combination_type", combination_type, CombinationName),
+        lora_path=enum_name("lora_path", lora_path, LoraPathName),
+        top_logprobs=top_logprobs,
+    )
+    return Call(f"{_INFERENCE}Score", request, inference_pb2.ScoreResponse, _responses.score_from, timeout)
 
 
 def tokenize(
-    prompt: str | None, chat: Chat | None, adapter: str | None, adapters: Adapters
+    prompt: str | None = None,
+    *,
+    chat: Chat | None = None,
+    adapter: str | None = None,
+    adapters: AdapterRefs = (),
+    timeout: float | None = None,
 ) -> Call[tuple[int, ...]]:
-    """Text or a conversation to token ids."""
-    request = _requests.tokenize_request(prompt, chat=chat, adapter=adapter, adapters=adapters)
-    return Call(f"{_INFERENCE}Tokenize", request, inference_pb2.TokenizeResponse, _responses.token_ids_from)
-
-
-def detokenize(token_ids: Iterable[int], adapter: str | None, adapters: Adapters) -> Call[str]:
-    """Token ids to text."""
-    request = _requests.detokenize_request(token_ids, adapter=adapter, adapters=adapters)
-    return Call(f"{_INFERENCE}Detokenize", request, inference_pb2.DetokenizeResponse, _responses.text_from)
-
-
-def model(adapter: str | None, adapters: Adapters) -> Call[Model]:
-    """The model as it is served."""
-    request = _requests.model_request(adapter=adapter, adapters=adapters)
-    return Call(f"{_INFERENCE}GetModel", request, inference_pb2.GetModelResponse, _responses.model_from)
-
-
-def load_adapter(name: str, source: str) -> Call[Adapter]:
-    """Load a folder of the store."""
-    request = adapters_pb2.LoadAdapterRequest(name=name, source=source)
-    return Call(f"{_ADAPTERS}LoadAdapter", request, adapters_pb2.LoadAdapterResponse, _adapter_in)
-
-
-def unload_adapter(name: str, *, wait: bool) -> Call[Adapter]:
-    """Unload an adapter."""
-    request = _requests.unload_request(name, wait=wait)
-    return Call(f"{_ADAPTERS}UnloadAdapter", request, adapters_pb2.UnloadAdapterResponse, _adapter_in)
-
-
-def reload_adapter(name: str) -> Call[Adapter]:
-    """Load an adapter's folder again."""
-    request = adapters_pb2.ReloadAdapterRequest(name=name)
-    return Call(f"{_ADAPTERS}ReloadAdapter", request, adapters_pb2.ReloadAdapterResponse, _adapter_in)
-
-
-def update_adapter(name: str, *, merged: bool) -> Call[Adapter]:
-    """Keep a merged copy for an adapter, or keep it no longer."""
-    request = _requests.update_adapter_request(name, merged=merged)
-    return Call(f"{_ADAPTERS}UpdateAdapter", request, adapters_pb2.UpdateAdapterResponse, _adapter_in)
-
-
-def get_adapter(name: str, *, nearest_tokens: int) -> Call[Adapter]:
-    """One adapter in detail."""
-    request = _requests.get_adapter_request(name, nearest_tokens=nearest_tokens)
+    """Token ids of a text or of a conversation, as `generate` would use them for the adapter."""
+    request = fill(
+        inference_pb2.TokenizeRequest,
+        **one_input(prompt=prompt, chat=chat),
+        adapter=adapter,
+        adapters=adapter_refs(adapters),
+    )
     return Call(
-        f"{_ADAPTERS}GetAdapter", request, adapters_pb2.GetAdapterResponse, _responses.adapter_detail_from
+        f"{_INFERENCE}Tokenize", request, inference_pb2.TokenizeResponse, _responses.token_ids_from, timeout
     )
 
 
-def list_adapters(page_size: int, page_token: str = "") -> Call[AdapterPage]:
-    """A page of the registry."""
-    request = _requests.list_adapters_request(page_size, page_token)
-    return Call(f"{_ADAPTERS}ListAdapters", request, adapters_pb2.ListAdaptersResponse, AdapterPage.parse)
+def detokenize(
+    token_ids: Iterable[int],
+    *,
+    adapter: str | None = None,
+    adapters: AdapterRefs = (),
+    timeout: float | None = None,
+) -> Call[str]:
+    """Text of token ids, without special tokens."""
+    request = fill(
+        inference_pb2.DetokenizeRequest,
+        token_ids=list(token_ids),
+        adapter=adapter,
+        adapters=adapter_refs(adapters),
+    )
+    return Call(
+        f"{_INFERENCE}Detokenize", request, inference_pb2.DetokenizeResponse, _responses.text_from, timeout
+    )
 
 
-def health(service: str) -> Call[Health]:
-    """The health of the server ("") or of one of its services."""
+def model(
+    *, adapter: str | None = None, adapters: AdapterRefs = (), timeout: float | None = None
+) -> Call[Model]:
+    """The model being served, its limits and its defaults.
+
+    The vocabulary size, the end-of-sequence tokens and `has_chat_template` are those of requests with these
+    adapters.
+    """
+    request = fill(inference_pb2.GetModelRequest, adapter=adapter, adapters=adapter_refs(adapters))
+    return Call(
+        f"{_INFERENCE}GetModel", request, inference_pb2.GetModelResponse, _responses.model_from, timeout
+    )
+
+
+def health(service: str = "", *, timeout: float | None = None) -> Call[Health]:
+    """The health of the server, or of one service such as "polygraft.v1.InferenceService".
+
+    Raises:
+        NotFound: the server has no such service.
+    """
     # Wire-compatible with grpc.health.v1 (each has one field, number 1); registering that package's
     # own messages would need grpcio-health-checking here, or clash with it in a process that has it.
-    return Call("/grpc.health.v1.Health/Check", StringValue(value=service), Int32Value, _health_from)
+    request = StringValue(value=service)
+    return Call("/grpc.health.v1.Health/Check", request, Int32Value, _responses.health_from, timeout)
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterPage:
-    """Some adapters, and where the next ones are; "" after the last."""
+def load(name: str, source: str = "", *, timeout: float | None = None) -> Call[Adapter]:
+    """Load a folder of the server's store; loading what is already loaded changes nothing.
 
-    adapters: tuple[Adapter, ...]
-    next_page_token: str
+    Args:
+        name: what requests will call it.
+        source: the folder, relative to the store; "" is `name`.
+        timeout: seconds; None is the client's own.
 
-    @classmethod
-    def parse(cls, response: adapters_pb2.ListAdaptersResponse) -> AdapterPage:
-        """Convert a page."""
-        return cls(tuple(map(_responses.adapter_from, response.adapters)), response.next_page_token)
+    Raises:
+        InvalidArgument: the folder can't be served; `violations` lists every problem.
+        AlreadyExists: the name is taken by other content.
+        ResourceExhausted: no memory or no slot is left.
+    """
+    request = adapters_pb2.LoadAdapterRequest(name=name, source=source)
+    return _adapter_call("LoadAdapter", request, adapters_pb2.LoadAdapterResponse, timeout)
 
 
-def _adapter_in(response: Any) -> Adapter:
-    return _responses.adapter_from(response.adapter)
+def unload(name: str, *, wait: bool = True, timeout: float | None = None) -> Call[Adapter]:
+    """Unload an adapter and return it as it last was.
+
+    Args:
+        wait: return when running requests have finished; otherwise refuse if there are any.
+        timeout: seconds; None is the client's own.
+
+    Raises:
+        NotFound: no such adapter.
+        FailedPrecondition: running requests use it, and `wait` is False.
+    """
+    mode = adapters_pb2.UNLOAD_MODE_WAIT if wait else adapters_pb2.UNLOAD_MODE_REFUSE
+    request = adapters_pb2.UnloadAdapterRequest(name=name, mode=mode)
+    return _adapter_call("UnloadAdapter", request, adapters_pb2.UnloadAdapterResponse, timeout)
 
 
-def _health_from(response: Int32Value) -> Health:
-    members = list(Health)  # in the order of the standard's numbers
-    return members[response.value] if 0 <= response.value < len(members) else Health.UNKNOWN
+def reload(name: str, *, timeout: float | None = None) -> Call[Adapter]:
+    """Load an adapter's folder again under a new generation; running requests finish on the old one.
+
+    The generation stays if the folder hasn't changed.
+
+    Raises:
+        NotFound: no such adapter.
+        InvalidArgument, ResourceExhausted: as `load`.
+    """
+    request = adapters_pb2.ReloadAdapterRequest(name=name)
+    return _adapter_call("ReloadAdapter", request, adapters_pb2.ReloadAdapterResponse, timeout)
+
+
+def update(name: str, *, merged: bool, timeout: float | None = None) -> Call[Adapter]:
+    """Pin a merged copy of the base for an adapter, or unpin it, so that it goes when memory is needed.
+
+    Returns when the copy is there.
+
+    Raises:
+        NotFound: no such adapter.
+        FailedPrecondition: its weights don't fold into the base's, or the copy exceeds the server's budget.
+        ResourceExhausted: other pinned copies leave no room.
+    """
+    request = fill(adapters_pb2.UpdateAdapterRequest, name=name, merged=merged)
+    return _adapter_call("UpdateAdapter", request, adapters_pb2.UpdateAdapterResponse, timeout)
+
+
+def get(name: str, *, nearest_tokens: int = 0, timeout: float | None = None) -> Call[Adapter]:
+    """Show one adapter.
+
+    Args:
+        nearest_tokens: for a soft prompt, how many of the vocabulary's nearest tokens to show for
+            each virtual token; from 0 to 16.
+        timeout: seconds; None is the client's own.
+
+    Raises:
+        NotFound: no such adapter.
+    """
+    request = fill(adapters_pb2.GetAdapterRequest, name=name, nearest_tokens=nearest_tokens)
+    convert = _responses.adapter_with_nearest_tokens
+    return Call(f"{_ADAPTERS}GetAdapter", request, adapters_pb2.GetAdapterResponse, convert, timeout)
+
+
+def list_page(page_size: int, page_token: str, timeout: float | None) -> Call[_responses.AdapterPage]:
+    """One page of the registry."""
+    request = fill(adapters_pb2.ListAdaptersRequest, page_size=page_size, page_token=page_token)
+    return Call(
+        f"{_ADAPTERS}ListAdapters", request, adapters_pb2.ListAdaptersResponse, _responses.page_from, timeout
+    )
+
+
+def _adapter_call(
+    method: str, request: Message, response_type: type[Message], timeout: float | None
+) -> Call[Adapter]:
+    return Call(f"{_ADAPTERS}{method}", request, response_type, _responses.adapter_in, timeout)

@@ -1,4 +1,4 @@
-"""Where a server is and how a client talks to it, checked before anything is sent."""
+"""A server's address and how to call it, checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import grpc
 from polygraft_client._exceptions import InvalidRequest
 
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
-"""Targets that gRPC reads itself."""
+"""Schemes that gRPC resolves itself."""
 
 DEFAULT_PORT = 50051
-"""Where `polygraft serve` listens unless it is told otherwise."""
+"""The port that `polygraft serve` listens on by default."""
 
 _LONGEST_SECONDS = 1e9
 """A longer timeout overflows in gRPC and would expire at once."""
 
-# Calls that change nothing may be repeated after a lost connection or a draining server. A load or unload
-# isn't: it may have happened already, and a second one would be answered differently.
+# Calls that change nothing may be repeated when the connection breaks or the server is shutting down. Loads
+# and unloads may not: the first try may have succeeded, and the second would be answered differently.
 _RETRIED = [
     {"service": "polygraft.v1.InferenceService"},
     {"service": "polygraft.v1.AdapterService", "method": "GetAdapter"},
@@ -33,7 +33,7 @@ _RETRIED = [
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server and how this client talks to it.
+    """A server's address and how to call it.
 
     Args:
         address: HOST or HOST:PORT, or a target that gRPC knows by its scheme, such as `unix:/path` or `dns:///host:1`.

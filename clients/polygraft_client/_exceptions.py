@@ -1,4 +1,4 @@
-"""Every error that the client raises on purpose.
+"""The errors that the client raises.
 
 PolygraftError
 ├── InvalidRequest          the arguments can't be expressed in the contract; nothing was sent
@@ -12,7 +12,7 @@ PolygraftError
     ├── AlreadyExists       the adapter's name is taken by other content
     ├── FailedPrecondition  the adapter's state forbids the call
     ├── ResourceExhausted   the queue, the memory or the slots are full
-    ├── Unimplemented       in the contract, not served
+    ├── Unimplemented       in the contract, but not implemented by this server
     ├── Unauthenticated     no valid token
     ├── PermissionDenied    the token doesn't allow it
     ├── Unavailable         the server is shutting down
@@ -83,8 +83,8 @@ class StatusError(PolygraftError):
         message: the server's text.
         reason: a stable code such as "ADAPTER_NOT_FOUND", "" if the answer didn't come from Polygraft.
         violations: what is wrong with the request, field by field.
-        retry_after: seconds after which another try makes sense, or None.
-        metadata: further facts that the server sent, such as the adapter's name.
+        retry_after: seconds after which to try again, or None.
+        metadata: further details from the server, such as the adapter's name.
         request_id: the id under which the server's log knows the call; "" if the server sent none.
     """
 
@@ -128,11 +128,11 @@ class ResourceExhausted(StatusError):
 
 
 class Unimplemented(StatusError):
-    """The contract names it, this server doesn't serve it."""
+    """The contract defines it, but this server doesn't implement it."""
 
 
 class Unauthenticated(StatusError):
-    """The call needs a token and has no valid one."""
+    """The call has no valid token."""
 
     def __str__(self) -> str:
         return f"{self.message}; give it to the client as `token`"

@@ -1,11 +1,14 @@
-"""From the contract's responses to this package's models."""
+"""Converts the contract's responses to this package's models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import UTC
 from enum import StrEnum
 from typing import Any, TypeVar
+
+from google.protobuf.wrappers_pb2 import Int32Value
 
 from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client._models import (
@@ -16,6 +19,7 @@ from polygraft_client._models import (
     Deviation,
     FinishReason,
     Generation,
+    Health,
     LoraPath,
     MergedCopy,
     MergeState,
@@ -201,13 +205,37 @@ def _merged_copy(copy: adapters_pb2.MergedCopy) -> MergedCopy:
     )
 
 
-def adapter_detail_from(response: adapters_pb2.GetAdapterResponse) -> Adapter:
-    """Convert an adapter with its nearest tokens."""
+def adapter_in(response: Any) -> Adapter:
+    """Convert the adapter of any response that has one."""
+    return adapter_from(response.adapter)
+
+
+def adapter_with_nearest_tokens(response: adapters_pb2.GetAdapterResponse) -> Adapter:
+    """Convert an adapter and its nearest tokens."""
     nearest = tuple(
         tuple(NearestToken(token.token_id, token.text, token.similarity) for token in virtual.tokens)
         for virtual in response.nearest_tokens
     )
     return adapter_from(response.adapter, nearest)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPage:
+    """Some adapters, and the token of the next page; "" after the last."""
+
+    adapters: tuple[Adapter, ...]
+    next_page_token: str
+
+
+def page_from(response: adapters_pb2.ListAdaptersResponse) -> AdapterPage:
+    """Convert one page of the registry."""
+    return AdapterPage(tuple(map(adapter_from, response.adapters)), response.next_page_token)
+
+
+def health_from(response: Int32Value) -> Health:
+    """Convert a health; UNKNOWN for a value of a newer standard."""
+    members = list(Health)  # in the order of the standard's numbers
+    return members[response.value] if 0 <= response.value < len(members) else Health.UNKNOWN
 
 
 def _named(enum: type[_E], prefix: str, name_of: Callable[[Any], str], value: int) -> _E:

@@ -1,4 +1,4 @@
-"""From a gRPC status to one of this package's errors."""
+"""Converts a gRPC status to one of this package's errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ STATUS_ERRORS: Mapping[grpc.StatusCode, type[StatusError]] = MappingProxyType(
         grpc.StatusCode.UNKNOWN: InternalError,
     }
 )
-"""Every code that means an answer of the server; the other two are the caller's own."""
+"""The codes of a server's answer. CANCELLED and DEADLINE_EXCEEDED have errors of their own."""
 
 _NO_SERVER = "no server is listening there; `polygraft serve` starts one"
 _HTTP1 = "what answers there speaks HTTP/1, not gRPC; name the gRPC port, not the one for metrics"
@@ -102,8 +102,8 @@ def _request_id(error: grpc.RpcError) -> str:
 def error_from_cancellation(error: asyncio.CancelledError, address: str) -> Cancelled:
     """Translate the CancelledError of a call; raises it on if the task itself is being cancelled.
 
-    grpc.aio raises it for a call that was cancelled under a waiting task too, by closing its stream or
-    its client. That task is not cancelled and must not look so to its own callers.
+    grpc.aio also raises it in a task that waits for a call whose stream or client was closed elsewhere.
+    That task isn't cancelled, and its callers mustn't take it for cancelled.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
@@ -112,7 +112,7 @@ def error_from_cancellation(error: asyncio.CancelledError, address: str) -> Canc
 
 
 class _Details:
-    """The google.rpc details of a status, as far as this package shows them."""
+    """The google.rpc details of a status that this package shows."""
 
     def __init__(self, error: grpc.RpcError) -> None:
         self.reason = ""
@@ -121,7 +121,7 @@ class _Details:
         self.retry_after: float | None = None
         try:
             status = rpc_status.from_call(cast(grpc.Call, error))
-        except ValueError:  # details that contradict their own status are no better than none
+        except ValueError:  # details that contradict their status are ignored
             status = None
         for packed in status.details if status is not None else ():
             info, request, retry = (

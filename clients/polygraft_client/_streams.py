@@ -17,7 +17,7 @@ from polygraft_client._transport import ResponseIterator, check_loop, running_lo
 
 
 class _Progress:
-    """What both kinds of stream remember."""
+    """State that both kinds of stream keep."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -52,7 +52,7 @@ class Stream(_Progress):
         self._call = call
 
     def until_done(self) -> Generation:
-        """Take in the rest and return the whole answer; raises what iterating raises."""
+        """Read the remaining chunks and return the whole answer; raises what iterating raises."""
         for _ in self:
             pass
         return self._whole()
@@ -100,7 +100,7 @@ class AsyncStream(_Progress):
         self._loop = running_loop()
 
     async def until_done(self) -> Generation:
-        """Take in the rest and return the whole answer; raises what iterating raises."""
+        """Read the remaining chunks and return the whole answer; raises what iterating raises."""
         async for _ in self:
             pass
         return self._whole()
@@ -133,5 +133,5 @@ class AsyncStream(_Progress):
         await self.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(RuntimeError):  # its loop is closed, and the call went with it
+        with contextlib.suppress(RuntimeError):  # the loop is closed, which has ended the call
             self._call.cancel()

@@ -1,4 +1,4 @@
-"""Channels: one call through to a server, and its errors."""
+"""Sends calls through a gRPC channel and converts its errors."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class ResponseIterator(Protocol[_R_co]):
         """The next response; raises grpc.RpcError."""
 
     def cancel(self) -> bool:
-        """Give the call up; does nothing after its end."""
+        """Cancel the call; does nothing if it has ended."""
 
 
 class Transport:
-    """Sends calls and waits for them."""
+    """Sends calls and blocks until they are answered."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self._closed = False
 
-    def run(self, call: Call[_R], timeout: float | None = None) -> _R:
+    def run(self, call: Call[_R]) -> _R:
         """Make one call; raises PolygraftError."""
-        deadline = self.endpoint.deadline(timeout)
+        deadline = self.endpoint.deadline(call.timeout)
         method = self._open_channel().unary_unary(call.method, _serialize, call.parse)
         try:
             return method(call.request, timeout=deadline, metadata=self.endpoint.metadata)
@@ -50,9 +50,9 @@ class Transport:
             self._open_channel()
             raise error
 
-    def open(self, call: Call[_R], timeout: float | None = None) -> ResponseIterator[_R]:
+    def open(self, call: Call[_R]) -> ResponseIterator[_R]:
         """Start a streaming call; raises UsageError, InvalidRequest."""
-        deadline = self.endpoint.deadline(timeout)
+        deadline = self.endpoint.deadline(call.timeout)
         method = self._open_channel().unary_stream(call.method, _serialize, call.parse)
         return method(call.request, timeout=deadline, metadata=self.endpoint.metadata)
 
@@ -75,7 +75,7 @@ class Transport:
 
 
 class AsyncTransport:
-    """Sends calls on one event loop, that of the first call."""
+    """Sends calls from one event loop, that of the first call."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -83,9 +83,9 @@ class AsyncTransport:
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
 
-    async def run(self, call: Call[_R], timeout: float | None = None) -> _R:
+    async def run(self, call: Call[_R]) -> _R:
         """Make one call; raises PolygraftError."""
-        deadline = self.endpoint.deadline(timeout)
+        deadline = self.endpoint.deadline(call.timeout)
         method = self._open_channel().unary_unary(call.method, _serialize, call.parse)
         try:
             return await method(call.request, timeout=deadline, metadata=self.endpoint.metadata)
@@ -94,9 +94,9 @@ class AsyncTransport:
         except asyncio.CancelledError as error:
             raise error_from_cancellation(error, self.endpoint.address) from error
 
-    def open(self, call: Call[_R], timeout: float | None = None) -> grpc.aio.UnaryStreamCall[Message, _R]:
+    def open(self, call: Call[_R]) -> grpc.aio.UnaryStreamCall[Message, _R]:
         """Start a streaming call; raises UsageError, InvalidRequest."""
-        deadline = self.endpoint.deadline(timeout)
+        deadline = self.endpoint.deadline(call.timeout)
         method = self._open_channel().unary_stream(call.method, _serialize, call.parse)
         return method(call.request, timeout=deadline, metadata=self.endpoint.metadata)
 
@@ -105,11 +105,11 @@ class AsyncTransport:
         self._closed = True
         if self._channel is not None and self._loop is asyncio.get_running_loop():
             await self._channel.close()
-        # On another loop there is nothing to wait for: the calls ended with their own loop.
+        # Otherwise there is nothing to wait for: the calls have ended with their loop.
         self._channel = None
 
     def _open_channel(self) -> grpc.aio.Channel:
-        """The channel, made at the first call, since it belongs to the event loop that it is made on."""
+        """The channel, created at the first call, since it belongs to the event loop that creates it."""
         loop = running_loop()
         if self._closed:
             raise UsageError(CLOSED)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from polygraft_client import AsyncClient, Client
+
 from .scripted import Script, ScriptedServer
 
 
@@ -17,6 +19,12 @@ def server() -> Iterator[ScriptedServer]:
 @pytest.fixture
 def script(server: ScriptedServer) -> Script:
     return server.script
+
+
+@pytest.fixture(params=[Client, AsyncClient])
+def kind(request: pytest.FixtureRequest) -> type[Client] | type[AsyncClient]:
+    """Each client in turn; `both` has what uses either."""
+    return request.param
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ import pytest
 
 from polygraft_api.v1 import inference_pb2
 from polygraft_client import AsyncClient, Client, InvalidRequest, LoraPath, Unauthenticated, UsageError
-from tests.client.scripted import Script, ScriptedServer, status
+
+from .both import all_of, done, entered
+from .scripted import Script, ScriptedServer, status
 
 SECRET = "a-secret-of-enough-characters"
 
 
-@pytest.mark.parametrize("kind", [Client, AsyncClient])
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
@@ -78,44 +79,32 @@ def test_addresses(given: str, used: str) -> None:
     ("given", "sent"), [(f"{SECRET}\n", SECRET), (f"\t{SECRET} \r\n", SECRET), ("", None), ("\n", None)]
 )
 async def test_white_space_around_the_token_isnt_sent(
-    server: ScriptedServer, script: Script, given: str, sent: str | None
+    server: ScriptedServer, script: Script, kind: type, given: str, sent: str | None
 ) -> None:
-    expected = None if sent is None else f"Bearer {sent}"
-    with Client(server.address, token=given) as client:
-        await asyncio.to_thread(client.model)
-        assert script.metadata.get("authorization") == expected
-    async with AsyncClient(server.address, token=given) as other:
-        await other.model()
-        assert script.metadata.get("authorization") == expected
+    async with entered(kind(server.address, token=given)) as client:
+        await done(client.model())
+    assert script.metadata.get("authorization") == (None if sent is None else f"Bearer {sent}")
 
 
-def test_a_timeout_of_one_call(server: ScriptedServer, script: Script) -> None:
-    with Client(server.address) as client:
+async def test_a_timeout_of_one_call(server: ScriptedServer, script: Script, kind: type) -> None:
+    async with entered(kind(server.address)) as client:
         for call in (client.generate, client.stream):
             with pytest.raises(InvalidRequest, match="timeout: expected seconds"):
-                call("hi", timeout=float("nan"))
+                await done(call("hi", timeout=float("nan")))
     assert script.requests == []
 
 
-def test_a_closed_client(server: ScriptedServer) -> None:
-    client = Client(server.address)
-    client.model()
-    client.close()
-    client.close()
-    for call in (client.model, lambda: client.stream("hi"), lambda: list(client.adapters.list())):
-        with pytest.raises(UsageError, match="the client is closed"):
-            call()
-
-
-async def test_a_closed_async_client(server: ScriptedServer) -> None:
-    client = AsyncClient(server.address)
-    await client.model()
-    await client.close()
-    await client.close()
+async def test_a_closed_client(server: ScriptedServer, kind: type) -> None:
+    client = kind(server.address)
+    await done(client.model())
+    await done(client.close())
+    await done(client.close())
     with pytest.raises(UsageError, match="the client is closed"):
-        await client.model()
+        await done(client.model())
     with pytest.raises(UsageError, match="the client is closed"):
         client.stream("hi")
+    with pytest.raises(UsageError, match="the client is closed"):
+        await all_of(client.adapters.list())
 
 
 def test_an_async_client_in_a_second_event_loop(server: ScriptedServer, script: Script) -> None:

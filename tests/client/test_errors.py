@@ -19,7 +19,6 @@ from polygraft_client import (
     DeadlineExceeded,
     FieldViolation,
     InvalidArgument,
-    InvalidRequest,
     PolygraftError,
     ResourceExhausted,
     StatusError,
@@ -28,6 +27,7 @@ from polygraft_client import (
 )
 from polygraft_client._status import STATUS_ERRORS
 
+from .both import done, entered
 from .scripted import Script, ScriptedServer, status
 
 
@@ -45,21 +45,17 @@ def test_every_code_has_its_error() -> None:
 
 @pytest.mark.parametrize("code", STATUS_ERRORS, ids=lambda code: code.name)
 async def test_status_becomes_its_error(
-    server: ScriptedServer, client: Client, script: Script, code: grpc.StatusCode
+    server: ScriptedServer, script: Script, kind: type, code: grpc.StatusCode
 ) -> None:
     answer = status(code, "what happened", reason="SOME_REASON", metadata={"adapter": "x"})
-    script.failures = [answer] * 4
-    for call in (client.generate, lambda prompt: client.stream(prompt).until_done()):
-        with pytest.raises(STATUS_ERRORS[code], match="what happened") as caught:
-            call("Hello")
-        assert type(caught.value) is STATUS_ERRORS[code]
-        assert caught.value.reason == "SOME_REASON"
-        assert caught.value.metadata == {"adapter": "x"}
-    async with AsyncClient(server.address, retries=0) as other:
-        with pytest.raises(STATUS_ERRORS[code], match="what happened"):
-            await other.generate("Hello")
-        with pytest.raises(STATUS_ERRORS[code], match="what happened"):
-            await other.stream("Hello").until_done()
+    script.failures = [answer] * 2
+    async with entered(kind(server.address, retries=0)) as client:
+        for call in (client.generate, lambda prompt: client.stream(prompt).until_done()):
+            with pytest.raises(STATUS_ERRORS[code], match="what happened") as caught:
+                await done(call("Hello"))
+            assert type(caught.value) is STATUS_ERRORS[code]
+            assert caught.value.reason == "SOME_REASON"
+            assert caught.value.metadata == {"adapter": "x"}
 
 
 @pytest.mark.parametrize(
@@ -102,15 +98,12 @@ def test_details_of_another_status_are_ignored(client: Client, script: Script) -
     assert caught.value.reason == ""
 
 
-async def test_nobody_listens(nobody: str) -> None:
-    with Client(nobody, retries=0) as client, pytest.raises(ConnectError, match=nobody) as caught:
-        client.generate("Hello")
-    assert caught.value.address == nobody
-    async with AsyncClient(nobody, retries=0) as other:
-        with pytest.raises(ConnectError, match=nobody):
-            await other.stream("Hello").until_done()
-        with pytest.raises(ConnectError, match=nobody):
-            await other.model()
+async def test_nobody_listens(nobody: str, kind: type) -> None:
+    async with entered(kind(nobody, retries=0)) as client:
+        for call in (client.model, lambda: client.stream("Hello").until_done()):
+            with pytest.raises(ConnectError, match=nobody) as caught:
+                await done(call())
+            assert caught.value.address == nobody
 
 
 def test_unavailable_is_tried_again(server: ScriptedServer, script: Script) -> None:
@@ -124,19 +117,12 @@ def test_unavailable_is_tried_again(server: ScriptedServer, script: Script) -> N
             client.adapters.unload("mood")
 
 
-def test_retries_are_bounded() -> None:
-    with pytest.raises(InvalidRequest, match="retries"):
-        Client(retries=5)
-
-
 async def fails(address: str, expected: type[PolygraftError], says: str, **options: object) -> None:
     """Both clients raise the same error."""
-    with Client(address, **options) as client, pytest.raises(expected) as caught:  # type: ignore[arg-type]
-        client.generate("Hello")
-    assert says in str(caught.value)
-    async with AsyncClient(address, **options) as other:  # type: ignore[arg-type]
-        with pytest.raises(expected) as caught:
-            await other.generate("Hello")
+    for kind in (Client, AsyncClient):
+        async with entered(kind(address, **options)) as client:  # type: ignore[arg-type]
+            with pytest.raises(expected) as caught:
+                await done(client.generate("Hello"))
         assert says in str(caught.value)
 
 

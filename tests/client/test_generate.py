@@ -324,10 +324,3 @@ async def test_async_client_is_the_same(server: ScriptedServer, client: Client) 
         assert await other.adapters.load("new") == client.adapters.load("new")
         assert await other.adapters.reload("new") == client.adapters.reload("new")
         assert await other.adapters.unload("new") == client.adapters.unload("new")
-
-
-def test_both_clients_have_the_same_methods() -> None:
-    def public(cls: type) -> set[str]:
-        return {name for name in vars(cls) if not name.startswith("_")}
-
-    assert public(Client) == public(AsyncClient)

@@ -9,6 +9,7 @@ import pytest
 
 from polygraft_client import AsyncClient, Cancelled, Client, DeadlineExceeded
 
+from .both import all_of, done, entered, next_chunk
 from .scripted import Script, ScriptedServer
 
 PATIENCE = 30  # seconds before a test that hangs fails
@@ -27,30 +28,37 @@ def client(server: ScriptedServer):
         yield client
 
 
-def test_chunks_and_the_whole(client: Client) -> None:
-    stream = client.stream("Hello", return_token_ids=True)
-    chunks = list(stream)
-    assert "".join(chunk.text for chunk in chunks) == "one two three"
+@pytest.fixture
+async def either(server: ScriptedServer, kind: type):
+    """Each client in turn."""
+    async with entered(kind(server.address)) as client:
+        yield client
+
+
+async def test_chunks_and_the_whole(either: Client | AsyncClient) -> None:
+    stream = either.stream("Hello", return_token_ids=True)
+    chunks = await all_of(stream)
+    assert [chunk.text for chunk in chunks] == ["one ", "two ", "three", ""]
     assert [chunk.token_ids for chunk in chunks] == [(10,), (11,), (12,), ()]
     assert [chunk.generation is None for chunk in chunks] == [True, True, True, False]
     assert stream.generation is not None
-    assert stream.generation == client.generate("Hello", return_token_ids=True)
+    assert stream.generation == await done(either.generate("Hello", return_token_ids=True))
 
 
-def test_until_done(client: Client) -> None:
-    with client.stream("Hello") as stream:
-        assert next(stream).text == "one "
+async def test_until_done(either: Client | AsyncClient) -> None:
+    async with entered(either.stream("Hello")) as stream:
+        assert (await next_chunk(stream)).text == "one "
         assert stream.generation is None
-        assert stream.until_done().text == "one two three"
+        assert (await done(stream.until_done())).text == "one two three"
 
 
-def test_leaving_the_block_cancels(client: Client, held: Script) -> None:
-    with client.stream("Hello") as stream:
-        next(stream)
-    assert held.ended.wait(PATIENCE)
-    assert list(stream) == []
+async def test_leaving_the_block_cancels(either: Client | AsyncClient, held: Script) -> None:
+    async with entered(either.stream("Hello")) as stream:
+        await next_chunk(stream)
+    assert await asyncio.to_thread(held.ended.wait, PATIENCE)
+    assert await all_of(stream) == []
     with pytest.raises(Cancelled):
-        stream.until_done()
+        await done(stream.until_done())
 
 
 def test_breaking_out_cancels(client: Client, held: Script) -> None:
@@ -76,35 +84,19 @@ def test_closing_after_the_end_changes_nothing(client: Client) -> None:
     assert stream.until_done() is answer
 
 
-@pytest.mark.parametrize("method", ["generate", "stream"])
-def test_deadline(client: Client, held: Script, method: str) -> None:
-    with pytest.raises(DeadlineExceeded, match=client.address):
-        list(getattr(client, method)("Hello", timeout=0.2))
-    assert held.ended.wait(PATIENCE)
-
-
-def test_deadline_of_the_client(server: ScriptedServer, held: Script) -> None:
-    with Client(server.address, timeout=0.2) as client, pytest.raises(DeadlineExceeded):
-        client.generate("Hello")
-
-
-async def test_async_chunks_and_the_whole(server: ScriptedServer) -> None:
-    async with AsyncClient(server.address) as client:
-        stream = client.stream("Hello")
-        assert [chunk.text async for chunk in stream] == ["one ", "two ", "three", ""]
-        assert stream.generation == await client.generate("Hello")
-        async with client.stream("Hello") as stream:
-            assert (await stream.until_done()).text == "one two three"
-
-
-async def test_async_leaving_the_block_cancels(server: ScriptedServer, held: Script) -> None:
-    async with AsyncClient(server.address) as client:
-        async with client.stream("Hello") as stream:
-            await anext(stream)
+async def test_deadline(either: Client | AsyncClient, held: Script) -> None:
+    for call in (either.generate, lambda *given, **options: either.stream(*given, **options).until_done()):
+        held.ended.clear()
+        with pytest.raises(DeadlineExceeded, match=either.address):
+            await done(call("Hello", timeout=0.2))
         assert await asyncio.to_thread(held.ended.wait, PATIENCE)
-        assert [chunk async for chunk in stream] == []
-        with pytest.raises(Cancelled):
-            await stream.until_done()
+
+
+async def test_deadline_of_the_client(server: ScriptedServer, held: Script, kind: type) -> None:
+    async with entered(kind(server.address, timeout=0.2)) as client:
+        for call in (client.generate, lambda prompt: client.stream(prompt).until_done()):
+            with pytest.raises(DeadlineExceeded):
+                await done(call("Hello"))
 
 
 async def test_async_breaking_out_cancels(server: ScriptedServer, held: Script) -> None:
@@ -143,11 +135,3 @@ async def test_async_closing_the_client_ends_its_calls(server: ScriptedServer, h
     await client.close()
     with pytest.raises(Cancelled):
         await waiting
-
-
-async def test_async_deadline(server: ScriptedServer, held: Script) -> None:
-    async with AsyncClient(server.address, timeout=0.2) as client:
-        with pytest.raises(DeadlineExceeded):
-            await client.generate("Hello")
-        with pytest.raises(DeadlineExceeded):
-            await client.stream("Hello").until_done()
