@@ -6,6 +6,7 @@ PROTOS := $(wildcard protos/polygraft_api/v1/*.proto)
 # Writes the stubs below the folder that follows.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos $(PROTOS) \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
+CPP := $(wildcard server/polygraft/layers/native/*.h server/polygraft/layers/native/*.cpp)
 THREADS := OMP_NUM_THREADS=2
 OUT ?= build/compare
 # Processes that share the tests. Each takes up to 3 GiB; 0 runs the tests in one, which a debugger needs.
@@ -68,6 +69,7 @@ attacks: model  ## Attack a server of the default model, one fault after another
 check: setup  ## Lint, format, types, imports, protos and their stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint
@@ -77,6 +79,7 @@ check: setup  ## Lint, format, types, imports, protos and their stubs
 format: setup  ## Mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 protos: setup  ## Generate the stubs
 	$(call PROTOC,protos)

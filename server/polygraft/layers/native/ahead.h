@@ -38,13 +38,14 @@ class Later {
   size_t at_ = 0;
 };
 
-// What is read next, fetched from memory while something else is computed. The processor's own prefetching follows what
-// is read: a panel of weights is read once from memory and then by every tile of rows from the cache, and blocks of the
-// paged cache and adapters' weights lie anywhere. Without this, memory and products would take turns.
+// What is read next, fetched from memory while something else is computed. The processor's own prefetching
+// follows what is read: a panel of weights is read once from memory and then by every tile of rows from the
+// cache, and blocks of the paged cache and adapters' weights lie anywhere. Without this, memory and products
+// would take turns.
 struct Ahead {
-  const char* from;      // may lie behind the last panel: nothing is read there
-  int64_t pace;          // bytes in each step of a tile's loop, at most two cache lines
-  const char* later;     // read after what comes next
+  const char* from;   // may lie behind the last panel: nothing is read there
+  int64_t pace;       // bytes in each step of a tile's loop, at most two cache lines
+  const char* later;  // read after what comes next
   int64_t later_pace;
 
   Ahead(const void* next, int64_t pace)
@@ -52,10 +53,12 @@ struct Ahead {
 
   // The part of `bytes` from `next` on that a tile fetches in `steps`.
   static Ahead of_tile(const void* next, int64_t bytes, int64_t tile, int64_t tiles, int64_t steps) {
-    return {static_cast<const char*>(next) + bytes * tile / tiles, (bytes + tiles * steps - 1) / (tiles * steps)};
+    return {static_cast<const char*>(next) + bytes * tile / tiles,
+            (bytes + tiles * steps - 1) / (tiles * steps)};
   }
   // And of what is read later.
-  static Ahead of_tile(const void* next, int64_t bytes, int64_t tile, int64_t tiles, int64_t steps, Later& later) {
+  static Ahead of_tile(const void* next, int64_t bytes, int64_t tile, int64_t tiles, int64_t steps,
+                       Later& later) {
     Ahead ahead = of_tile(next, bytes, tile, tiles, steps);
     if (const char* run = later.take(steps)) {
       ahead.later = run;

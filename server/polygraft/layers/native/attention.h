@@ -13,7 +13,7 @@
 
 namespace {
 
-struct Plan {  // one step; layers/attention.py fills it
+struct Plan {                   // one step; layers/attention.py fills it
   const int64_t* slot_mapping;  // [rows] where each row's key and value go: block * block_size + offset
   const int32_t* query_start;   // [sequences + 1] first row of each sequence
   const int32_t* context_lens;  // [sequences] keys visible to a sequence's last row, its prefix included
@@ -26,22 +26,23 @@ struct Plan {  // one step; layers/attention.py fills it
   int64_t num_layers;
 };
 
-struct Layer {  // one attention layer; layers/attention.py fills it
+struct Layer {        // one attention layer; layers/attention.py fills it
   void* key_cache;    // [blocks, kv_heads, head_dim, block_size]: keys lie side by side, so that a
                       // query's scores against a block are computed a vector of keys at a time
   void* value_cache;  // [blocks, kv_heads, block_size, value_dim]
   int64_t heads, kv_heads, head_dim, value_dim, block_size;
-  int64_t window;     // keys visible to a row, itself included; 0: all
-  const float* sinks; // [heads] logits of a key with no value (gpt-oss), or null
+  int64_t window;      // keys visible to a row, itself included; 0: all
+  const float* sinks;  // [heads] logits of a key with no value (gpt-oss), or null
   float scaling, softcap;
-  int64_t index;      // among the attention layers
+  int64_t index;  // among the attention layers
 };
 
 struct Strides {
   int64_t row, head;
 };
 
-// Sums of each score, taken in turn: a single one would wait for its own last addition where registers are many.
+// Sums of each score, taken in turn: a single one would wait for its own last addition where registers are
+// many.
 constexpr int kChains = kLanes == 16 ? 2 : 1;
 
 // Scores of Q queries [Q, dim] against V vectors of neighbouring keys [dim, block_size].
@@ -119,7 +120,8 @@ inline float largest(const float* s, int64_t count) {
 // Blocks of keys that are fetched ahead: one takes less time to multiply by than to come from memory.
 constexpr int64_t kBlocksAhead = 2;
 
-// Rows [first_row, last_row) of a sequence, for one head of the keys; fetches the blocks of keys `after` them as well.
+// Rows [first_row, last_row) of a sequence, for one head of the keys; fetches the blocks of keys `after` them
+// as well.
 template <typename T>
 void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_head, int64_t first_row,
             int64_t last_row, const T* q, Strides qs, T* out, const T* const (&after)[kBlocksAhead],
@@ -142,9 +144,9 @@ void attend(const Layer& layer, const Plan& plan, int64_t sequence, int64_t kv_h
   const int64_t begin = low(first_row), end = high(last_row - 1);
   const int64_t stride = (end + 2 * bs + kLanes) / kLanes * kLanes;
   scratch.resize(queries * (stride + dim + vdim));
-  float* scores = scratch.data();                // [queries, stride]
-  float* query = scores + queries * stride;      // [queries, dim], scaled
-  float* result = query + queries * dim;         // [queries, vdim]
+  float* scores = scratch.data();            // [queries, stride]
+  float* query = scores + queries * stride;  // [queries, dim], scaled
+  float* result = query + queries * dim;     // [queries, vdim]
   for (int64_t r = 0; r < rows; r++)
     for (int64_t g = 0; g < group; g++) {
       const T* from = q + (first_row + r) * qs.row + (kv_head * group + g) * qs.head;

@@ -17,8 +17,20 @@ enum Reads { kReadsSum = 0, kReadsOutput = 1, kReadsResidual = 2 };
 
 // In the order of layers/residual/activations.py.
 enum Nonlinearity {
-  kRelu, kSwish, kGelu, kGeluByTanh, kTanh, kSigmoid, kLeakyRelu, kLinear, kRelu2, kRelu6, kMish, kQuickGelu,
-  kLaplace, kGelu10
+  kRelu,
+  kSwish,
+  kGelu,
+  kGeluByTanh,
+  kTanh,
+  kSigmoid,
+  kLeakyRelu,
+  kLinear,
+  kRelu2,
+  kRelu6,
+  kMish,
+  kQuickGelu,
+  kLaplace,
+  kGelu10
 };
 
 struct Bottleneck {   // layers/residual/bottlenecks.py fills it
@@ -27,7 +39,7 @@ struct Bottleneck {   // layers/residual/bottlenecks.py fills it
   int64_t down_bias;  // address of [width] in float32, or 0
   int64_t up_bias;    // address of a bias in float32, padded to whole panels, or 0
   int64_t width;
-  int64_t dtype;      // of down and up: 0 float32, 1 bfloat16
+  int64_t dtype;  // of down and up: 0 float32, 1 bfloat16
   int64_t activation;
   int64_t reads;
   int64_t normalizes;
@@ -91,8 +103,8 @@ void for_adapted_rows(const Site& site, const Segment* segments, int64_t num_seg
   }
 }
 
-// a [rows, max_width] = scaling act(down x + down_bias), in pieces that one long segment and many short ones both share
-// out to all threads.
+// a [rows, max_width] = scaling act(down x + down_bias), in pieces that one long segment and many short ones
+// both share out to all threads.
 inline void down_share(const Site& site, const Segment* segments, int64_t num_segments, int64_t hidden,
                        const float* x, float* a, int64_t max_width) {
   constexpr int64_t kRows = 64;
@@ -110,26 +122,29 @@ inline void down_share(const Site& site, const Segment* segments, int64_t num_se
         const int ranks = int(std::min<int64_t>(kRanks, entry.width - j));
         float* to = a + row * max_width + j;
         if (entry.dtype == 0)
-          shrink(x + row * hidden, rows, hidden, reinterpret_cast<const float*>(entry.down) + j * hidden, ranks, 1.0f,
-                 to, max_width);
+          shrink(x + row * hidden, rows, hidden, reinterpret_cast<const float*>(entry.down) + j * hidden,
+                 ranks, 1.0f, to, max_width);
         else
-          shrink(x + row * hidden, rows, hidden, reinterpret_cast<const bf16*>(entry.down) + j * hidden, ranks, 1.0f,
-                 to, max_width);
+          shrink(x + row * hidden, rows, hidden, reinterpret_cast<const bf16*>(entry.down) + j * hidden,
+                 ranks, 1.0f, to, max_width);
         for (int64_t r = 0; r < rows; r++)
           for (int k = 0; k < ranks; k++)
-            to[r * max_width + k] = scaling * apply(entry.activation, to[r * max_width + k] + (bias ? bias[j + k] : 0));
+            to[r * max_width + k] =
+                scaling * apply(entry.activation, to[r * max_width + k] + (bias ? bias[j + k] : 0));
       }
     }
   }
 }
 
-// The calling thread's share of a site's rows; every thread of the team calls it, and needs a barrier before it
-// reads another's outputs. Rows of no adapter at the site are left alone.
-//   r, h [rows, hidden]; out [rows, hidden] may be either. It gets the stream behind the site, less r `minus` times.
+// The calling thread's share of a site's rows; every thread of the team calls it, and needs a barrier before
+// it reads another's outputs. Rows of no adapter at the site are left alone. `out` gets the residual stream
+// after the site, minus r `minus` times.
+//   r, h, out: [rows, hidden]; `out` may be r or h.
 //   scratch: rows * (2 * hidden + max_width) floats.
 template <typename T>
-void bottleneck_share(const Site& site, const Segment* segments, int64_t num_segments, const T* r, const T* h, T* out,
-                      int64_t rows, int64_t hidden, float* scratch, int64_t max_width, int64_t minus) {
+void bottleneck_share(const Site& site, const Segment* segments, int64_t num_segments, const T* r, const T* h,
+                      T* out, int64_t rows, int64_t hidden, float* scratch, int64_t max_width,
+                      int64_t minus) {
   constexpr int64_t kRows = 16;
   float *x = scratch, *y = x + rows * hidden, *a = y + rows * hidden;
   for_adapted_rows(site, segments, num_segments, [&](int64_t row, const Bottleneck& entry) {
@@ -158,7 +173,8 @@ void bottleneck_share(const Site& site, const Segment* segments, int64_t num_seg
         const int64_t count = std::min<int64_t>(kRows, segments[s].last - row);
         alignas(64) float acc[kRows * kPanel] = {};
         if (bias)
-          for (int64_t k = 0; k < count; k++) std::memcpy(acc + k * kPanel, bias + column, kPanel * sizeof(float));
+          for (int64_t k = 0; k < count; k++)
+            std::memcpy(acc + k * kPanel, bias + column, kPanel * sizeof(float));
         if (entry.dtype == 0)
           expand(acc, count, reinterpret_cast<const float*>(entry.up) + at, a + row * max_width, entry.width,
                  max_width);
@@ -197,8 +213,9 @@ void bottleneck_share(const Site& site, const Segment* segments, int64_t num_seg
 }
 
 template <typename T>
-void bottleneck(const Site& site, const Segment* segments, int64_t num_segments, const T* r, const T* h, T* out,
-                int64_t rows, int64_t hidden, float* scratch, int64_t max_width, int64_t minus, int threads) {
+void bottleneck(const Site& site, const Segment* segments, int64_t num_segments, const T* r, const T* h,
+                T* out, int64_t rows, int64_t hidden, float* scratch, int64_t max_width, int64_t minus,
+                int threads) {
 #pragma omp parallel num_threads(threads)
   bottleneck_share(site, segments, num_segments, r, h, out, rows, hidden, scratch, max_width, minus);
 }

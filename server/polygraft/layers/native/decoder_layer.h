@@ -1,7 +1,7 @@
-// Neighbouring decoder layers in one team of threads, each of them: norm, q k v, rotary positions, attention, o,
-// norm, gate and up, activation, down, and what is added around them. layers/decoder_layer.py tells which of the
-// base's layers it stands in for. Every part is the operator that would otherwise be called by itself, rounded in
-// the same places, so the results are the same to the bit.
+// Neighbouring decoder layers in one team of threads, each of them: norm, q k v, rotary positions, attention,
+// o, norm, gate and up, activation, down, and what is added around them. layers/decoder_layer.py tells which
+// of the base's layers it stands in for. Every part is the operator that would otherwise be called by itself,
+// rounded in the same places, so the results are the same to the bit.
 
 #pragma once
 
@@ -29,7 +29,7 @@ struct DecoderLayer {  // layers/decoder_layer.py fills it
   const Site *attention_site, *mlp_site;  // of bottleneck adapters, or null
 };
 
-struct Rows {  // the step's rows as a layer sees them; layers/decoder_layer.py fills it
+struct Rows {             // the step's rows as a layer sees them; layers/decoder_layer.py fills it
   const void *cos, *sin;  // [rows, head_dim], in the base's type
   const Plan* plan;
   const Segment* segments;
@@ -37,7 +37,8 @@ struct Rows {  // the step's rows as a layer sees them; layers/decoder_layer.py 
   float* scratch;  // [rows, kMaxModules * max_rank], and what bottleneck_share needs
   int64_t max_rank;
   int64_t max_width;  // the largest of a bottleneck
-  void* buffer;  // of the base's type, for each row as many elements as the largest `buffer_width` of the layers
+  void* buffer;  // of the base's type, for each row as many elements as the largest `buffer_width` of the
+                 // layers
 };
 
 // Which products have side paths in this step, whether any norm has a scale of its own, and which sites have
@@ -53,11 +54,12 @@ inline int64_t outputs_of(const Group& group) {
 // Elements that a row needs between a layer's operators.
 inline int64_t buffer_width(const DecoderLayer& layer) {
   const Layer& attention = *layer.attention;
-  return layer.hidden + outputs_of(*layer.qkv) + attention.heads * attention.value_dim + outputs_of(*layer.gate_up);
+  return layer.hidden + outputs_of(*layer.qkv) + attention.heads * attention.value_dim +
+         outputs_of(*layer.gate_up);
 }
 
-// Rows [from, to) of `number` heads of `width` each, every run of rows by its adapter's own scale if it has one.
-// `out` may be `x`.
+// Rows [from, to) of `number` heads of `width` each, every run of rows by its adapter's own scale if it has
+// one. `out` may be `x`.
 template <typename T>
 void norm_rows(const Norm& norm, const Segment* segments, int64_t num_segments, int64_t from, int64_t to,
                int64_t number, int64_t width, const T* x, T* out) {
@@ -77,9 +79,10 @@ void norm_rows(const Norm& norm, const Segment* segments, int64_t num_segments, 
   run(to, norm.scale);
 }
 
-// The calling thread's share of a layer; every thread of the team calls it. x and out [rows, hidden], out may be x.
-// Of both a thread reads no rows but its own before the first barrier, and writes none but its own behind the last
-// one: between two layers it needs none. `next` is the layer behind it or null, of which `next_adapted` is true.
+// The calling thread's share of a layer; every thread of the team calls it. x and out [rows, hidden], out may
+// be x. Of both a thread reads no rows but its own before the first barrier, and writes none but its own
+// behind the last one: between two layers it needs none. `next` is the layer behind it or null, of which
+// `next_adapted` is true.
 template <typename T>
 void decoder_layer_share(const DecoderLayer& layer, const Rows& step, int64_t adapted, const T* x, T* out,
                          const DecoderLayer* next, int64_t next_adapted) {
@@ -100,8 +103,8 @@ void decoder_layer_share(const DecoderLayer& layer, const Rows& step, int64_t ad
   const int64_t own = adapted & kNorms ? step.num_segments : 0;
   auto project = [&](const Group& group, Adapted bit, const T* in, std::initializer_list<T*> to,
                      const Group* following, bool follows) {
-    linear_share(group, in, rows, to.begin(), step.segments, adapted & bit ? step.num_segments : 0, step.scratch,
-                 step.max_rank, follows ? following : nullptr, step.num_segments);
+    linear_share(group, in, rows, to.begin(), step.segments, adapted & bit ? step.num_segments : 0,
+                 step.scratch, step.max_rank, follows ? following : nullptr, step.num_segments);
   };
   auto normalise = [&](const Norm& norm, const T* in, T* to) {
     if (norm.scale) norm_rows(norm, step.segments, own, from, from + count, 1, hidden, in, to);
@@ -148,10 +151,11 @@ void decoder_layer_share(const DecoderLayer& layer, const Rows& step, int64_t ad
   add_to_stream(layer.mlp_site, kMlpSite, out, state);
 }
 
-// `count` layers, each reading what the one before it gives. adapted [count]; x and out [rows, hidden], not the same.
+// `count` layers, each reading what the one before it gives. adapted [count]; x and out [rows, hidden], not
+// the same.
 template <typename T>
-void decoder_layers(const DecoderLayer* const* layers, const int64_t* adapted, int64_t count, const Rows& step,
-                    const T* x, T* out, int threads) {
+void decoder_layers(const DecoderLayer* const* layers, const int64_t* adapted, int64_t count,
+                    const Rows& step, const T* x, T* out, int threads) {
 #pragma omp parallel num_threads(threads)
   for (int64_t n = 0; n < count; n++) {
     const bool last = n + 1 == count;

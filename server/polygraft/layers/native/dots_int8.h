@@ -1,11 +1,12 @@
-// Products of bytes, summed in whole numbers: weights as unsigned bytes, rows as signed ones, four neighbouring
-// inputs of a column in each lane.
+// Products of bytes, summed in whole numbers: weights as unsigned bytes, rows as signed ones, four
+// neighbouring inputs of a column in each lane.
 
 #pragma once
 
 #include "vectors.h"
 
-// AVX2 and AVX-512 without VNNI multiply bytes twice as fast as 16-bit numbers, but sum the products in 16 bits.
+// AVX2 and AVX-512 without VNNI multiply bytes twice as fast as 16-bit numbers, but sum the products in 16
+// bits.
 #if (defined(__AVX2__) || defined(__AVX512BW__)) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
 #define POLYGRAFT_CLIPS_ROWS 1
 #else
@@ -47,8 +48,8 @@ inline ivec multiply_pairs(shorts a, shorts b) {
 #endif
 }
 
-// acc + w times x over four inputs: one instruction where the processor has it (VNNI), else even and odd inputs as
-// 16-bit numbers.
+// acc + w times x over four inputs: one instruction where the processor has it (VNNI), else even and odd
+// inputs as 16-bit numbers.
 inline ivec multiply_fours(ivec acc, bytes w, bytes x) {
 #if defined(__AVX512VNNI__)
   return ivec(_mm512_dpbusd_epi32(__m512i(acc), __m512i(w), __m512i(x)));

@@ -64,8 +64,7 @@ inline V activate(V x, int activation) {
 template <typename T>
 void gate(const T* x, const T* up, int64_t count, int activation, T* out) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(out + i, activate(load(x + i), activation) * load(up + i));
+  for (; i + kLanes <= count; i += kLanes) store(out + i, activate(load(x + i), activation) * load(up + i));
   if (i < count) {
     float a[kLanes] = {}, b[kLanes] = {};
     for (int64_t k = i; k < count; k++) a[k - i] = to_float(x[k]), b[k - i] = to_float(up[k]);

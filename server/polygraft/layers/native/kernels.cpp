@@ -27,18 +27,19 @@ extern "C" {
 // Columns in a panel of packed weights.
 int64_t polygraft_panel() { return kPanel; }
 
-// x [rows, in] in the base's type; outs [modules][rows, width] in `out_dtype`, which is the base's, or float32 for
-// the head, whose sums aren't rounded; segments [n] of `Segment`; scratch float32
-// [rows, kMaxModules * max_rank].
-void polygraft_linear(int dtype, int out_dtype, const void* group, const void* x, int64_t rows, void* const* outs,
-                      const void* segments, int64_t num_segments, float* scratch, int64_t max_rank,
-                      int threads) {
+// x [rows, in] in the base's type; outs [modules][rows, width] in `out_dtype`, which is the base's, or
+// float32 for the head, whose sums aren't rounded; segments [n] of `Segment`; scratch float32 [rows,
+// kMaxModules * max_rank].
+void polygraft_linear(int dtype, int out_dtype, const void* group, const void* x, int64_t rows,
+                      void* const* outs, const void* segments, int64_t num_segments, float* scratch,
+                      int64_t max_rank, int threads) {
   by_type(dtype, [&](auto type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = [&](auto out_type) {
       using O = std::remove_pointer_t<decltype(out_type)>;
-      linear(*static_cast<const Group*>(group), static_cast<const T*>(x), rows, reinterpret_cast<O* const*>(outs),
-             static_cast<const Segment*>(segments), num_segments, scratch, max_rank, threads);
+      linear(*static_cast<const Group*>(group), static_cast<const T*>(x), rows,
+             reinterpret_cast<O* const*>(outs), static_cast<const Segment*>(segments), num_segments, scratch,
+             max_rank, threads);
     };
     if (out_dtype == dtype)
       run(type);
@@ -58,14 +59,14 @@ void polygraft_merge(int dtype, const void* group, int64_t member, int64_t slot,
 }
 
 // r, h and out [rows, hidden] as `bottleneck_share` has them; scratch float32 [rows, 2 * hidden + max_width].
-void polygraft_bottleneck(int dtype, const void* site, const void* segments, int64_t num_segments, const void* r,
-                          const void* h, void* out, int64_t rows, int64_t hidden, float* scratch,
-                          int64_t max_width, int64_t minus, int threads) {
+void polygraft_bottleneck(int dtype, const void* site, const void* segments, int64_t num_segments,
+                          const void* r, const void* h, void* out, int64_t rows, int64_t hidden,
+                          float* scratch, int64_t max_width, int64_t minus, int threads) {
   by_type(dtype, [&](auto type) {
     using T = std::remove_pointer_t<decltype(type)>;
     bottleneck(*static_cast<const Site*>(site), static_cast<const Segment*>(segments), num_segments,
-               static_cast<const T*>(r), static_cast<const T*>(h), static_cast<T*>(out), rows, hidden, scratch,
-               max_width, minus, threads);
+               static_cast<const T*>(r), static_cast<const T*>(h), static_cast<T*>(out), rows, hidden,
+               scratch, max_width, minus, threads);
   });
 }
 
@@ -123,11 +124,13 @@ void polygraft_rotate(int dtype, const void* x, int64_t row_stride, int64_t head
 }
 
 // logits [rows, width]; out [rows]: the first of the largest in each, or -1.
-void polygraft_likeliest(int dtype, const void* logits, int64_t rows, int64_t width, int64_t* out, int threads) {
+void polygraft_likeliest(int dtype, const void* logits, int64_t rows, int64_t width, int64_t* out,
+                         int threads) {
   by_type(dtype, [&](auto type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for_rows(rows, width, threads, [&](int64_t from, int64_t to) {
-      for (int64_t r = from; r < to; r++) out[r] = likeliest(static_cast<const T*>(logits) + r * width, width);
+      for (int64_t r = from; r < to; r++)
+        out[r] = likeliest(static_cast<const T*>(logits) + r * width, width);
     });
   });
 }
@@ -137,8 +140,8 @@ int64_t polygraft_decoder_layer_buffer(const void* layer) {
   return buffer_width(*static_cast<const DecoderLayer*>(layer));
 }
 
-// x and out [rows, hidden], not the same. layers: addresses of `DecoderLayer`s; adapted, for each of them: a bit for
-// each of `Adapted` that has something to do in this step.
+// x and out [rows, hidden], not the same. layers: addresses of `DecoderLayer`s; adapted, for each of them: a
+// bit for each of `Adapted` that has something to do in this step.
 void polygraft_decoder_layers(int dtype, const void* const* layers, const int64_t* adapted, int64_t count,
                               const void* rows, const void* x, void* out, int threads) {
   by_type(dtype, [&](auto type) {

@@ -1,7 +1,7 @@
 // Side paths that are Kronecker products (LoKr, arXiv 2309.14859): kron(W1, W2) x, as two small products and
 // without ever being multiplied out. With x seen as X [i1, i2] and the output as [o1, o2] it is W1 X W2^T, of
-// which the half that leaves less between the two products comes first: at most sqrt(inputs * outputs) numbers.
-// layers/linear/low_rank.py holds the same in torch.
+// which the half that leaves less between the two products comes first: at most sqrt(inputs * outputs)
+// numbers. layers/linear/low_rank.py holds the same in torch.
 
 #pragma once
 
@@ -10,8 +10,8 @@
 namespace {
 
 struct Kron {
-  const float* w1;     // [o1, i1], scaling folded in
-  const float* w2;     // [i2, o2], W2 transposed
+  const float* w1;  // [o1, i1], scaling folded in
+  const float* w2;  // [i2, o2], W2 transposed
   int64_t o1, i1, o2, i2;
 
   bool by_w2_first() const { return i1 * o2 <= o1 * i2; }
@@ -30,8 +30,8 @@ void kron_first(const Kron& kron, const X* x, int64_t from, int64_t to, float we
     small_product(to - from, w1 + from * i1, i1, i1, x, 0, i2, 0, i2, weight, false, between + from * i2, i2);
 }
 
-// Calls run(p, from, to, done) for the parts of columns [column, column + columns) that lie in one line p of the
-// output as [o1, o2]: its entries [from, to), `done` columns being before them.
+// Calls run(p, from, to, done) for the parts of columns [column, column + columns) that lie in one line p of
+// the output as [o1, o2]: its entries [from, to), `done` columns being before them.
 template <typename Run>
 void for_lines(int64_t o2, int64_t column, int64_t columns, Run&& run) {
   for (int64_t done = 0; done < columns;) {
@@ -49,9 +49,11 @@ inline void kron_second(const Kron& kron, const float* between, int64_t stride, 
   const bool w2_first = kron.by_w2_first();
   for_lines(o2, column, columns, [&](int64_t p, int64_t from, int64_t to, int64_t done) {
     if (w2_first)
-      small_product(rows, w1 + p * i1, 0, i1, between, stride, o2, from, to, 1.0f, true, out + done, out_stride);
+      small_product(rows, w1 + p * i1, 0, i1, between, stride, o2, from, to, 1.0f, true, out + done,
+                    out_stride);
     else
-      small_product(rows, between + p * i2, stride, i2, w2, 0, o2, from, to, 1.0f, true, out + done, out_stride);
+      small_product(rows, between + p * i2, stride, i2, w2, 0, o2, from, to, 1.0f, true, out + done,
+                    out_stride);
   });
 }
 

@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int kMaxModules = 4;
-constexpr int64_t kBlockRows = 192;    // most rows that are taken through all panels at a time
+constexpr int64_t kBlockRows = 192;  // most rows that are taken through all panels at a time
 
 inline int64_t panels_of(const Module& module) { return (module.width + kPanel - 1) / kPanel; }
 
@@ -79,8 +79,8 @@ struct BlockOfRows {
   }
 };
 
-// Rows [row, row + count) in float32 as a module of the group multiplies them, scaled and rotated as their adapters
-// say; null where none of them changes its input.
+// Rows [row, row + count) in float32 as a module of the group multiplies them, scaled and rotated as their
+// adapters say; null where none of them changes its input.
 template <typename T>
 const float* transform_inputs(const Group& group, int64_t member, const T* x, int64_t row, int64_t count,
                               const Segment* segments, int64_t num_segments, const float* h, int64_t h_stride,
@@ -136,7 +136,8 @@ void linear_share(const Group& group, const T* x, int64_t rows, O* const* outs, 
   if (num_segments > 0) {
     shrink_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread,
                  team);
-    kron_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread, team);
+    kron_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread,
+               team);
     rotate_share(x, in, segments, num_segments, group.module, group.modules, h, h_stride, max_rank, thread,
                  team);
 #pragma omp barrier
@@ -144,7 +145,8 @@ void linear_share(const Group& group, const T* x, int64_t rows, O* const* outs, 
   static thread_local Later later;
   later.clear();
   if (following)
-    note_pieces(following->in, segments, num_following, following->module, following->modules, thread, team, later);
+    note_pieces(following->in, segments, num_following, following->module, following->modules, thread, team,
+                later);
   // Each thread takes its own panels, so that weights are read once; with more threads than panels can
   // feed, they share out the rows as well.
   int64_t across = 1;
@@ -168,12 +170,14 @@ void linear_share(const Group& group, const T* x, int64_t rows, O* const* outs, 
         first = last;
         continue;
       }
-      const float* own = num_segments > 0 ? transform_inputs(group, m, x, row, count, segments, num_segments, h,
-                                                             h_stride, max_rank, transformed)
+      const float* own = num_segments > 0 ? transform_inputs(group, m, x, row, count, segments, num_segments,
+                                                             h, h_stride, max_rank, transformed)
                                           : nullptr;
-      if (own && module.weights.storage == kInt8) quantize(own, count, in, Panel<T>::inputs(in), quantized_own);
-      const auto* own_rows =
-          own && module.weights.storage == kRowsType ? as_rows<T>(own, count, Panel<T>::inputs(in), plain_own) : whole;
+      if (own && module.weights.storage == kInt8)
+        quantize(own, count, in, Panel<T>::inputs(in), quantized_own);
+      const auto* own_rows = own && module.weights.storage == kRowsType
+                                 ? as_rows<T>(own, count, Panel<T>::inputs(in), plain_own)
+                                 : whole;
       const BlockOfRows<T> from_rows{in, own_rows, own ? own : wide, own ? quantized_own : quantized, count};
       if (num_segments > 0)
         for (int64_t p = std::max(from, first) - first, end = p + kPanelsAhead; p < end; p++)

@@ -1,6 +1,5 @@
-// An adapter folded into a module's weights: W, rotated and scaled, + B A with its scaling and Kronecker products,
-// rounded once, in panels of the base's type.
-// layers/linear/merging.py keeps the copies.
+// An adapter folded into a module's weights: W, rotated and scaled, + B A with its scaling and Kronecker
+// products, rounded once, in panels of the base's type. layers/linear/merging.py keeps the copies.
 
 #pragma once
 
@@ -86,7 +85,8 @@ inline void scale_inputs(const Entry& entry, int64_t in, float* wide) {
 
 // Panels [first, last) of a module's weights with the adapter in `slot`, to where they belong in `out`.
 template <typename T>
-void merge(const Group& group, int64_t member, int64_t slot, int64_t first, int64_t last, void* out, int threads) {
+void merge(const Group& group, int64_t member, int64_t slot, int64_t first, int64_t last, void* out,
+           int threads) {
   const Module& module = group.module[member];
   const Entry& entry = module.table[slot];
   const int64_t in = group.in, inputs = Panel<T>::inputs(in), rank = entry.rank;

@@ -1,5 +1,5 @@
-// Rows times one panel of weights, float32 or bfloat16, with sums in float32. Where the processor has no products of
-// bfloat16, weights and rows are widened.
+// Rows times one panel of weights, float32 or bfloat16, with sums in float32. Where the processor has no
+// products of bfloat16, weights and rows are widened.
 
 #pragma once
 
@@ -13,13 +13,14 @@ namespace {
 
 // Rows whose sums fit in the registers beside one panel of weights.
 constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 3;
-// Likewise where the weights are widened on the way, which takes registers too: with one row more they spill, and a
-// tile takes twice as long.
+// Likewise where the weights are widened on the way, which takes registers too: with one row more they spill,
+// and a tile takes twice as long.
 constexpr int kWideningRows = kLanes == 8 ? 5 : kTileRows;
 constexpr int kWideningTiles = kLanes == 8 ? 6 : 2;  // with more, widening once costs less than in every tile
 constexpr int64_t kBlockInputs = 576;  // inputs in a block of a panel: in float32 it stays in the L1/L2 cache
 
-// How weights lie in a panel, by the type that they are kept in, and in which type rows are multiplied by them.
+// How weights lie in a panel, by the type that they are kept in, and in which type rows are multiplied by
+// them.
 template <typename T>
 struct Panel;
 
@@ -71,8 +72,8 @@ inline vec lower(const uint32_t* w) { return vec(load(w) << 16); }
 inline vec upper(const uint32_t* w) { return vec(load(w) & 0xffff0000u); }
 
 template <int ROWS>
-void multiply_tile(const float* x, int64_t x_stride, const uint32_t* w, int64_t inputs, float* out, bool first,
-                   Ahead ahead) {
+void multiply_tile(const float* x, int64_t x_stride, const uint32_t* w, int64_t inputs, float* out,
+                   bool first, Ahead ahead) {
   vec acc[ROWS][kVecs];
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < kVecs; v++) acc[r][v] = first ? vec{} : load(out + r * kPanel + v * kLanes);
@@ -127,8 +128,8 @@ void multiply(int64_t rows, const X* x, int64_t x_stride, const W* w, int64_t in
   }
 }
 
-// A block of rows in tiles of as equal a height as can be, while `bytes` from `next` on and what is read later are
-// fetched.
+// A block of rows in tiles of as equal a height as can be, while `bytes` from `next` on and what is read
+// later are fetched.
 template <typename X, typename W>
 void multiply_tiles(int64_t rows, int64_t tiles, const X* x, int64_t x_stride, const W* w, int64_t inputs,
                     float* out, bool first, const void* next, int64_t bytes, Later& later) {
@@ -141,7 +142,8 @@ void multiply_tiles(int64_t rows, int64_t tiles, const X* x, int64_t x_stride, c
 }
 
 // acc[rows, kPanel] = x[rows, inputs] times one panel.
-inline void multiply_panel(const float* x, int64_t rows, int64_t inputs, const float* w, float* acc, Later& later) {
+inline void multiply_panel(const float* x, int64_t rows, int64_t inputs, const float* w, float* acc,
+                           Later& later) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t i = 0; i < inputs; i += kBlockInputs) {
     const int64_t count = std::min(kBlockInputs, inputs - i);
@@ -170,8 +172,8 @@ inline void multiply_panel(const float* x, int64_t rows, int64_t inputs, const u
         store(wide + 2 * p * kPanel + v * kLanes, lower(block + p * kPanel + v * kLanes));
         store(wide + (2 * p + 1) * kPanel + v * kLanes, upper(block + p * kPanel + v * kLanes));
       }
-    multiply_tiles(rows, tiles, x + i, inputs, static_cast<const float*>(wide), count, acc, i == 0, next, bytes,
-                   later);
+    multiply_tiles(rows, tiles, x + i, inputs, static_cast<const float*>(wide), count, acc, i == 0, next,
+                   bytes, later);
   }
 }
 

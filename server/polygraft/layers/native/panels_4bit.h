@@ -1,6 +1,7 @@
 // Rows times one panel of 4-bit weights: each is one of 16 values times the scale of its block of 64 inputs
 // (QLoRA, arXiv 2305.14314, and bitsandbytes' fp4). A block of a panel is widened to float32 in the cache and
-// multiplied as float32 weights are. Panels hold [in / 2, kPanel] bytes, the even input's value in the lower half.
+// multiplied as float32 weights are. Panels hold [in / 2, kPanel] bytes, the even input's value in the lower
+// half.
 
 #pragma once
 
@@ -53,7 +54,8 @@ inline ivec load_bytes(const uint8_t* p) {
 }
 
 // wide [inputs, kPanel] = a part of a panel in float32, by its scales [inputs / 64, kPanel].
-inline void widen_4bit(const uint8_t* w, const float* scale, const Codes& codes, int64_t inputs, float* wide) {
+inline void widen_4bit(const uint8_t* w, const float* scale, const Codes& codes, int64_t inputs,
+                       float* wide) {
   for (int64_t at = 0; at < inputs; at += kScaleInputs)
     for (int v = 0; v < kVecs; v++) {
       const vec factor = load(scale + at / kScaleInputs * kPanel + v * kLanes);

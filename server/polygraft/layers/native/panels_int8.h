@@ -27,7 +27,8 @@ inline void multiply_clips(const Clip* clip, const Clip* end, const uint8_t* pan
   }
 }
 
-// out [ROWS, kPanel] = rows [row, row + ROWS) times one panel, in float32 by the columns' and the rows' scales.
+// out [ROWS, kPanel] = rows [row, row + ROWS) times one panel, in float32 by the columns' and the rows'
+// scales.
 template <int ROWS, typename Dot>
 void multiply_tile_int8(const Int8Rows& rows, int64_t row, const uint8_t* panel, const float* column_scale,
                         int64_t inputs, float* out, Ahead ahead) {
@@ -54,14 +55,16 @@ void multiply_tile_int8(const Int8Rows& rows, int64_t row, const uint8_t* panel,
     }
   }
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < kVecs; v++)
-      store(out + r * kPanel + v * kLanes, __builtin_convertvector(acc[r][v], vec) * splat(rows.scale[row + r]) *
-                                               load(column_scale + v * kLanes));
+    for (int v = 0; v < kVecs; v++) {
+      const vec sums = __builtin_convertvector(acc[r][v], vec);
+      store(out + r * kPanel + v * kLanes,
+            sums * splat(rows.scale[row + r]) * load(column_scale + v * kLanes));
+    }
 }
 
 template <typename Dot, int ROWS = kInt8Rows>
-void multiply_int8(int64_t count, const Int8Rows& rows, int64_t row, const uint8_t* panel, const float* column_scale,
-                   int64_t inputs, float* out, Ahead ahead) {
+void multiply_int8(int64_t count, const Int8Rows& rows, int64_t row, const uint8_t* panel,
+                   const float* column_scale, int64_t inputs, float* out, Ahead ahead) {
   if (count == ROWS) {
     multiply_tile_int8<ROWS, Dot>(rows, row, panel, column_scale, inputs, out, ahead);
   } else if constexpr (ROWS > 1) {
@@ -72,7 +75,8 @@ void multiply_int8(int64_t count, const Int8Rows& rows, int64_t row, const uint8
 // out [count, kPanel] = the product of a block of rows with panel `p` of a module.
 inline void multiply_panel_int8(const Int8Rows& rows, int64_t count, int64_t in, const void* weight,
                                 const float* scale, int64_t p, float* out, Later& later) {
-  const int64_t inputs = int8_inputs(in), tiles = (count + kInt8Rows - 1) / kInt8Rows, bytes = inputs * kPanel;
+  const int64_t inputs = int8_inputs(in), bytes = inputs * kPanel;
+  const int64_t tiles = (count + kInt8Rows - 1) / kInt8Rows;
   const uint8_t* panel = static_cast<const uint8_t*>(weight) + p * bytes;
   for (int64_t t = 0; t < tiles; t++) {
     const int64_t from = count * t / tiles, to = count * (t + 1) / tiles;

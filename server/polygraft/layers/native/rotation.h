@@ -1,6 +1,6 @@
-// Block-diagonal matrices that multiply a module's input before the base's weights do (OFT, arXiv 2306.07280).
-// Rows are rotated once, by all threads together, into the scratch, from where each thread takes them for its own
-// panels of weights. layers/linear/low_rank.py holds the same in torch.
+// Block-diagonal matrices that multiply a module's input before the base's weights do (OFT, arXiv
+// 2306.07280). Rows are rotated once, by all threads together, into the scratch, from where each thread takes
+// them for its own panels of weights. layers/linear/low_rank.py holds the same in torch.
 
 #pragma once
 
@@ -31,8 +31,8 @@ inline void scale_row(const float* scale, int64_t in, float* row) {
 
 // One row as it is behind segments [0, last], of which the last rotates it.
 template <typename X>
-void rotate_in_order(const Entry* table, const Segment* segments, int64_t last, int64_t row, const X* x, int64_t in,
-                     float* out) {
+void rotate_in_order(const Entry* table, const Segment* segments, int64_t last, int64_t row, const X* x,
+                     int64_t in, float* out) {
   static thread_local std::vector<float> turned;
   turned.resize(in);
   for (int64_t i = 0; i < in; i++) out[i] = to_float(x[i]);
@@ -46,7 +46,8 @@ void rotate_in_order(const Entry* table, const Segment* segments, int64_t last, 
   }
 }
 
-// Whether some row is in more than one segment: those of a row's second adapters begin again at the first rows.
+// Whether some row is in more than one segment: those of a row's second adapters begin again at the first
+// rows.
 inline bool overlap(const Segment* segments, int64_t num_segments) {
   for (int64_t s = 1; s < num_segments; s++)
     if (segments[s].first < segments[s - 1].last) return true;
@@ -55,8 +56,9 @@ inline bool overlap(const Segment* segments, int64_t num_segments) {
 
 // This thread's share of the rows that are rotated, to where `rotated_row` finds them.
 template <typename X>
-void rotate_share(const X* x, int64_t in, const Segment* segments, int64_t num_segments, const Module* modules,
-                  int64_t num_modules, float* h, int64_t h_stride, int64_t max_rank, int thread, int threads) {
+void rotate_share(const X* x, int64_t in, const Segment* segments, int64_t num_segments,
+                  const Module* modules, int64_t num_modules, float* h, int64_t h_stride, int64_t max_rank,
+                  int thread, int threads) {
   constexpr int64_t kRows = 8;
   const bool several = overlap(segments, num_segments);
   int64_t piece = 0;
@@ -89,8 +91,8 @@ inline void rotate_panel(const Entry& entry, int64_t in, float* wide) {
   std::vector<float> turned(size * kPanel);
   for (int64_t block = 0; block < in / size; block++) {
     float* at = wide + block * size * kPanel;
-    small_product(size, block_of(entry, block), size, size, at, 0, kPanel, 0, kPanel, 1.0f, false, turned.data(),
-                  kPanel);
+    small_product(size, block_of(entry, block), size, size, at, 0, kPanel, 0, kPanel, 1.0f, false,
+                  turned.data(), kPanel);
     std::memcpy(at, turned.data(), size * kPanel * sizeof(float));
   }
 }

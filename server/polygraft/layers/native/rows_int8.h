@@ -1,9 +1,10 @@
 // Rows as whole numbers of at most 127 times a scale, for products with int8 weights.
 //
-// Where the processor sums products of bytes in 16 bits, rows are clipped: of numbers whose products are summed there,
-// the positive ones add up to at most kMostOfSum and so do the negative ones. What is clipped off goes to a list and is
-// multiplied by itself, so that products stay exact. A row's scale comes from its largest number and most others are
-// small: of the default model's rows two numbers in a thousand are clipped for sums of four.
+// Where the processor sums products of bytes in 16 bits, rows are clipped: of numbers whose products are
+// summed there, the positive ones add up to at most kMostOfSum and so do the negative ones. What is clipped
+// off goes to a list and is multiplied by itself, so that products stay exact. A row's scale comes from its
+// largest number and most others are small: of the default model's rows two numbers in a thousand are clipped
+// for sums of four.
 
 #pragma once
 
@@ -15,12 +16,14 @@
 
 namespace {
 
-constexpr int64_t kInt8Inputs = 8;  // inputs that are multiplied at a time; rows and weights are padded to whole ones
-constexpr int kMostOfSum = 128;     // times 255, the largest weight, fits in 16 bits
+// Inputs that are multiplied at a time; rows and weights are padded to whole ones.
+constexpr int64_t kInt8Inputs = 8;
+constexpr int kMostOfSum = 128;  // times 255, the largest weight, fits in 16 bits
 
 inline int64_t int8_inputs(int64_t in) { return (in + kInt8Inputs - 1) / kInt8Inputs * kInt8Inputs; }
 
-// How many products of a row are summed in 16 bits. The more, the faster, but the more numbers must be clipped.
+// How many products of a row are summed in 16 bits. The more, the faster, but the more numbers must be
+// clipped.
 enum SumOf : uint8_t { kFour, kTwo, kOne };
 
 struct Clip {
@@ -29,12 +32,12 @@ struct Clip {
 
 // A block of rows.
 struct Int8Rows {
-  std::vector<int8_t> values;   // [rows, inputs]
-  std::vector<float> scale;     // [rows]
-  std::vector<int32_t> start;   // [rows] what the sums start from: takes off what weights around 128 add
-  std::vector<Clip> clips;      // all rows'
-  std::vector<int32_t> clipped; // [rows + 1] where a row's begin
-  std::vector<SumOf> sums;      // [rows]
+  std::vector<int8_t> values;    // [rows, inputs]
+  std::vector<float> scale;      // [rows]
+  std::vector<int32_t> start;    // [rows] what the sums start from: takes off what weights around 128 add
+  std::vector<Clip> clips;       // all rows'
+  std::vector<int32_t> clipped;  // [rows + 1] where a row's begin
+  std::vector<SumOf> sums;       // [rows]
 };
 
 #if POLYGRAFT_CLIPS_ROWS
@@ -48,8 +51,8 @@ void clip_eight(int8_t* x, int64_t input, std::vector<Clip>& clips) {
       int over = -kMostOfSum;
       for (int k = 0; k < OF; k++) over += std::max(0, sign * x[inputs[k]]);
       while (over > 0) {
-        const int most = *std::max_element(inputs, inputs + OF,
-                                           [&](int a, int b) { return sign * x[a] < sign * x[b]; });
+        const int most =
+            *std::max_element(inputs, inputs + OF, [&](int a, int b) { return sign * x[a] < sign * x[b]; });
         const int rest = std::min(over, sign * x[most]);
         x[most] -= int8_t(sign * rest);
         clips.push_back({int32_t(input + most), sign * rest});
@@ -61,13 +64,15 @@ void clip_eight(int8_t* x, int64_t input, std::vector<Clip>& clips) {
 // A bit for each of 32 inputs: two are set for each sum that is too large, among those of its eight inputs.
 template <int OF>
 uint32_t too_much(const int8_t* x) {
-  const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), zero = _mm256_setzero_si256();
+  const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  const __m256i zero = _mm256_setzero_si256();
   const __m256i one = _mm256_set1_epi8(1), most = _mm256_set1_epi16(kMostOfSum);
   auto over = [&](__m256i sizes) {
     __m256i sums = _mm256_maddubs_epi16(sizes, one);
     // The other two of a sum of four are in the upper half of an eight, which then adds up nothing.
     if (OF == 4)
-      sums = _mm256_add_epi16(_mm256_and_si256(sums, _mm256_set1_epi64x(0xffffffff)), _mm256_srli_epi64(sums, 32));
+      sums = _mm256_add_epi16(_mm256_and_si256(sums, _mm256_set1_epi64x(0xffffffff)),
+                              _mm256_srli_epi64(sums, 32));
     return _mm256_cmpgt_epi16(sums, most);
   };
   const __m256i negative = _mm256_max_epi8(_mm256_sub_epi8(zero, values), zero);

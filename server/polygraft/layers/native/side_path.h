@@ -1,7 +1,7 @@
 // Low-rank side paths by segments: a segment is a run of rows that use one adapter, and adds
-// weight scaling (x A^T) B^T to their outputs (Punica's segments, arXiv 2310.18547, with S-LoRA's unpadded ranks,
-// arXiv 2311.03285), after it has scaled what was in them. Rows of several adapters are in several segments,
-// which act in their order. layers/linear/low_rank.py holds the same in torch.
+// weight scaling (x A^T) B^T to their outputs (Punica's segments, arXiv 2310.18547, with S-LoRA's unpadded
+// ranks, arXiv 2311.03285), after it has scaled what was in them. Rows of several adapters are in several
+// segments, which act in their order. layers/linear/low_rank.py holds the same in torch.
 
 #pragma once
 
@@ -14,16 +14,16 @@ namespace {
 
 enum Flags { kAInPanels = 1, kScalesSum = 2 };
 
-struct Entry {    // one slot of a module's table; layers/linear/low_rank.py fills it
-  int64_t a;      // address of A: rows [rank, in], or panels of weights with `rank` columns
-  int64_t b;      // address of B in panels [panels, rank, kPanel], padded with zeros
-  int64_t bias;   // address of the bias in float32, padded to whole panels, or 0
+struct Entry {   // one slot of a module's table; layers/linear/low_rank.py fills it
+  int64_t a;     // address of A: rows [rank, in], or panels of weights with `rank` columns
+  int64_t b;     // address of B in panels [panels, rank, kPanel], padded with zeros
+  int64_t bias;  // address of the bias in float32, padded to whole panels, or 0
   int64_t rank;
-  int64_t dtype;  // of A and B: 0 float32, 1 bfloat16
-  int64_t in_scale;   // address of a factor in float32 for each input of the base's product, or 0
-  int64_t out_scale;  // likewise for each of its outputs, padded to whole panels, or 0
-  int64_t w1, w2;     // addresses of a Kronecker product's halves, as `Kron` has them, or 0
-  int64_t o2, i2;     // and the second one's outputs and inputs
+  int64_t dtype;          // of A and B: 0 float32, 1 bfloat16
+  int64_t in_scale;       // address of a factor in float32 for each input of the base's product, or 0
+  int64_t out_scale;      // likewise for each of its outputs, padded to whole panels, or 0
+  int64_t w1, w2;         // addresses of a Kronecker product's halves, as `Kron` has them, or 0
+  int64_t o2, i2;         // and the second one's outputs and inputs
   int64_t rotation;       // address of the blocks [blocks, size, size] that turn the base's input, or 0
   int64_t rotation_size;  // inputs in a block
   int64_t rotation_step;  // from one block to the next, 0 if all are the same
@@ -39,12 +39,12 @@ struct Entry {    // one slot of a module's table; layers/linear/low_rank.py fil
 
 inline Kron kron_of(const Entry& entry, int64_t in, int64_t width) {
   if (!entry.w1) return Kron{};
-  return {reinterpret_cast<const float*>(entry.w1), reinterpret_cast<const float*>(entry.w2),
-          width / entry.o2, in / entry.i2, entry.o2, entry.i2};
+  const auto *w1 = reinterpret_cast<const float*>(entry.w1), *w2 = reinterpret_cast<const float*>(entry.w2);
+  return {w1, w2, width / entry.o2, in / entry.i2, entry.o2, entry.i2};
 }
 
-// Where what is between the two halves of a Kronecker product, and a rotated input, lie in a row of the scratch
-// behind x A^T: in numbers from the segment's offset.
+// Where what is between the two halves of a Kronecker product, and a rotated input, lie in a row of the
+// scratch behind x A^T: in numbers from the segment's offset.
 inline int64_t between_at(const Entry& entry) { return entry.rank; }
 inline int64_t rotated_at(const Entry& entry, int64_t in, int64_t width) {
   return between_at(entry) + kron_of(entry, in, width).between();
@@ -66,16 +66,16 @@ struct Module {
   Weights weights;
 };
 
-struct Segment {  // layers/step.py has the same
+struct Segment {              // layers/step.py has the same
   int32_t first, last, slot;  // rows [first, last)
-  float weight;    // of what the adapter adds
+  float weight;               // of what the adapter adds
   int32_t offset;  // of its product with A in a row of the scratch: segments that share rows differ in it
 };
 
 // The sums of a tile's products over inputs [0, done), those behind them added one by one, times the weight.
 template <int ROWS, int RANKS, typename X, typename W>
-inline void finish_tile(const vec (&acc)[ROWS][RANKS], const X* x, int64_t done, int64_t in, const W* a, int ranks,
-                        float weight, float* h, int64_t h_stride) {
+inline void finish_tile(const vec (&acc)[ROWS][RANKS], const X* x, int64_t done, int64_t in, const W* a,
+                        int ranks, float weight, float* h, int64_t h_stride) {
   for (int r = 0; r < ROWS; r++) {
     float totals[RANKS];
     for (int j = 0; j < RANKS; j++) totals[j] = sum(acc[r][j]);
@@ -88,7 +88,8 @@ inline void finish_tile(const vec (&acc)[ROWS][RANKS], const X* x, int64_t done,
 
 // Dot products of ROWS rows of x with up to RANKS rows of A, times the weight.
 template <int ROWS, int RANKS, typename X, typename W>
-inline void shrink_tile(const X* x, int64_t in, const W* a, int ranks, float weight, float* h, int64_t h_stride) {
+inline void shrink_tile(const X* x, int64_t in, const W* a, int ranks, float weight, float* h,
+                        int64_t h_stride) {
   vec acc[ROWS][RANKS] = {};
   int64_t i = 0;
   for (; i + kLanes <= in; i += kLanes) {
@@ -160,21 +161,24 @@ void expand(float* out, int64_t rows, const W* b, const float* h, int64_t rank, 
   for (; r < rows; r++) expand_tile<1>(out + r * kPanel, b, h + r * h_stride, rank, h_stride);
 }
 
-// The same for all columns of one panel of A: a panel's worth of ranks is multiplied as the base's weights are.
+// The same for all columns of one panel of A: a panel's worth of ranks is multiplied as the base's weights
+// are.
 template <typename X>
-void shrink_panel(const X* x, int64_t rows, int64_t in, const Entry& entry, int64_t panel, float weight, float* h,
-                  int64_t h_stride) {
+void shrink_panel(const X* x, int64_t rows, int64_t in, const Entry& entry, int64_t panel, float weight,
+                  float* h, int64_t h_stride) {
   // An even number of inputs: nothing is padded.
   static thread_local std::vector<float> widened, sums;
   Later nothing;
   const void* a = reinterpret_cast<const void*>(entry.a);
   sums.resize(rows * kPanel);
   if (entry.dtype == 0)
-    multiply_panel(widen(x, rows, in, widened), rows, in, Panel<float>::at(a, panel, in), sums.data(), nothing);
+    multiply_panel(widen(x, rows, in, widened), rows, in, Panel<float>::at(a, panel, in), sums.data(),
+                   nothing);
   else if constexpr (std::is_same_v<X, bf16> && POLYGRAFT_DOTS_OF_BF16)
     multiply_panel(x, rows, in, Panel<bf16>::at(a, panel, in), sums.data(), nothing);
   else
-    multiply_panel(widen(x, rows, in, widened), rows, in, Panel<bf16>::at(a, panel, in), sums.data(), nothing);
+    multiply_panel(widen(x, rows, in, widened), rows, in, Panel<bf16>::at(a, panel, in), sums.data(),
+                   nothing);
   for (int64_t r = 0; r < rows; r++)
     for (int v = 0; v < kVecs; v++)
       store(h + r * h_stride + v * kLanes, load(sums.data() + r * kPanel + v * kLanes) * splat(weight));
@@ -182,7 +186,8 @@ void shrink_panel(const X* x, int64_t rows, int64_t in, const Entry& entry, int6
 
 constexpr int64_t kPanelsAhead = 2;
 
-// Fetch a panel of B into the cache: each adapter's is a short run, too short for the processor's own prefetching.
+// Fetch a panel of B into the cache: each adapter's is a short run, too short for the processor's own
+// prefetching.
 inline void fetch_panel(const Entry& entry, int64_t panel) {
   const int64_t bytes = entry.rank * kPanel * (entry.dtype == 0 ? sizeof(float) : sizeof(bf16));
   const char* from = reinterpret_cast<const char*>(entry.b) + panel * bytes;  // may lie behind the last one
@@ -190,8 +195,8 @@ inline void fetch_panel(const Entry& entry, int64_t panel) {
 }
 
 // The same of all adapters that rows [row, row + rows) have.
-inline void fetch_panel(int64_t row, int64_t rows, const Segment* segments, int64_t num_segments, const Module& module,
-                        int64_t panel) {
+inline void fetch_panel(int64_t row, int64_t rows, const Segment* segments, int64_t num_segments,
+                        const Module& module, int64_t panel) {
   for (int64_t s = 0; s < num_segments; s++)
     if (segments[s].first < row + rows && segments[s].last > row)
       fetch_panel(module.table[segments[s].slot], panel);
@@ -228,7 +233,8 @@ inline void expand_panel(float* out, int64_t row, int64_t rows, const Segment* s
     if (entry.w1) {
       const float* from = h + first * h_stride + segments[s].offset + between_at(entry);
       const int64_t column = panel * kPanel, columns = std::min<int64_t>(kPanel, module.width - column);
-      kron_second(kron_of(entry, in, module.width), from, h_stride, last - first, column, columns, to, kPanel);
+      kron_second(kron_of(entry, in, module.width), from, h_stride, last - first, column, columns, to,
+                  kPanel);
     }
     if (entry.bias) {
       const float* bias = reinterpret_cast<const float*>(entry.bias) + panel * kPanel;
@@ -261,11 +267,11 @@ void kron_share(const X* x, int64_t in, const Segment* segments, int64_t num_seg
     }
 }
 
-// Calls visit(segment, m, row, rows, rank, ranks) for this thread's pieces of the products with A: small enough that
-// one long segment and many short ones both fill all threads.
+// Calls visit(segment, m, row, rows, rank, ranks) for this thread's pieces of the products with A: small
+// enough that one long segment and many short ones both fill all threads.
 template <typename Visit>
-void for_pieces(const Segment* segments, int64_t num_segments, const Module* modules, int64_t num_modules, int thread,
-                int threads, Visit&& visit) {
+void for_pieces(const Segment* segments, int64_t num_segments, const Module* modules, int64_t num_modules,
+                int thread, int threads, Visit&& visit) {
   constexpr int64_t kRows = 64;
   int64_t piece = 0;
   for (int64_t s = 0; s < num_segments; s++)
@@ -280,30 +286,32 @@ void for_pieces(const Segment* segments, int64_t num_segments, const Module* mod
     }
 }
 
-// This thread's share of h[row, module * max_rank + offset + j] = weight scaling x[row] . A[j], for the segments'
-// rows.
+// This thread's share of h[row, module * max_rank + offset + j] = weight scaling x[row] . A[j], for the
+// segments' rows.
 template <typename X>
 void shrink_share(const X* x, int64_t in, const Segment* segments, int64_t num_segments,
                   const Module* modules, int64_t num_modules, float* h, int64_t h_stride, int64_t max_rank,
                   int thread, int threads) {
-  auto multiply = [&](const Segment& segment, int64_t m, int64_t row, int64_t rows, int64_t rank, int64_t ranks) {
+  auto multiply = [&](const Segment& segment, int64_t m, int64_t row, int64_t rows, int64_t rank,
+                      int64_t ranks) {
     const Entry& entry = modules[m].table[segment.slot];
     float* to = h + row * h_stride + m * max_rank + segment.offset + rank;
     const float factor = entry.factor(segment.weight);
     if (entry.a_in_panels())
       shrink_panel(x + row * in, rows, in, entry, rank / kPanel, factor, to, h_stride);
     else if (entry.dtype == 0)
-      shrink(x + row * in, rows, in, reinterpret_cast<const float*>(entry.a) + rank * in, int(ranks), factor, to,
-             h_stride);
+      shrink(x + row * in, rows, in, reinterpret_cast<const float*>(entry.a) + rank * in, int(ranks), factor,
+             to, h_stride);
     else
-      shrink(x + row * in, rows, in, reinterpret_cast<const bf16*>(entry.a) + rank * in, int(ranks), factor, to,
-             h_stride);
+      shrink(x + row * in, rows, in, reinterpret_cast<const bf16*>(entry.a) + rank * in, int(ranks), factor,
+             to, h_stride);
   };
   for_pieces(segments, num_segments, modules, num_modules, thread, threads, multiply);
 }
 
 // Fetch what the modules' tables say of the segments' adapters: a line here and there, in hundreds of tables.
-inline void fetch_entries(const Segment* segments, int64_t num_segments, const Module* modules, int64_t num_modules) {
+inline void fetch_entries(const Segment* segments, int64_t num_segments, const Module* modules,
+                          int64_t num_modules) {
   for (int64_t m = 0; m < num_modules; m++)
     for (int64_t s = 0; s < num_segments; s++) {
       const char* entry = reinterpret_cast<const char*>(modules[m].table + segments[s].slot);

@@ -9,7 +9,8 @@ namespace {
 inline float widened(const float* p, int64_t at) { return p[at]; }
 inline float widened(const bf16* p, int64_t at) { return to_float(p[at]); }
 
-// For each of LINES lines: out[c - from] (+)= factor * sum over k of left[k] right[k, c], for c in [from, to).
+// For each of LINES lines: out[c - from] (+)= factor * sum over k of left[k] right[k, c], for c in [from,
+// to).
 template <int LINES, typename L, typename R>
 inline void small_product_lines(const L* left, int64_t left_stride, int64_t inner, const R* right,
                                 int64_t right_stride, int64_t width, int64_t from, int64_t to, float factor,
@@ -32,7 +33,8 @@ inline void small_product_lines(const L* left, int64_t left_stride, int64_t inne
     vec sums[LINES] = {};
     for (int64_t k = 0; k < inner; k++)
       for (int l = 0; l < LINES; l++)
-        sums[l] += splat(widened(left, l * left_stride + k)) * load(right + l * right_stride + k * width + start);
+        sums[l] +=
+            splat(widened(left, l * left_stride + k)) * load(right + l * right_stride + k * width + start);
     for (int l = 0; l < LINES; l++) {
       float* at = out + l * out_stride + c - from;
       if (start == c && count == kLanes) {
@@ -46,8 +48,8 @@ inline void small_product_lines(const L* left, int64_t left_stride, int64_t inne
   }
 }
 
-// out [lines, to - from] (+)= factor * left [lines, inner] right [inner, width], its columns [from, to). A stride
-// of 0 is for what all lines share; each line's sums run in one order, whatever the number of lines.
+// out [lines, to - from] (+)= factor * left [lines, inner] right [inner, width], its columns [from, to). A
+// stride of 0 is for what all lines share; each line's sums run in one order, whatever the number of lines.
 template <typename L, typename R>
 void small_product(int64_t lines, const L* left, int64_t left_stride, int64_t inner, const R* right,
                    int64_t right_stride, int64_t width, int64_t from, int64_t to, float factor, bool adds,

@@ -92,7 +92,8 @@ inline vec splat(float x) {
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(bf16* p, vec v) {
 #if POLYGRAFT_DOTS_OF_BF16
-  const __m256bh narrow = _mm512_cvtneps_pbh(__m512(v));  // the same, but for numbers too small for a product of them
+  const __m256bh narrow =
+      _mm512_cvtneps_pbh(__m512(v));  // the same, but for numbers too small for a product of them
   std::memcpy(p, &narrow, sizeof(narrow));
 #else
   const uvec bits = uvec(v);
