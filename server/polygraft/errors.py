@@ -17,6 +17,7 @@ PolygraftError
 │   └── AdapterUnavailable       known, but its state forbids the call
 ├── ResourceExhausted            the queue, the cache or the memory is full; try again later
 ├── OutputUnread                 nobody reads a stream's output, so it was dropped
+├── LayoutMismatch               the C++ operators were built with other structures than Python's
 ├── Draining                     the server is shutting down
 ├── Unauthenticated              no valid token where one is needed
 └── EngineDead                   the engine failed; the log holds the cause
@@ -219,6 +220,17 @@ class OutputUnread(PolygraftError):
     """Nobody read a stream's output, which was dropped to free its memory."""
 
     reason = "OUTPUT_UNREAD"
+
+
+class LayoutMismatch(PolygraftError):
+    """The C++ operators' structures lie in memory otherwise than Python's.
+
+    Args:
+        differing: lines "name offset size" of structures and fields that one side alone has.
+    """
+
+    def __init__(self, differing: Collection[str]) -> None:
+        super().__init__(f"the C++ operators' structures differ from Python's: {'; '.join(differing)}")
 
 
 class Draining(PolygraftError):

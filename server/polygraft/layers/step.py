@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from polygraft.layers.native.structures import MAX_MODULES, PlanStruct, RowsStruct
+from polygraft.layers.native.structures import MAX_MODULES, PlanStruct, RowsStruct, SegmentStruct
 
 
 class BrokenRun(Exception):
@@ -81,7 +81,7 @@ class Segment(NamedTuple):
 
 
 SEGMENT = len(Segment._fields)
-SEGMENT_DTYPE = np.dtype([(name, np.float32 if name == "weight" else np.int32) for name in Segment._fields])
+SEGMENT_DTYPE = np.dtype(SegmentStruct)
 """A row of a table of segments."""
 
 

@@ -21,11 +21,11 @@ from torch import nn
 
 from polygraft.core.primitives import Kron, LowRank, Rotation, Scale
 from polygraft.layers.linear import low_rank_bank
-from polygraft.layers.linear.low_rank import AdaptedLinear, scaling_bits
+from polygraft.layers.linear.low_rank import AdaptedLinear
 from polygraft.layers.linear.low_rank_bank import LowRankBank, Run, choose_operators
 from polygraft.layers.linear.wide_head import WideLinear
 from polygraft.layers.native.kernels import WEIGHT_DTYPES, load_kernels
-from polygraft.layers.native.structures import ENTRY, SCALING
+from polygraft.layers.native.structures import ENTRY, EntryStruct, as_int64
 from polygraft.layers.step import AttentionPlan, Segment, StepContext
 
 # Beside the environment's packages, not among them: with triton there, torch imports it into every server,
@@ -314,10 +314,15 @@ def test_nothing_is_read_beyond_a_slots_own_rank(
     a[:5], b[:5] = w.a, w.b.T
     wide = weights(40, 33, 50, dtype, seed=1)
     wide_b = wide.b.T.contiguous()
-    table = torch.zeros(3, ENTRY, dtype=torch.int64)
-    table[:, SCALING] = scaling_bits(0.5)
-    table[1, :5] = torch.tensor([a.data_ptr(), b.data_ptr(), 0, 5, WEIGHT_DTYPES[dtype]])
-    table[2, :5] = torch.tensor([wide.a.data_ptr(), wide_b.data_ptr(), 0, 40, WEIGHT_DTYPES[dtype]])
+    entries = [
+        EntryStruct(a=a, b=b, rank=rank, dtype=WEIGHT_DTYPES[dtype], scaling=0.5)
+        for a, b, rank in [
+            (0, 0, 0),
+            (a.data_ptr(), b.data_ptr(), 5),
+            (wide.a.data_ptr(), wide_b.data_ptr(), 40),
+        ]
+    ]
+    table = torch.stack([as_int64(entry) for entry in entries])
     operators = interpreted.TritonSidePath()
     x, out = torch.randn(8, 33), torch.zeros(8, 50)
     one = torch.tensor(1.0).view(torch.int32).item()

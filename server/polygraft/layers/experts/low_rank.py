@@ -14,14 +14,21 @@ from torch import nn
 
 from polygraft.core.primitives import ExpertLowRank
 from polygraft.layers.experts.pairs import ExpertPairs
-from polygraft.layers.linear.low_rank import scaling_bits
 from polygraft.layers.native.kernels import DTYPES, WEIGHT_DTYPES, Kernels
-from polygraft.layers.native.structures import ENTRY, MAX_MODULES, SCALING, GroupStruct
+from polygraft.layers.native.structures import (
+    ENTRY,
+    MAX_MODULES,
+    EntryStruct,
+    GroupStruct,
+    as_int64,
+    entry_column,
+)
 from polygraft.layers.step import segment_table
 
 if TYPE_CHECKING:
     from polygraft.layers.linear.triton_side_path import TritonSidePath
 
+_A, _B = entry_column("a"), entry_column("b")
 _ALIGNMENT = 64  # bytes: a cache line; Triton's wide loads need 16
 
 
@@ -78,10 +85,10 @@ class ExpertSlots:
         b = b.view(self._experts, -1, self._panel, primitive.rank).transpose(2, 3)
         stacked_a, stacked_b = _Stacked(primitive.a.to(self._device)), _Stacked(b)
         self._weights[number] = stacked_a, stacked_b, primitive.scaling
-        entries = torch.zeros(self._experts, ENTRY, dtype=torch.int64)
-        entries[:, 0], entries[:, 1] = stacked_a.addresses(), stacked_b.addresses()
-        entries[:, 3], entries[:, 4] = primitive.rank, WEIGHT_DTYPES[primitive.a.dtype]
-        entries[:, SCALING] = scaling_bits(primitive.scaling)
+        dtype = WEIGHT_DTYPES[primitive.a.dtype]
+        entry = EntryStruct(rank=primitive.rank, dtype=dtype, scaling=primitive.scaling)
+        entries = as_int64(entry).repeat(self._experts, 1)
+        entries[:, _A], entries[:, _B] = stacked_a.addresses(), stacked_b.addresses()
         self._own(number).copy_(entries)
 
     def remove(self, number: int) -> None:

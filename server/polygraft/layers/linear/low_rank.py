@@ -10,7 +10,6 @@ adapters are in several segments.
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +20,19 @@ from polygraft.core.primitives import Dense, Kron, LowRank, Rotation, Scale
 from polygraft.layers.linear.packed_adapter import PackedAdapter
 from polygraft.layers.linear.panels import pack
 from polygraft.layers.native.kernels import DTYPES, WEIGHT_DTYPES, Kernels
-from polygraft.layers.native.structures import A_IN_PANELS, ENTRY, SCALES_SUM, GroupStruct, ModuleStruct
+from polygraft.layers.native.structures import (
+    A_IN_PANELS,
+    ENTRY,
+    SCALES_SUM,
+    EntryStruct,
+    GroupStruct,
+    ModuleStruct,
+    as_int64,
+)
 from polygraft.layers.step import Segment, Segments, StepContext
 
 if TYPE_CHECKING:
     from polygraft.layers.linear.triton_side_path import TritonSidePath
-
-
-def scaling_bits(scaling: float) -> int:
-    """A scaling as the table holds it: the bits of a float64."""
-    bits: int = struct.unpack("q", struct.pack("d", scaling))[0]
-    return bits
 
 
 class LowRankSlots:
@@ -160,18 +161,27 @@ class LowRankSlots:
     def install(self, slot: int, packed: PackedAdapter) -> None:
         """Put an adapter's weights into a slot; contiguous, and not to be moved."""
         self._weights[slot] = packed
-        addresses = [0 if part is None else part.data_ptr() for part in packed.tensors]
-        dtype = 0 if packed.a is None else WEIGHT_DTYPES.get(packed.a.dtype, -1)
         i2, o2 = (0, 0) if packed.w2 is None else packed.w2.shape
         blocks, size, _ = (0, 0, 0) if packed.rotation is None else packed.rotation.shape
-        step = size * size if blocks > 1 else 0
-        flags = packed.a_in_panels * A_IN_PANELS | packed.scales_sum * SCALES_SUM
-        self._table[slot] = torch.tensor(
-            [
-                *addresses[:3], packed.rank, dtype, *addresses[3:7], o2, i2, addresses[7], size, step,
-                flags, scaling_bits(packed.scaling),
-            ]
-        )  # fmt: skip
+        entry = EntryStruct(
+            a=_address(packed.a),
+            b=_address(packed.b),
+            bias=_address(packed.bias),
+            rank=packed.rank,
+            dtype=0 if packed.a is None else WEIGHT_DTYPES.get(packed.a.dtype, -1),
+            in_scale=_address(packed.in_scale),
+            out_scale=_address(packed.out_scale),
+            w1=_address(packed.w1),
+            w2=_address(packed.w2),
+            o2=o2,
+            i2=i2,
+            rotation=_address(packed.rotation),
+            rotation_size=size,
+            rotation_step=size * size if blocks > 1 else 0,
+            flags=packed.a_in_panels * A_IN_PANELS | packed.scales_sum * SCALES_SUM,
+            scaling=packed.scaling,
+        )
+        self._table[slot] = as_int64(entry)
 
     def install_dense(self, slot: int, change: Dense) -> None:
         """Put what is only ever folded into the weight into a slot; its tensors are on the slots' device."""
@@ -239,6 +249,10 @@ class LowRankSlots:
             packed = self._weights.get(slot)
             if packed is not None:
                 out[first:last] = packed.applied(x[first:last].float(), out[first:last], weight).to(out.dtype)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class AdaptedLinear(nn.Module):

@@ -30,7 +30,7 @@ import triton.language as tl
 
 from polygraft.layers import step
 from polygraft.layers.native import structures
-from polygraft.layers.native.structures import ENTRY
+from polygraft.layers.native.structures import ENTRY, entry_column
 
 # One height for prefill and decode, so that a row's sums run in one order whatever its neighbours are.
 TILE_ROWS = 16
@@ -38,6 +38,15 @@ TILE_RANK = 16  # the least that `tl.dot` sums over, as expand does
 TILE_IN = 64  # with 128, float32's registers spill on sm_80 and sm_90 (ptxas -v, Triton 3.7.1)
 TILE_OUT = 128
 SEGMENT = tl.constexpr(step.SEGMENT)
+# Where an adapter's entry in a module's table holds what the kernels read of it.
+AT_A = tl.constexpr(entry_column("a"))
+AT_B = tl.constexpr(entry_column("b"))
+AT_BIAS = tl.constexpr(entry_column("bias"))
+AT_RANK = tl.constexpr(entry_column("rank"))
+AT_DTYPE = tl.constexpr(entry_column("dtype"))
+AT_OUT_SCALE = tl.constexpr(entry_column("out_scale"))
+AT_FLAGS = tl.constexpr(entry_column("flags"))
+AT_SCALING = tl.constexpr(entry_column("scaling"))
 SCALES_SUM = tl.constexpr(structures.SCALES_SUM)
 
 
@@ -89,12 +98,12 @@ def shrink(
     """
     tile = tiles + tl.program_id(0) * SEGMENT
     entry = table + tl.load(tile + 2) * ENTRY
-    rank = tl.load(entry + 3)
+    rank = tl.load(entry + AT_RANK)
     start = tl.program_id(1) * RANK
     if start >= rank:
         return
-    a = tl.load(entry)
-    dtype = tl.load(entry + 4)
+    a = tl.load(entry + AT_A)
+    dtype = tl.load(entry + AT_DTYPE)
     rows = tl.load(tile) + tl.arange(0, ROWS)
     h_mask = (rows < tl.load(tile + 1))[:, None]
     rows = rows.to(tl.int64)[:, None]  # times a width it may pass 2^31
@@ -107,7 +116,7 @@ def shrink(
         sums = _shrink_tile(x, h_mask, a, tl.bfloat16, ranks, a_mask, in_features, ROWS, RANK, IN)
     else:
         sums = _shrink_tile(x, h_mask, a, tl.float16, ranks, a_mask, in_features, ROWS, RANK, IN)
-    scaling = tl.load(entry + 15).to(tl.float64, bitcast=True).to(tl.float32)
+    scaling = tl.load(entry + AT_SCALING).to(tl.float64, bitcast=True).to(tl.float32)
     sums *= tl.load(tile + 3).to(tl.float32, bitcast=True) * scaling
     tl.store(h + rows * max_rank + tl.load(tile + 4) + ranks, sums, mask=h_mask & a_mask)
 
@@ -123,13 +132,13 @@ def expand(
     """
     tile = tiles + tl.program_id(0) * SEGMENT
     entry = table + tl.load(tile + 2) * ENTRY
-    bias = tl.load(entry + 2)
-    rank = tl.load(entry + 3).to(tl.int32)
-    scale = tl.load(entry + 6)
+    bias = tl.load(entry + AT_BIAS)
+    rank = tl.load(entry + AT_RANK).to(tl.int32)
+    scale = tl.load(entry + AT_OUT_SCALE)
     if (rank == 0) & (bias == 0) & (scale == 0):
         return
-    b = tl.load(entry + 1)
-    dtype = tl.load(entry + 4)
+    b = tl.load(entry + AT_B)
+    dtype = tl.load(entry + AT_DTYPE)
     rows = tl.load(tile) + tl.arange(0, ROWS)
     h_mask = (rows < tl.load(tile + 1))[:, None]
     rows = rows.to(tl.int64)[:, None]
@@ -148,7 +157,7 @@ def expand(
     if scale != 0:
         factors = tl.load(scale.to(tl.pointer_type(tl.float32)) + columns, mask=b_mask, other=0.0)
         before *= factors
-        if tl.load(entry + 14) & SCALES_SUM != 0:
+        if tl.load(entry + AT_FLAGS) & SCALES_SUM != 0:
             sums *= factors
     sums += before
     if bias != 0:

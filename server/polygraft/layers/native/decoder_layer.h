@@ -90,7 +90,7 @@ void decoder_layer_share(const DecoderLayer& layer, const Rows& step, int64_t ad
   const int64_t rows = step.plan->num_rows, hidden = layer.hidden;
   const int64_t heads = attention.heads, kv_heads = attention.kv_heads, dim = attention.head_dim;
   const int64_t q_width = heads * dim, k_width = kv_heads * dim, v_width = kv_heads * attention.value_dim;
-  const int64_t attended_width = heads * attention.value_dim, inner = layer.down->in;
+  const int64_t attended_width = heads * attention.value_dim, inner = layer.down->in_features;
   T* state = static_cast<T*>(step.buffer);  // what the next product reads, or the last one has given
   T* q = state + rows * hidden;
   T* k = q + rows * q_width;

@@ -6,6 +6,7 @@
 // depend on torch's ABI. Everything is computed in float32, whatever it is stored in.
 
 #include "decoder_layer.h"
+#include "layouts.h"
 #include "likeliest.h"
 #include "merge.h"
 
@@ -26,6 +27,12 @@ extern "C" {
 
 // Columns in a panel of packed weights.
 int64_t polygraft_panel() { return kPanel; }
+
+// How the structures that Python fills lie in memory.
+const char* polygraft_layouts() {
+  static const std::string text = describe_layouts();
+  return text.c_str();
+}
 
 // x [rows, in] in the base's type; outs [modules][rows, width] in `out_dtype`, which is the base's, or
 // float32 for the head, whose sums aren't rounded; segments [n] of `Segment`; scratch float32 [rows,

@@ -8,6 +8,7 @@ import functools
 import torch
 
 from polygraft.layers.native import build
+from polygraft.layers.native.structures import check_layouts
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WEIGHT_DTYPES = {**DTYPES, torch.float16: 2}
@@ -19,12 +20,17 @@ class Kernels:
 
     Args:
         library: as `build.load` gives it.
+
+    Raises:
+        LayoutMismatch: its structures aren't those of structures.py.
     """
 
     panel: int
     """Columns in a panel of packed weights."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        library.polygraft_layouts.restype = ctypes.c_char_p
+        check_layouts(library.polygraft_layouts().decode())
         integer, address, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
         self.linear = library.polygraft_linear
         self.linear.argtypes = (

@@ -23,7 +23,7 @@ constexpr int64_t kBlockRows = 192;  // most rows that are taken through all pan
 inline int64_t panels_of(const Module& module) { return (module.width + kPanel - 1) / kPanel; }
 
 struct Group {  // modules that read the same input; layers/linear/linear.py fills it
-  int64_t in;
+  int64_t in_features;
   int64_t modules;
   Module module[kMaxModules];
 };
@@ -87,7 +87,7 @@ const float* transform_inputs(const Group& group, int64_t member, const T* x, in
                               int64_t max_rank, std::vector<float>& buffer) {
   const Module& module = group.module[member];
   if (module.weights.storage == kNothing) return nullptr;
-  const int64_t in = group.in, inputs = Panel<T>::inputs(in);
+  const int64_t in = group.in_features, inputs = Panel<T>::inputs(in);
   bool any = false;
   for (int64_t s = 0; s < num_segments; s++) {
     const int64_t first = std::max<int64_t>(segments[s].first, row);
@@ -119,7 +119,7 @@ void linear_share(const Group& group, const T* x, int64_t rows, O* const* outs, 
                   int64_t num_segments, float* h, int64_t max_rank, const Group* following = nullptr,
                   int64_t num_following = 0) {
   const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-  const int64_t in = group.in, h_stride = kMaxModules * max_rank;
+  const int64_t in = group.in_features, h_stride = kMaxModules * max_rank;
   // As many rows as keep the block's inputs in the L2 cache.
   const int64_t fitting = std::clamp<int64_t>(65536 / in, 4 * kTileRows, kBlockRows);
   const int64_t blocks = (rows + fitting - 1) / fitting;
@@ -145,8 +145,8 @@ void linear_share(const Group& group, const T* x, int64_t rows, O* const* outs, 
   static thread_local Later later;
   later.clear();
   if (following)
-    note_pieces(following->in, segments, num_following, following->module, following->modules, thread, team,
-                later);
+    note_pieces(following->in_features, segments, num_following, following->module, following->modules,
+                thread, team, later);
   // Each thread takes its own panels, so that weights are read once; with more threads than panels can
   // feed, they share out the rows as well.
   int64_t across = 1;

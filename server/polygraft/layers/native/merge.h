@@ -89,7 +89,7 @@ void merge(const Group& group, int64_t member, int64_t slot, int64_t first, int6
            int threads) {
   const Module& module = group.module[member];
   const Entry& entry = module.table[slot];
-  const int64_t in = group.in, inputs = Panel<T>::inputs(in), rank = entry.rank;
+  const int64_t in = group.in_features, inputs = Panel<T>::inputs(in), rank = entry.rank;
   const Kron kron = kron_of(entry, in, module.width);
   std::vector<float> a(in * rank);
   transpose_a(entry, in, a.data());

@@ -18,9 +18,8 @@ from torch import nn
 
 from polygraft.core.primitives import LAYER_NORM_EPSILON, Bottleneck
 from polygraft.core.tensor_tree import shapes_of
-from polygraft.layers.linear.low_rank import scaling_bits
 from polygraft.layers.native.kernels import DTYPES, Kernels
-from polygraft.layers.native.structures import SiteStruct
+from polygraft.layers.native.structures import BottleneckStruct, SiteStruct
 from polygraft.layers.residual.activations import ACTIVATIONS
 from polygraft.layers.step import Segments, StepContext
 
@@ -41,7 +40,7 @@ class _Weights:
     """
 
     primitive: Bottleneck
-    entry: torch.Tensor
+    entry: BottleneckStruct
     down: torch.Tensor
     up: torch.Tensor
     down_bias: torch.Tensor | None
@@ -78,24 +77,22 @@ class BottleneckSite:
         down_bias, up_bias = self._float(primitive.down_bias), self._float(primitive.up_bias, -hidden % panel)
         after = primitive.norm_after
         norm = None if after is None else (self._own(after.weight), self._own(after.bias))
-        addresses = [
-            0 if tensor is None else tensor.data_ptr()
-            for tensor in (down, up, down_bias, up_bias, *(norm or (None, None)))
-        ]
-        entry = torch.tensor(
-            [
-                *addresses[:4],
-                width,
-                DTYPES.get(up.dtype, -1),
-                _ACTIVATION_CODES[primitive.activation],
-                _READS[primitive.reads],
-                primitive.normalizes,
-                int(primitive.residual),
-                *addresses[4:],
-                after is not None and after.skip == "sum",
-                after is not None and after.inside,
-                scaling_bits(primitive.scaling),
-            ]
+        entry = BottleneckStruct(
+            down=down.data_ptr(),
+            up=up.data_ptr(),
+            down_bias=0 if down_bias is None else down_bias.data_ptr(),
+            up_bias=0 if up_bias is None else up_bias.data_ptr(),
+            width=width,
+            dtype=DTYPES.get(up.dtype, -1),
+            activation=_ACTIVATION_CODES[primitive.activation],
+            reads=_READS[primitive.reads],
+            normalizes=primitive.normalizes,
+            residual=int(primitive.residual),
+            norm_weight=0 if norm is None else norm[0].data_ptr(),
+            norm_bias=0 if norm is None else norm[1].data_ptr(),
+            norm_skips_sum=after is not None and after.skip == "sum",
+            norm_inside=after is not None and after.inside,
+            scaling=primitive.scaling,
         )
         self._weights[slot] = _Weights(shapes_of(primitive), entry, down, up, down_bias, up_bias, norm)
         if slot >= len(self._table):
@@ -103,7 +100,7 @@ class BottleneckSite:
             grown[: len(self._table)] = self._table
             self._table = grown
             self._struct.table, self._struct.slots = grown.data_ptr(), len(grown)
-        self._table[slot] = entry.data_ptr()
+        self._table[slot] = ctypes.addressof(entry)
 
     def _float(self, x: torch.Tensor | None, padding: int = 0) -> torch.Tensor | None:
         return None if x is None else nn.functional.pad(self._own(x), (0, padding))
