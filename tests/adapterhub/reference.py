@@ -115,9 +115,11 @@ def adapted(model: PreTrainedModel, base: BaseSpec, compiled: AdapterWeights) ->
     streams: dict[str, torch.Tensor] = {}
     for name, where in base.residual.items():
         handles += _site(model, where, compiled.bottlenecks.get(name), streams)
-    changed = {*compiled.low_rank, *compiled.scales}
+    changed = {*compiled.each("low_rank"), *compiled.each("scale")}
     for name in changed:
-        _replace(model.get_submodule(name), compiled.low_rank.get(name), compiled.scales.get(name))
+        _replace(
+            model.get_submodule(name), compiled.each("low_rank").get(name), compiled.each("scale").get(name)
+        )
     assert compiled.prefix is None or isinstance(compiled.prefix, Prefix)
     PREFIXES.prefix = compiled.prefix
     try:

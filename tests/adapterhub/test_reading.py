@@ -341,7 +341,7 @@ def test_weights_are_kept_in_the_type_that_is_asked_for(base: BaseSpec, key: str
     for bottleneck in compiled.bottlenecks.values():
         assert {bottleneck.down.dtype, bottleneck.up.dtype} == {torch.bfloat16}
         assert bottleneck.down_bias is None or bottleneck.down_bias.dtype == torch.float32
-    for low_rank in compiled.low_rank.values():
+    for low_rank in compiled.each("low_rank").values():
         assert {low_rank.a.dtype, low_rank.b.dtype} == {torch.bfloat16}
     if isinstance(compiled.prefix, Prefix):
         assert {keys.dtype for keys in compiled.prefix.keys} == {torch.bfloat16}
@@ -424,7 +424,7 @@ def test_lora_of_versions_that_forgot_its_scaling(
     one.config["version"] = version
     name = "model.layers.0.self_attn.q_proj"
     b = one.tensors[f"{name}.loras.lora.lora_B"]
-    low_rank = compiled(one).low_rank[name]
+    low_rank = compiled(one).each("low_rank")[name]
     assert torch.equal(low_rank.b, b)
     assert low_rank.scaling == (1.5 if scaled else 1.0)
 
@@ -459,8 +459,8 @@ def test_what_a_file_of_sixteen_bits_holds_is_not_rounded_again(
     for mine, exact in zip(*(one.tensors() for one in found), strict=True):
         assert torch.equal(mine.float(), exact)
     of_lora, of_bottlenecks = (
-        [[part.scaling for part in getattr(one, name).values()] for one in found]
-        for name in ("low_rank", "bottlenecks")
+        [[part.scaling for part in parts.values()] for parts in several]
+        for several in ([one.each("low_rank") for one in found], [one.bottlenecks for one in found])
     )
     assert of_lora[0] == of_lora[1]
     assert of_bottlenecks[0] == of_bottlenecks[1]

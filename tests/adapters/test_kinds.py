@@ -375,7 +375,9 @@ def test_a_file_of_mixed_types_has_one_type_for_each_module(
         name: t.bfloat16() if "lora_B" in name else t.float() for name, t in adapter.tensors.items()
     }
     compiled = compile_folder(adapter.save(tmp_path / "a"), spec, AdapterLimits(dtype=asked))
-    assert {(w.a.dtype, w.b.dtype) for w in compiled.low_rank.values()} == {2 * (asked or torch.float32,)}
+    assert {(w.a.dtype, w.b.dtype) for w in compiled.each("low_rank").values()} == {
+        2 * (asked or torch.float32,)
+    }
 
 
 def test_a_value_that_the_kept_type_cant_hold(
@@ -394,7 +396,9 @@ def test_the_scaling_stays_beside_b_and_is_folded_into_the_bias(
 ) -> None:
     adapter = specimen("lora-bias")
     adapter.config.update(use_rslora=rslora, lora_alpha=3)
-    low_rank = compile_folder(adapter.save(tmp_path / "a"), spec).low_rank["model.layers.0.self_attn.q_proj"]
+    low_rank = compile_folder(adapter.save(tmp_path / "a"), spec).each("low_rank")[
+        "model.layers.0.self_attn.q_proj"
+    ]
     scaling = 3 / (2.0 if rslora else 4.0)
     assert torch.equal(low_rank.a, adapter.tensors[A])
     assert torch.equal(low_rank.b, adapter.tensors[B])

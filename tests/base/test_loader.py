@@ -186,7 +186,7 @@ def test_adapters_are_never_quantized(
     llama: Path, llama_store: Path, precision: str, asked: str, kept: torch.dtype
 ) -> None:
     engine = make_engine(llama, llama_store, precision=precision, adapter_dtype=asked)
-    for low_rank in engine.adapters.registry.compiled("lora").low_rank.values():
+    for low_rank in engine.adapters.registry.compiled("lora").each("low_rank").values():
         assert (low_rank.a.dtype, low_rank.b.dtype) == (kept, kept)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from polygraft.adapters.registry import AdapterRegistry
 from polygraft.adapters.stack import check_stack
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Bottleneck, Coupling, CouplingLayers, Kron, LowRank, Rotation, Scale
 from polygraft.core.request import AdapterRef, LoraPath, Request, ScoreRequest, StoppingParams
 from polygraft.engine.engine import Engine
@@ -46,11 +46,11 @@ REFUSED: list[tuple[Request, type[PolygraftError], str]] = [
     (ask("prefix", "lora", "prompt"), InvalidRequest, r"adapters\[2\]: 'prompt' after 'prefix': both have virtual"),
     (ask("prompt", "p-tuning"), InvalidRequest, r"adapters\[1\]: .* both have virtual tokens"),
     (ask("cartridge", "prefix"), InvalidRequest, r"adapters\[1\]: .* both have virtual tokens"),
-    (ask("lora", "ia3"), InvalidRequest, r"adapters\[1\]: 'ia3' after 'lora': it scales what .*down_proj reads"),
+    (ask("lora", "ia3"), InvalidRequest, r"adapters\[1\]: 'ia3' after 'lora': it scales the input of .*down_proj"),
     (ask(("ia3", 0.5)), InvalidRequest, r"adapters\[0\].weight: must be 1 for 'ia3': .*, and ia3 has scale"),
-    (ask("lora", "oft"), InvalidRequest, r"adapters\[1\]: 'oft' after 'lora': it rotates what .*down_proj reads"),
-    (ask("lokr", "oft"), InvalidRequest, r"adapters\[1\]: 'oft' after 'lokr': it rotates what .*down_proj reads"),
-    (ask("lokr", "ia3"), InvalidRequest, r"adapters\[1\]: 'ia3' after 'lokr': it scales what .*down_proj reads"),
+    (ask("lora", "oft"), InvalidRequest, r"adapters\[1\]: 'oft' after 'lora': it rotates the input of .*down_proj"),
+    (ask("lokr", "oft"), InvalidRequest, r"adapters\[1\]: 'oft' after 'lokr': it rotates the input of .*down_proj"),
+    (ask("lokr", "ia3"), InvalidRequest, r"adapters\[1\]: 'ia3' after 'lokr': it scales the input of .*down_proj"),
     (ask("lora", "hra"), InvalidRequest, r"adapters\[1\]: 'hra' after 'lora': it makes a reflection of the base's weights of"),
     (ask("hra", "hra-orthogonal"), InvalidRequest, r"adapters\[1\]: .* it makes a reflection of the base's weights of"),
     (ask("hra", "dora"), InvalidRequest, r"adapters\[1\]: .* is a norm of the base's weights, not of a reflection"),
@@ -122,17 +122,25 @@ class Unheard(AdapterWeights):
             "both are invertible adapters",
         ),
         (
-            AdapterWeights("a", 1, krons={"m": Kron(torch.zeros(1, 1), torch.zeros(4, 4))}),
-            AdapterWeights("b", 1, rotations={"m": Rotation(torch.zeros(1, 4, 4))}),
-            "it rotates what m reads, which the weights that are added before it",
+            AdapterWeights("a", 1, by_module(kron={"m": Kron(torch.zeros(1, 1), torch.zeros(4, 4))})),
+            AdapterWeights("b", 1, by_module(rotation={"m": Rotation(torch.zeros(1, 4, 4))})),
+            "it rotates the input of m, which the weights that are added before it",
         ),
         (
-            AdapterWeights("a", 1, scales={"m": Scale(output=torch.ones(4))}),
-            AdapterWeights("b", 1, low_rank=LOW_RANK, of_base="projection"),
-            "it makes a projection of the base's weights of m, not of what is before it; name it first",
+            AdapterWeights("a", 1, by_module(scale={"m": Scale(output=torch.ones(4))})),
+            AdapterWeights("b", 1, by_module(low_rank=LOW_RANK), of_base="projection"),
+            "it makes a projection of the base's weights of m, not of what the adapter before it makes of them; name it first",
         ),
-        (AdapterWeights("a", 1, low_rank=LOW_RANK), Unheard("b", 1), "what telepathy means beside another"),
-        (Unheard("a", 1), AdapterWeights("b", 1, low_rank=LOW_RANK), "what telepathy means beside another"),
+        (
+            AdapterWeights("a", 1, by_module(low_rank=LOW_RANK)),
+            Unheard("b", 1),
+            "what telepathy means beside another",
+        ),
+        (
+            Unheard("a", 1),
+            AdapterWeights("b", 1, by_module(low_rank=LOW_RANK)),
+            "what telepathy means beside another",
+        ),
     ],
 )
 def test_what_stacks_dont_know_is_refused(first: AdapterWeights, second: AdapterWeights, text: str) -> None:
@@ -150,18 +158,23 @@ def test_what_stacks_dont_know_is_refused(first: AdapterWeights, second: Adapter
             AdapterWeights("a", 1, bottlenecks={"x": BOTTLENECK}),
             AdapterWeights("b", 1, bottlenecks={"y": BOTTLENECK}),
         ),
-        (AdapterWeights("a", 1, low_rank=LOW_RANK), AdapterWeights("b", 1, bottlenecks={"y": BOTTLENECK})),
         (
-            AdapterWeights("a", 1, scales={"m": Scale(input=torch.ones(4))}),
-            AdapterWeights("b", 1, low_rank=LOW_RANK),
+            AdapterWeights("a", 1, by_module(low_rank=LOW_RANK)),
+            AdapterWeights("b", 1, bottlenecks={"y": BOTTLENECK}),
         ),
         (
-            AdapterWeights("a", 1, low_rank=LOW_RANK),
-            AdapterWeights("b", 1, scales={"m": Scale(output=torch.ones(4)), "n": Scale(torch.ones(4))}),
+            AdapterWeights("a", 1, by_module(scale={"m": Scale(input=torch.ones(4))})),
+            AdapterWeights("b", 1, by_module(low_rank=LOW_RANK)),
         ),
         (
-            AdapterWeights("a", 1, scales={"m": Scale(output=torch.ones(4))}, low_rank=LOW_RANK),
-            AdapterWeights("b", 1, scales={"m": Scale(output=torch.ones(4))}),
+            AdapterWeights("a", 1, by_module(low_rank=LOW_RANK)),
+            AdapterWeights(
+                "b", 1, by_module(scale={"m": Scale(output=torch.ones(4)), "n": Scale(torch.ones(4))})
+            ),
+        ),
+        (
+            AdapterWeights("a", 1, by_module(scale={"m": Scale(output=torch.ones(4))}, low_rank=LOW_RANK)),
+            AdapterWeights("b", 1, by_module(scale={"m": Scale(output=torch.ones(4))})),
         ),
     ],
 )

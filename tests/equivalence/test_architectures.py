@@ -114,7 +114,7 @@ def test_the_lora_is_on_every_linear_module_but_the_head(
     engine = case(architecture, "float32").engine
     body = {name for name, shape in engine.base.spec.linears.items() if not shape.is_head}
     untargeted = {name for name in body if name.rpartition(".")[2] in ALL[architecture].untargeted}
-    assert engine.adapters.registry.compiled("lora").low_rank.keys() == body - untargeted
+    assert engine.adapters.registry.compiled("lora").modules.keys() == body - untargeted
 
 
 @pytest.mark.parametrize("architecture", marked("float32", ALL))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from polygraft.core.adapter_weights import by_module
 from polygraft.core.primitives import Kron, LowRank, Rotation, Scale
 from polygraft.layers.linear.linear import LinearGroup, PackedLinear, Quantization
 from polygraft.layers.linear.low_rank_bank import LowRankBank, Run
@@ -76,7 +77,10 @@ class Served:
         )
 
     def install(self, parts: Parts) -> int:
-        return self.bank.install(parts.low_rank, parts.scales, parts.krons, parts.rotations)
+        changes = by_module(
+            low_rank=parts.low_rank, scale=parts.scales, kron=parts.krons, rotation=parts.rotations
+        )
+        return self.bank.install(changes)
 
     def run(self, x: torch.Tensor, *depths: Sequence[Run]) -> list[torch.Tensor]:
         """Each module's outputs."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from polygraft.core.adapter_weights import AdapterWeights, LoraSettings
+from polygraft.core.adapter_weights import AdapterWeights, LoraSettings, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.errors import InvalidRequest
 
@@ -62,7 +62,7 @@ def _not_plain(compiled: AdapterWeights) -> str | None:
     """Why there is no linear combination with an adapter; None for a plain LoRA."""
     if compiled.lora is None:
         return f"{compiled.kind} is no LoRA of PEFT's"
-    if compiled.scales:
+    if compiled.has("scale"):
         return "DoRA's magnitude is a norm of the base's weights with its own change alone"
     if compiled.invocation:
         return "an activated LoRA begins inside a prompt, and what others do there isn't defined"
@@ -70,7 +70,7 @@ def _not_plain(compiled: AdapterWeights) -> str | None:
         return "PEFT doesn't combine target_parameters"
     if compiled.lora.tied:
         return "PEFT's combinations leave the head out that its embedding is tied to"
-    if any(primitive.bias is not None for primitive in compiled.low_rank.values()):
+    if any(primitive.bias is not None for primitive in compiled.each("low_rank").values()):
         return "PEFT's combinations have no lora_bias"
     if compiled.replaces:
         return "PEFT's combinations have the base's own tokens, norms and biases"
@@ -145,7 +145,7 @@ def combine(
         combined[name] = both
     table = next((lora.embedding for _, lora, _ in loras if lora.embedding is not None), "")
     embedding = combined.pop(table, None)
-    return AdapterWeights("lora", 0, low_rank=combined, embedding=embedding)
+    return AdapterWeights("lora", 0, by_module(low_rank=combined), embedding=embedding)
 
 
 def _factors(product: float) -> tuple[float, float]:
@@ -158,5 +158,5 @@ def _matrices(compiled: AdapterWeights) -> dict[str, LowRank]:
     """Those of all modules, the embedding's under its name."""
     lora = compiled.lora
     if lora is None or lora.embedding is None or compiled.embedding is None:
-        return dict(compiled.low_rank)
-    return {**compiled.low_rank, lora.embedding: compiled.embedding}
+        return compiled.each("low_rank")
+    return {**compiled.each("low_rank"), lora.embedding: compiled.embedding}

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polygraft.adapters.registry import Adapter
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, ModuleChange
 from polygraft.core.names import STACK, STACK_KIND
 from polygraft.core.request import CombinationType
 from polygraft.errors import InvalidRequest
@@ -24,8 +24,8 @@ Runs = tuple[tuple[int, float], ...]
 
 # What a stack knows how to combine. Anything else may be in one if no other adapter is.
 _COMBINED = {
-    "low_rank", "expert_low_rank", "reflection", "projection", "modulation", "kron", "scale", "rotation",
-    "bottleneck", "coupling", "prefix", "soft_prompt",
+    "low_rank", "expert_low_rank", "kron", "scale", "rotation", "bottleneck", "coupling", "prefix",
+    "soft_prompt",
 }  # fmt: skip
 _ADDED = {"low_rank", "expert_low_rank", "kron"}
 """What a weight is a factor on."""
@@ -134,7 +134,7 @@ def _conflict(before: AdapterWeights, after: AdapterWeights) -> str | None:
     if before.merged_only or after.merged_only:
         only = before if before.merged_only else after
         return f"{only.kind} is served merged only, and a merged copy has one adapter's weights in it"
-    unknown = {*before.primitives, *after.primitives} - _COMBINED
+    unknown = {*before.primitives, *after.primitives} - _COMBINED - {before.of_base, after.of_base}
     if unknown:
         return f"what {sorted(unknown)[0]} means beside another adapter isn't defined"
     if before.invocation or after.invocation:
@@ -146,47 +146,48 @@ def _conflict(before: AdapterWeights, after: AdapterWeights) -> str | None:
     sites = before.bottlenecks.keys() & after.bottlenecks.keys()
     if sites:
         return f"both have a bottleneck at {min(sites)}, and which of them reads the other's isn't defined"
-    both = _magnitudes(before) & _magnitudes(after)
-    if both:
+    both = sorted(before.modules.keys() & after.modules.keys())
+    problems = (_conflict_on(module, before, after) for module in both)
+    return next((problem for problem in problems if problem), None)
+
+
+def _conflict_on(module: str, before: AdapterWeights, after: AdapterWeights) -> str | None:
+    """Why the second can't act behind the first on one module; None if it can."""
+    first, second = before.modules[module], after.modules[module]
+    magnitudes = _has_magnitude(before, first), _has_magnitude(after, second)
+    if all(magnitudes):
         return (
-            f"both are DoRA on {min(both)}, and each one's magnitude is a norm of the base's weights with "
-            "its own change alone"
+            f"both are DoRA on {module}, and each one's magnitude is a norm of the base's weights with its "
+            "own change alone"
         )
-    return _conflict_of_inputs(before, after)
-
-
-def _conflict_of_inputs(before: AdapterWeights, after: AdapterWeights) -> str | None:
-    """Why the second can't change what modules read, or the base's weights, behind the first."""
-    added = {*before.low_rank, *before.krons}
-    scaled = {name for name, scale in after.scales.items() if scale.input is not None}
-    for change, modules in (("scales", scaled), ("rotates", after.rotations.keys())):
-        late = added.intersection(modules)
-        if late:
-            return (
-                f"it {change} what {min(late)} reads, which the weights that are added before it would have "
-                "to read so as well; name it first"
-            )
-    if after.of_base:
-        late = after.low_rank.keys() & {*before.on_modules}
-        if late:
-            return (
-                f"it makes a {after.of_base} of the base's weights of {min(late)}, not of what is before it; "
-                "name it first"
-            )
-    normed = before.low_rank.keys() & _magnitudes(after) if before.of_base else set()
-    if normed:
-        return f"its magnitude on {min(normed)} is a norm of the base's weights, not of a {before.of_base}"
-    # PEFT turns by the first OFT first; of anything else it knows no order.
-    turned = set() if before.kind == after.kind == "oft" else before.rotations.keys() & after.rotations.keys()
-    turned |= before.rotations.keys() & after.scales.keys() | before.scales.keys() & after.rotations.keys()
-    if turned:
-        return f"which of them comes first on {min(turned)}, where one rotates the inputs, isn't defined"
+    late = None
+    if second.scale is not None and second.scale.input is not None:
+        late = "scales"
+    elif second.rotation is not None:
+        late = "rotates"
+    if late and (first.low_rank is not None or first.kron is not None):
+        return (
+            f"it {late} the input of {module}, which the weights that are added before it would have to read "
+            "as well; name it first"
+        )
+    if after.of_base and second.low_rank is not None:
+        return (
+            f"it makes a {after.of_base} of the base's weights of {module}, not of what the adapter before "
+            "it makes of them; name it first"
+        )
+    if before.of_base and first.low_rank is not None and magnitudes[1]:
+        return f"its magnitude on {module} is a norm of the base's weights, not of a {before.of_base}"
+    # PEFT rotates by the first OFT first, and defines no order for anything else.
+    in_order = before.rotations_in_order and before.kind == after.kind
+    if (first.rotation and (second.scale or (second.rotation and not in_order))) or (
+        second.rotation and first.scale
+    ):
+        return f"which of them comes first on {module}, where one rotates the inputs, isn't defined"
     return None
 
 
-def _magnitudes(compiled: AdapterWeights) -> set[str]:
-    """Modules whose rows an adapter brings to norms of its own."""
+def _has_magnitude(compiled: AdapterWeights, change: ModuleChange) -> bool:
+    """Whether an adapter brings a module's rows to norms that it has learnt."""
     if compiled.of_base:  # GLoRA's scales are factors on the base's weights, and no norms
-        return set()
-    scaled = {name for name, scale in compiled.scales.items() if scale.output is not None}
-    return scaled & compiled.low_rank.keys()
+        return False
+    return change.low_rank is not None and change.scale is not None and change.scale.output is not None

@@ -7,8 +7,10 @@ primitives it compiles to (`AdapterWeights`, here), and the registered adapter t
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -28,10 +30,66 @@ from polygraft.core.primitives import (
 )
 from polygraft.core.tensor_tree import Copies, tensors_of
 
-_OF_LAYERS = (
-    "low_rank", "scales", "krons", "rotations", "dense", "biases", "norms", "embedding", "token_rows",
-    "bottlenecks", "coupling", "experts", "routers",
-)  # fmt: skip
+_OF_LAYERS = ("modules", "embedding", "token_rows", "bottlenecks", "coupling", "experts")
+"""The fields whose tensors the layers hold once the adapter has a slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleChange:
+    """Everything that an adapter changes about one module of the base.
+
+    Args:
+        low_rank, scale, kron, rotation: of a linear module; `low_rank` also of a router.
+        dense: of a linear module, which then has no other primitive but a bias.
+        bias: [out_features], replaces the linear module's own bias.
+        norm: of a norm, which has nothing else.
+    """
+
+    low_rank: LowRank | None = None
+    scale: Scale | None = None
+    kron: Kron | None = None
+    rotation: Rotation | None = None
+    dense: Dense | None = None
+    bias: torch.Tensor | None = None
+    norm: NormWeights | None = None
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The fields that are set, by name."""
+        found = ((item.name, getattr(self, item.name)) for item in fields(self))
+        return {name: part for name, part in found if part is not None}
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it must be completed with the module's own weight before it can act."""
+        return self.makes_weights or (self.low_rank is not None and self.low_rank.magnitude is not None)
+
+    @property
+    def makes_weights(self) -> bool:
+        """Whether its own weights are computed from the module's, which may come out infinite."""
+        low_rank, dense = self.low_rank, self.dense
+        return (low_rank is not None and (low_rank.through_base or low_rank.of_base is not None)) or (
+            dense is not None and dense.needs_base
+        )
+
+
+def by_module(**parts: Mapping[str, Any]) -> dict[str, ModuleChange]:
+    """Return the changes by module, given each field of `ModuleChange` by module."""
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, changes in parts.items():
+        for module, change in changes.items():
+            found[module][name] = change
+    return {module: ModuleChange(**change) for module, change in found.items()}
+
+
+def joined(*parts: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
+    """Return the union of several changes; a field of a module is taken from the last one that sets it."""
+    found: dict[str, ModuleChange] = {}
+    for part in parts:
+        for module, change in part.items():
+            before = found.get(module)
+            found[module] = change if before is None else replace(before, **change.parts)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +138,17 @@ class AdapterWeights:
 
     Args:
         kind: PEFT's or AdapterHub's name for the method in lower case.
-        low_rank, scales, krons, rotations, dense: by the name of the base's module; one with a `dense` has no
-            other, but for a bias.
-        biases: [out_features], in the place of a linear module's own, by its name.
-        norms: by the name of the module.
+        modules: by the name of the base's linear module, router or norm.
         embedding: of the input embedding: a [rank, vocabulary], b [hidden_size, rank].
         token_rows: in their order, a later one's rows before an earlier one's.
         vocabulary: how many tokens it knows, where that isn't what the base knows.
         bottlenecks: by the name of the base's residual site.
         coupling: around all layers.
         experts: by the name of the base's parameter.
-        routers: by the name of the module.
         invocation: tokens at whose last occurrence in a prompt it begins to act; empty: from the start.
         of_base: what it makes of the base's own weights, in a word ("reflection"), where its low-rank weights
             are part of that and no summand beside others'; else empty.
+        rotations_in_order: several of the kind rotate one after the other, in the order of the request.
         lora: what its linear combinations with others depend on beside the weights, of PEFT's LoRAs alone.
         parameters: in the file.
         warnings: it works, but.
@@ -101,108 +156,95 @@ class AdapterWeights:
 
     kind: str
     parameters: int
-    low_rank: Mapping[str, LowRank] = field(default_factory=dict)
-    scales: Mapping[str, Scale] = field(default_factory=dict)
-    krons: Mapping[str, Kron] = field(default_factory=dict)
-    rotations: Mapping[str, Rotation] = field(default_factory=dict)
-    dense: Mapping[str, Dense] = field(default_factory=dict)
-    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    norms: Mapping[str, NormWeights] = field(default_factory=dict)
+    modules: Mapping[str, ModuleChange] = field(default_factory=dict)
     embedding: LowRank | None = None
     token_rows: tuple[TokenRows, ...] = ()
     vocabulary: int | None = None
     bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
     coupling: Coupling | None = None
     experts: Mapping[str, ExpertLowRank] = field(default_factory=dict)
-    routers: Mapping[str, LowRank] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
     of_base: str = ""
+    rotations_in_order: bool = False
     prefix: Prefix | SoftPrompt | None = None
     lora: LoraSettings | None = None
     warnings: tuple[str, ...] = ()
 
+    def each(self, part: str) -> dict[str, Any]:
+        """Return one field of `ModuleChange` by module, of those that set it."""
+        found = ((module, getattr(change, part)) for module, change in self.modules.items())
+        return {module: one for module, one in found if one is not None}
+
+    def has(self, part: str) -> bool:
+        """Whether any module sets this field of `ModuleChange`."""
+        return any(getattr(change, part) is not None for change in self.modules.values())
+
     @property
     def primitives(self) -> tuple[str, ...]:
         """Names of the primitives it is made of."""
-        names = []
-        if self.low_rank or self.embedding or self.routers:
-            names.append(self.of_base or "low_rank")
-        if self.scales or any(primitive.magnitude is not None for primitive in self.low_rank.values()):
-            names.append("scale")
-        if self.experts:
-            names.append("expert_low_rank")
-        if self.krons:
-            names.append("kron")
-        if self.rotations:
-            names.append("rotation")
-        if self.dense:
-            names.append("dense")
-        if self.replaces:
-            names.append("replace")
-        if self.bottlenecks:
-            names.append("bottleneck")
-        if self.coupling:
-            names.append("coupling")
-        if isinstance(self.prefix, Prefix):
-            names.append("prefix")
-        if isinstance(self.prefix, SoftPrompt):
-            names.append("soft_prompt")
-        return tuple(names)
+        low_rank = self.each("low_rank").values()
+        found = {
+            self.of_base or "low_rank": low_rank or self.embedding,
+            "scale": self.has("scale") or any(primitive.magnitude is not None for primitive in low_rank),
+            "expert_low_rank": self.experts,
+            "kron": self.has("kron"),
+            "rotation": self.has("rotation"),
+            "dense": self.has("dense"),
+            "replace": self.replaces,
+            "bottleneck": self.bottlenecks,
+            "coupling": self.coupling,
+            "prefix": isinstance(self.prefix, Prefix),
+            "soft_prompt": isinstance(self.prefix, SoftPrompt),
+        }
+        return tuple(name for name, part in found.items() if part)
 
     @property
     def unmergeable(self) -> str:
-        """What of it doesn't fold into weights of the base; empty if all of it does."""
-        beside = {
+        """The parts of it that can't be folded into the base's weights; empty if all can."""
+        parts = {
             "virtual tokens": self.prefix,
             "bottlenecks": self.bottlenecks,
             "an invertible adapter": self.coupling,
             "a beginning inside the prompt": self.invocation,
-            "norms of its own": self.norms,
+            "norms of its own": self.has("norm"),
             "tokens of its own": self.token_rows,
             "low-rank weights on the embedding": self.embedding,
         }
-        return " and ".join(what for what, part in beside.items() if part)
+        return " and ".join(name for name, part in parts.items() if part)
 
     @property
     def mergeable(self) -> bool:
-        """Whether all of it folds into the base's weights."""
-        return bool(self.on_modules or self.experts or self.routers) and not self.unmergeable
+        """Whether all of it can be folded into the base's weights."""
+        return bool(self.modules or self.experts) and not self.unmergeable
 
     @property
     def merged_only(self) -> bool:
-        """Whether it can't be served but on a merged copy."""
-        return bool(self.dense)
+        """Whether it can be served only on a merged copy."""
+        return self.has("dense")
 
     @property
     def replaces(self) -> bool:
-        """Whether it has anything in the place of the base's own."""
-        return bool(self.biases or self.norms or self.token_rows or self.vocabulary is not None)
+        """Whether it replaces parts of the base."""
+        return bool(self.has("bias") or self.has("norm") or self.token_rows or self.vocabulary is not None)
 
     @property
     def in_bank(self) -> bool:
         """Whether it has weights that layers run, or that are folded into theirs."""
         others = self.bottlenecks or self.coupling or self.embedding
-        return bool(self.on_modules or self.experts or self.routers or others or self.replaces)
+        return bool(self.modules or self.experts or others or self.replaces)
 
     @property
-    def on_modules(self) -> tuple[str, ...]:
-        """Names of the base's linear modules that it has weights for."""
-        by_name = (self.low_rank, self.scales, self.krons, self.rotations, self.dense, self.biases)
-        return tuple(dict.fromkeys(name for parts in by_name for name in parts))
-
-    @property
-    def modules(self) -> int:
-        """Modules, sites and experts' parameters of the base that it has weights for."""
-        replaced = {*self.norms, *(name for rows in self.token_rows for name in rows.modules)}
+    def num_modules(self) -> int:
+        """Number of the base's modules, residual sites and experts' parameters that it has weights for."""
+        of_tokens = {name for rows in self.token_rows for name in rows.modules}
         alone = bool(self.coupling) + bool(self.embedding)
-        others = {*self.bottlenecks, *self.experts, *self.routers}
-        return len({*self.on_modules, *replaced, *others}) + alone
+        return len({*self.modules, *of_tokens, *self.bottlenecks, *self.experts}) + alone
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Of its modules and experts' parameters, those that have one."""
-        matrices = (primitive.rank for primitive in (*self.low_rank.values(), *self.routers.values()))
-        return (*matrices, *(primitive.rank for primitive in self.experts.values()))
+        """The rank of each module and expert parameter that has one."""
+        low_rank = (primitive.rank for primitive in self.each("low_rank").values())
+        return (*low_rank, *(primitive.rank for primitive in self.experts.values()))
 
     @property
     def rank(self) -> int:

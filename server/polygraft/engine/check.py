@@ -19,7 +19,6 @@ from polygraft.base.model_folder import DEFAULT, locate
 from polygraft.base.tokenizer import TextTokenizer, load_tokenizer
 from polygraft.config import ServerConfig
 from polygraft.core.adapter_weights import AdapterWeights
-from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 from polygraft.engine.requests.adapter_prompts import AdapterPrompts
 from polygraft.engine.residency.adapter_rules import AdapterRules, Room
@@ -126,7 +125,8 @@ def check_against(
 
 def _least_copy(compiled: AdapterWeights, base: BaseSpec, dtype: torch.dtype) -> int:
     """Bytes that a merged copy takes at least, where the base isn't quantized."""
-    shapes = [base.linears[name] for name in {*compiled.low_rank, *compiled.dense}]
+    changed = {*compiled.each("low_rank"), *compiled.each("dense")} & base.linears.keys()
+    shapes = [base.linears[name] for name in changed]
     return sum(shape.in_features * shape.out_features for shape in shapes) * dtype.itemsize
 
 
@@ -160,17 +160,23 @@ def _with_weights(compiled: AdapterWeights, base: BaseSpec, dtype: torch.dtype) 
         weight = torch.empty(shape.out_features, shape.in_features, device="meta")
         return weight, weight[:, 0] if shape.has_bias else None
 
-    low_rank: dict[str, LowRank] = {}
-    for name, primitive in compiled.low_rank.items():
+    modules = dict(compiled.modules)
+    for name, change in compiled.modules.items():
+        if not change.needs_base:
+            continue
         weight, bias = own(name)
-        if primitive.through_base:
-            primitive = replace(primitive, b=(weight @ primitive.b.float()).to(primitive.a.dtype))
-        if primitive.of_base is not None:
-            primitive = primitive.of_base.completed(primitive, weight, bias)
-        if primitive.magnitude is not None:  # it becomes a scale, which is float32 whatever B is kept in
-            primitive = replace(primitive, magnitude=primitive.magnitude.float())
-        low_rank[name] = primitive
-    dense = {name: change.completed(*own(name)) for name, change in compiled.dense.items()}
+        if change.dense is not None:
+            change = replace(change, dense=change.dense.completed(weight, bias))
+        if change.low_rank is not None:
+            primitive = change.low_rank
+            if primitive.through_base:
+                primitive = replace(primitive, b=(weight @ primitive.b.float()).to(primitive.a.dtype))
+            if primitive.of_base is not None:
+                primitive = primitive.of_base.completed(primitive, weight, bias)
+            if primitive.magnitude is not None:  # it becomes a scale, which is float32 whatever B is kept in
+                primitive = replace(primitive, magnitude=primitive.magnitude.float())
+            change = replace(change, low_rank=primitive)
+        modules[name] = change
     # Rows that take the place of the base's lie in its type; how many of them differ, only its weights tell.
     rows = tuple(replace(rows, weight=rows.weight.to(dtype)) for rows in compiled.token_rows)
-    return replace(compiled, low_rank=low_rank, dense=dense, token_rows=rows)
+    return replace(compiled, modules=modules, token_rows=rows)

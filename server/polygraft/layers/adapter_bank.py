@@ -60,16 +60,9 @@ class AdapterBank:
     def install(self, compiled: AdapterWeights) -> int:
         """Take an adapter in, resolved against the base; returns its slot. Slots count from 1, since 0 stands
         for the base."""
-        slot = self.modules.install(
-            compiled.low_rank,
-            compiled.scales,
-            compiled.krons,
-            compiled.rotations,
-            compiled.dense,
-            compiled.biases,
-        )
+        slot = self.modules.install(compiled.modules)
         bits = self.bottlenecks.install(slot, compiled.bottlenecks) | self.replaced.install(slot, compiled)
-        bits |= self.experts.install(slot, compiled.experts) | self.routers.install(slot, compiled.routers)
+        bits |= self.experts.install(slot, compiled.experts) | self.routers.install(slot, compiled.modules)
         if compiled.coupling is not None:
             assert self._couplings is not None, "compiled for another base"
             bits |= self._couplings.install(slot, compiled.coupling)
@@ -78,8 +71,9 @@ class AdapterBank:
 
     def low_rank(self, slot: int, compiled: AdapterWeights, name: str) -> LowRank:
         """A and B that the adapter in a slot has for a module or, if it has none there, the embedding."""
-        if name in compiled.low_rank:
-            return self.modules.site(name).slots.low_rank(slot, len(compiled.low_rank[name].b))
+        change = compiled.modules.get(name)
+        if change is not None and change.low_rank is not None:
+            return self.modules.site(name).slots.low_rank(slot, len(change.low_rank.b))
         assert self.replaced.table is not None
         return self.replaced.table.low_rank(slot)
 

@@ -193,7 +193,7 @@ def test_a_converted_folder_is_the_same_model_on_the_base_as_it_was(
     compiled = compile_folder(tmp_path / "converted", spec)
     assert compiled.rank == 8
     merged = model.merge_and_unload().state_dict()
-    for module, low_rank in compiled.low_rank.items():
+    for module, low_rank in compiled.each("low_rank").items():
         name = f"{module}.weight"
         assert (merged[name] - before[name]).abs().max() > 0.01
         torch.testing.assert_close(before[name] + low_rank.product, merged[name], rtol=1e-4, atol=1e-5)

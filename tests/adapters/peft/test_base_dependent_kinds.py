@@ -77,12 +77,12 @@ def changed(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A module's weight and bias with an adapter in them."""
     own = weight
-    if name in compiled.scales:
-        scale = compiled.scales[name]
+    if name in compiled.each("scale"):
+        scale = compiled.each("scale")[name]
         assert scale.output is not None
         assert not scale.after_bias
         weight = weight * scale.output[:, None]
-    primitive = compiled.low_rank[name]
+    primitive = compiled.each("low_rank")[name]
     if primitive.of_base is not None:
         primitive = primitive.of_base.completed(primitive, own, bias)
     assert not primitive.needs_base
@@ -102,7 +102,7 @@ def test_weights_become_what_they_are_in_peft(
     compiled = compile_folder(tmp_path / "a", specs("qwen2"))
     model = AutoModelForCausalLM.from_pretrained(tiny_model("qwen2"), dtype=torch.float32)
     before = {}
-    for name in compiled.on_modules:
+    for name in compiled.modules:
         module = model.get_submodule(name)
         bias = None if module.bias is None else module.bias.detach().clone()
         before[name] = dense_weight(module).clone(), bias
@@ -131,9 +131,9 @@ def test_what_it_costs_is_what_is_left_when_it_is_completed(
     folder = specimen(kind).save(tmp_path / "a")
     compiled = compile_folder(folder, spec)
     primitive = "projection" if compiled.kind == "deft" else "low_rank"
-    assert (compiled.primitives, compiled.rank, compiled.modules) == ((primitive,), rank, modules)
+    assert (compiled.primitives, compiled.rank, compiled.num_modules) == ((primitive,), rank, modules)
     assert compiled.mergeable
-    shapes = [spec.linears[name] for name in compiled.low_rank]
+    shapes = [spec.linears[name] for name in compiled.each("low_rank")]
     left = 4 * rank * sum(shape.in_features + shape.out_features for shape in shapes)
     assert check_against(folder, spec, AdapterLimits()).compiled_bytes == left < compiled.compiled_bytes
     with pytest.raises(AdapterInvalid, match=f"rank {rank} is over the limit of {rank - 1}"):
@@ -251,13 +251,13 @@ def test_osf_is_of_low_rank_while_that_is_less_than_the_weight(
 ) -> None:
     few = compile_folder(specimen("osf-few").save(tmp_path / "few"), spec)
     # Of 64 singular values q_proj keeps 61, of v_proj's 32 the others keep 28, of down_proj's 64 57.
-    ranks = {name.split(".")[-1]: primitive.rank for name, primitive in few.low_rank.items()}
+    ranks = {name.split(".")[-1]: primitive.rank for name, primitive in few.each("low_rank").items()}
     assert ranks == {"q_proj": 6, "v_proj": 8, "down_proj": 14}
     assert (few.primitives, few.merged_only) == (("low_rank",), False)
     folder = specimen("osf").save(tmp_path / "half")
     half = compile_folder(folder, spec)
     assert (half.primitives, half.rank, half.merged_only) == (("dense",), 0, True)
-    whole = 4 * sum(spec.linears[name].in_features * spec.linears[name].out_features for name in half.dense)
+    whole = 4 * sum(spec.linears[name].in_features * spec.linears[name].out_features for name in half.modules)
     assert half.compiled_bytes == whole
     with pytest.raises(AdapterInvalid, match=f"over the limit of {whole - 1} bytes"):
         compile_folder(folder, spec, AdapterLimits(compiled_bytes=whole - 1))

@@ -71,15 +71,18 @@ def check_against_pefts_merge(folder: Path, base: Path, spec: BaseSpec) -> None:
     compiled = compile_folder(folder, spec)
     assert compiled.merged_only
     assert compiled.mergeable
-    assert (compiled.primitives, compiled.rank) == (("dense", "replace")[: 1 + bool(compiled.biases)], 0)
+    assert (compiled.primitives, compiled.rank) == (
+        ("dense", "replace")[: 1 + bool(compiled.each("bias"))],
+        0,
+    )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = {}
-    for name in compiled.dense:
+    for name in compiled.each("dense"):
         module = model.get_submodule(name)
         bias = None if module.bias is None else module.bias.detach().clone()
         before[name] = dense_weight(module).clone(), bias
     merged: Any = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    for name, change in compiled.dense.items():
+    for name, change in compiled.each("dense").items():
         weight, bias = before[name]
         after = merged.get_submodule(name)
         expected = after.weight.detach().T if isinstance(after, Conv1D) else after.weight.detach()
@@ -88,7 +91,7 @@ def check_against_pefts_merge(folder: Path, base: Path, spec: BaseSpec) -> None:
         # OSF's singular vectors are float32's in PEFT.
         least = 1e-5 if compiled.kind == "osf" else 3e-6
         tolerance = {"rtol": 1e-5, "atol": least * max(1.0, float(moved))}
-        trained = compiled.biases.get(name)
+        trained = compiled.each("bias").get(name)
         assert change.completed(weight, bias) is change or change.needs_base
         change = change.completed(weight, bias)
         assert not change.needs_base

@@ -24,7 +24,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 def deltas(compiled: AdapterWeights) -> dict[str, torch.Tensor]:
     """What each module's weights gain."""
-    return {name: low_rank.product for name, low_rank in compiled.low_rank.items()}
+    return {name: low_rank.product for name, low_rank in compiled.each("low_rank").items()}
 
 
 def saved(folder: Path, base: Path, config: peft.PeftConfig) -> dict[str, torch.Tensor]:
@@ -88,7 +88,9 @@ def test_adalora_modules_of_rank_zero_cost_nothing(
     masks = {name.removesuffix(".lora_E"): sum(mask) for name, mask in adapter.config["rank_pattern"].items()}
     compiled = compile_folder(adapter.save(tmp_path / "a"), spec)
     assert 0 in masks.values()
-    assert {name: w.rank for name, w in compiled.low_rank.items()} == {m: r for m, r in masks.items() if r}
+    assert {name: w.rank for name, w in compiled.each("low_rank").items()} == {
+        m: r for m, r in masks.items() if r
+    }
     assert compiled.rank == max(masks.values()) < adapter.config["init_r"]
     # lora_E is folded into A.
     sizes = {name: spec.linears[name].in_features + spec.linears[name].out_features for name in masks}
@@ -101,7 +103,7 @@ def test_the_compiled_rank_is_what_counts(
 ) -> None:
     folder = specimen(kind).save(tmp_path / "a")
     compiled = compile_folder(folder, spec)
-    assert (compiled.rank, len(compiled.low_rank), compiled.mergeable) == (rank, modules, True)
+    assert (compiled.rank, len(compiled.each("low_rank")), compiled.mergeable) == (rank, modules, True)
     assert compiled.compiled_bytes > 4 * compiled.parameters
     compile_folder(folder, spec, AdapterLimits(rank=rank, compiled_bytes=compiled.compiled_bytes))
     for limits, problem in (
@@ -149,9 +151,9 @@ def test_what_is_computed_is_rounded_once(
     compiled = compile_folder(adapter.save(tmp_path / "a"), spec, AdapterLimits(dtype=asked))
     adapter.tensors = {name: t.float() for name, t in adapter.tensors.items()}
     wide = compile_folder(adapter.save(tmp_path / "b"), spec)
-    for name, low_rank in compiled.low_rank.items():
-        assert torch.equal(low_rank.a, wide.low_rank[name].a.to(asked or torch.float32))
-        assert torch.equal(low_rank.b, wide.low_rank[name].b.to(asked or torch.float32))
+    for name, low_rank in compiled.each("low_rank").items():
+        assert torch.equal(low_rank.a, wide.each("low_rank")[name].a.to(asked or torch.float32))
+        assert torch.equal(low_rank.b, wide.each("low_rank")[name].b.to(asked or torch.float32))
 
 
 MASKS = "rank_pattern of model.layers.0.self_attn.q_proj.lora_E isn't a list of 6 booleans"

@@ -73,21 +73,21 @@ CONFIGS: dict[str, peft.PeftConfig] = {
 def folded(compiled: AdapterWeights, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights that an adapter changes as they are with it, in float64."""
     merged = {}
-    for name in compiled.on_modules:
+    for name in compiled.modules:
         weight = own = weights[f"{name}.weight"].double()
-        if name in compiled.rotations:
-            blocks = compiled.rotations[name].blocks.double()
+        if name in compiled.each("rotation"):
+            blocks = compiled.each("rotation")[name].blocks.double()
             count = weight.shape[1] // blocks.shape[-1]
             weight = weight @ torch.block_diag(*blocks.expand(count, -1, -1)).T
-        if name in compiled.scales:
-            scale = compiled.scales[name].output
+        if name in compiled.each("scale"):
+            scale = compiled.each("scale")[name].output
             assert scale is not None
             weight = weight * scale[:, None]
-        if name in compiled.krons:
-            kron = compiled.krons[name]
+        if name in compiled.each("kron"):
+            kron = compiled.each("kron")[name]
             weight = weight + torch.kron(kron.w1.double(), kron.w2.double())
-        if name in compiled.low_rank:
-            low_rank = compiled.low_rank[name]
+        if name in compiled.each("low_rank"):
+            low_rank = compiled.each("low_rank")[name]
             assert low_rank.through_base
             weight = weight + own @ low_rank.b.double() @ low_rank.a.double()
         merged[name] = weight.float()
@@ -136,7 +136,7 @@ def test_a_kronecker_product_is_small_and_a_product_of_rank_r_is_larger(
     lokr = compile_folder(specimen("lokr").save(tmp_path / "a"), spec)
     # Kept in float32, as many numbers as the file has.
     assert lokr.compiled_bytes == 4 * lokr.parameters
-    assert (lokr.primitives, lokr.rank, lokr.modules, lokr.mergeable) == (("kron",), 0, 21, True)
+    assert (lokr.primitives, lokr.rank, lokr.num_modules, lokr.mergeable) == (("kron",), 0, 21, True)
     half = compile_folder(specimen("lokr").save(tmp_path / "b"), spec, AdapterLimits(dtype=torch.bfloat16))
     assert half.compiled_bytes == lokr.compiled_bytes
     products = compile_folder(specimen("lokr-products").save(tmp_path / "c"), spec)
@@ -157,14 +157,14 @@ def test_what_the_others_compile_to(
         "hra": ("reflection",),
     }
     q = "model.layers.0.self_attn.q_proj"
-    assert made["oft"].rotations[q].blocks.shape == (4, 16, 16)
-    assert made["oft-constrained"].rotations[q].blocks.shape == (1, 16, 16)
+    assert made["oft"].each("rotation")[q].blocks.shape == (4, 16, 16)
+    assert made["oft-constrained"].each("rotation")[q].blocks.shape == (1, 16, 16)
     # Three factors make blocks of 4 four times as large.
-    assert made["boft"].rotations[q].blocks.shape == (4, 16, 16)
+    assert made["boft"].each("rotation")[q].blocks.shape == (4, 16, 16)
     assert made["hra"].rank == 4
     assert all(compiled.mergeable for compiled in made.values())
     for kind in ("oft-constrained", "boft"):
-        for rotation in made[kind].rotations.values():
+        for rotation in made[kind].each("rotation").values():
             square = rotation.blocks @ rotation.blocks.mT
             assert (square - torch.eye(square.shape[-1])).abs().max() < 1e-5
 
@@ -177,7 +177,7 @@ def test_the_limit_on_bytes_counts_what_it_becomes(
     compiled = compile_folder(folder, spec)
     needed = compiled.compiled_bytes
     if kind == "hra":  # B has a module's outputs for its rows in the end
-        shapes = [spec.linears[name] for name in compiled.low_rank]
+        shapes = [spec.linears[name] for name in compiled.each("low_rank")]
         needed = 4 * 4 * sum(shape.in_features + shape.out_features for shape in shapes)
     compile_folder(folder, spec, AdapterLimits(compiled_bytes=max(needed, compiled.compiled_bytes)))
     with pytest.raises(AdapterInvalid) as caught:

@@ -104,8 +104,8 @@ def test_a_bias_alone_has_no_rank(
 ) -> None:
     adapter = specimen("beft")
     compiled = compile_folder(adapter.save(tmp_path / "a"), spec)
-    assert (compiled.rank, compiled.modules, compiled.mergeable) == (0, 9, True)
-    bias = compiled.low_rank["model.layers.0.self_attn.q_proj"].bias
+    assert (compiled.rank, compiled.num_modules, compiled.mergeable) == (0, 9, True)
+    bias = compiled.each("low_rank")["model.layers.0.self_attn.q_proj"].bias
     assert bias is not None
     assert torch.equal(bias, adapter.tensors[f"{Q0}.beft_bias"][0])
 
@@ -119,7 +119,7 @@ def test_the_compiled_rank_and_bytes_are_what_counts(
 ) -> None:
     folder = specimen(kind).save(tmp_path / "a")
     compiled = compile_folder(folder, spec)
-    assert (compiled.rank, len(compiled.low_rank)) == (rank, 9)
+    assert (compiled.rank, len(compiled.each("low_rank"))) == (rank, 9)
     compile_folder(folder, spec, AdapterLimits(rank=rank, compiled_bytes=compiled.compiled_bytes))
     for limits, problem in (
         (AdapterLimits(rank=rank - 1), f"rank {rank} is over the limit of {rank - 1} (--max-adapter-rank)"),
@@ -143,9 +143,9 @@ def test_what_is_computed_is_rounded_once(
     compiled = compile_folder(adapter.save(tmp_path / "a"), spec, AdapterLimits(dtype=asked))
     adapter.tensors = {name: t.float() for name, t in adapter.tensors.items()}
     wide = compile_folder(adapter.save(tmp_path / "b"), spec)
-    for name, low_rank in compiled.low_rank.items():
-        assert torch.equal(low_rank.a, wide.low_rank[name].a.to(asked or torch.float32))
-        assert torch.equal(low_rank.b, wide.low_rank[name].b.to(asked or torch.float32))
+    for name, low_rank in compiled.each("low_rank").items():
+        assert torch.equal(low_rank.a, wide.each("low_rank")[name].a.to(asked or torch.float32))
+        assert torch.equal(low_rank.b, wide.each("low_rank")[name].b.to(asked or torch.float32))
 
 
 NO_DIVISOR = "model.layers.0.self_attn.q_proj's 64 inputs and 64 outputs"

@@ -76,13 +76,15 @@ def problems(specimen: Specimen, base: BaseSpec, folder: Path, limits: AdapterLi
 def test_what_is_read(saved: Path, base: BaseSpec) -> None:
     compiled, tensors = compile_folder(saved, base), load_file(saved / WEIGHTS)
     assert (compiled.kind, compiled.primitives) == ("lora", ("low_rank", "expert_low_rank"))
-    assert (compiled.modules, compiled.rank) == (2 + 2 * 2 + 2, 3)
+    assert (compiled.num_modules, compiled.rank) == (2 + 2 * 2 + 2, 3)
     assert sorted(compiled.ranks) == [2, 2, 3, 3, 3, 3, 3, 3]
     assert compiled.mergeable
     assert compiled.in_bank
     assert not compiled.merged_only
     assert set(compiled.experts) == {f"model.layers.{i}.{name}" for i in (0, 1) for name in (UP, DOWN)}
-    assert set(compiled.routers) == {f"model.layers.{i}.mlp.gate" for i in (0, 1)}
+    assert {name for name in compiled.modules if name.endswith(".gate")} == {
+        f"model.layers.{i}.mlp.gate" for i in (0, 1)
+    }
     # The base has 4 experts of 64 and 2 * 128 numbers. In the file, the one that comes last lies outermost, A
     # holds an expert's ranks behind each other, and B the experts of one rank.
     for name, (a, b), rank, (inputs, outputs) in (
@@ -95,7 +97,7 @@ def test_what_is_read(saved: Path, base: BaseSpec) -> None:
             for r in range(rank):
                 assert torch.equal(primitive.a[expert, r], tensors[a][expert * rank + r])
                 assert torch.equal(primitive.b[expert, :, r], tensors[b][:, r * 4 + expert])
-    router = compiled.routers["model.layers.0.mlp.gate"]
+    router = compiled.modules["model.layers.0.mlp.gate"].low_rank
     assert torch.equal(router.a, tensors[f"{ROUTER0}.lora_A.weight"])
     assert torch.equal(router.b, tensors[f"{ROUTER0}.lora_B.weight"])
     assert router.scaling == 5 / 3
@@ -120,7 +122,7 @@ def test_one_parameter_alone_lies_at_the_top(
     compiled = compile_folder(folder, base)
     layers = (1,) if targets[0].startswith("model") else (0, 1)
     assert set(compiled.experts) == {f"model.layers.{i}.{DOWN}" for i in layers}
-    assert not compiled.low_rank
+    assert not compiled.each("low_rank")
     adapter = Specimen.load(folder)
     for nothing in (None, [], ""):
         adapter.config["target_modules"] = nothing
@@ -134,7 +136,7 @@ def test_what_peft_passes_over_is_passed_over(adapter: Specimen, base: BaseSpec,
     for name in [name for name in adapter.tensors if "layers.1.self_attn" in name]:
         del adapter.tensors[name]
     compiled = compile_folder(adapter.save(tmp_path / "a"), base)
-    assert (len(compiled.experts), len(compiled.routers), len(compiled.low_rank)) == (4, 2, 1)
+    assert (len(compiled.experts), len(compiled.each("low_rank"))) == (4, 2 + 1)
 
 
 def test_all_linear_on_a_base_whose_router_has_another_name(
@@ -145,7 +147,8 @@ def test_all_linear_on_a_base_whose_router_has_another_name(
     renamed = dataclasses.replace(base, others=others, routers={})
     for name in [name for name in adapter.tensors if ".gate." in name]:
         del adapter.tensors[name]
-    assert not compile_folder(adapter.save(tmp_path / "a"), renamed).routers
+    compiled = compile_folder(adapter.save(tmp_path / "a"), renamed)
+    assert not any(name.endswith(".gate") for name in compiled.modules)
     # One that is there but isn't known to choose by row is refused.
     unknown = dataclasses.replace(base, routers={})
     (problem,) = problems(adapter, unknown, tmp_path)

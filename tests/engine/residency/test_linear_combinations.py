@@ -11,7 +11,7 @@ import torch
 
 from polygraft.adapters.linear_combination import check_linear
 from polygraft.adapters.registry import Adapter, AdapterRegistry
-from polygraft.core.adapter_weights import AdapterWeights, LoraSettings, Targets
+from polygraft.core.adapter_weights import AdapterWeights, LoraSettings, Targets, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.request import (
     AdapterRef,
@@ -102,7 +102,9 @@ def lora(
     return AdapterWeights(
         "lora",
         1,
-        low_rank={name: LowRank(torch.zeros(r, 4), torch.zeros(4, r)) for name, r in ranks.items()},
+        by_module(
+            low_rank={name: LowRank(torch.zeros(r, 4), torch.zeros(4, r)) for name, r in ranks.items()}
+        ),
         invocation=invocation,
         lora=LoraSettings(
             rank,

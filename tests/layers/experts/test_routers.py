@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from polygraft.base.inspect.routers import WatchRouters
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import RouterShape
 from polygraft.layers.experts.routers import Routers
@@ -47,7 +48,7 @@ class Served:
         self.adapters[slot] = LowRank(
             random(rank, HIDDEN, seed=slot), random(EXPERTS, rank, seed=slot + 50), scaling=0.3 + slot
         )
-        assert self.routers.install(slot, {"gate": self.adapters[slot]}) == 1 << 2
+        assert self.routers.install(slot, {"gate": ModuleChange(self.adapters[slot])}) == 1 << 2
 
     def run(self, x: torch.Tensor, *depths: Sequence[Segment]) -> Outputs:
         host = [segment for depth in depths for segment in depth]

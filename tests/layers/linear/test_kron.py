@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Kron, LowRank, Rotation
 from polygraft.layers.linear.low_rank_bank import LowRankBank
 from polygraft.layers.linear.packed_adapter import PackedAdapter
@@ -132,12 +132,12 @@ def test_what_lies_between_the_products_is_small_whatever_the_shapes() -> None:
 
 def test_it_names_and_counts_what_it_is_made_of() -> None:
     compiled = AdapterWeights(
-        "lokr", 1, krons={"a": kron(40, (4, 8), 3)}, rotations={"b": Rotation(torch.zeros(16, 4, 4))}
+        "lokr", 1, by_module(kron={"a": kron(40, (4, 8), 3)}, rotation={"b": Rotation(torch.zeros(16, 4, 4))})
     )
     assert compiled.primitives == ("kron", "rotation")
-    assert (compiled.modules, compiled.rank, compiled.mergeable, compiled.in_bank) == (2, 0, True, True)
+    assert (compiled.num_modules, compiled.rank, compiled.mergeable, compiled.in_bank) == (2, 0, True, True)
     assert compiled.compiled_bytes == 4 * (4 * 8 + 10 * 8 + 16 * 16)
     shapes = compiled.without_layer_weights()
-    assert shapes.krons["a"].w2.is_meta
-    assert shapes.rotations["b"].blocks.is_meta
+    assert shapes.each("kron")["a"].w2.is_meta
+    assert shapes.each("rotation")["b"].blocks.is_meta
     assert isinstance(Served("torch", (4,), 4).bank, LowRankBank)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from polygraft.core.adapter_weights import by_module
 from polygraft.core.primitives import LowRank
 from polygraft.layers.linear.four_bit_panels import quantize_4bit
 from polygraft.layers.linear.int8_linear import Int8Linear
@@ -244,7 +245,11 @@ def test_side_paths_are_those_of_the_operator_in_torch(
         width = dict(zip(names, (40, 24, 33), strict=True))
         # Adapters that target all, two and one of the three, of different ranks.
         slots = [
-            bank.install({n: adapter(rank, 64, width[n], kept, rank + i) for i, n in enumerate(targets)})
+            bank.install(
+                by_module(
+                    low_rank={n: adapter(rank, 64, width[n], kept, rank + i) for i, n in enumerate(targets)}
+                )
+            )
             for rank, targets in ((4, names), (9, ["q", "v"]), (17, ["k"]))
         ]
         third = rows // 3

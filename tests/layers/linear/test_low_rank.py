@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from polygraft.core.adapter_weights import ModuleChange, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.layers.linear.low_rank import AdaptedLinear, LowRankSlots
 from polygraft.layers.linear.low_rank_bank import LowRankBank, Run
@@ -48,7 +49,7 @@ class Layers:
             self.steps.append(step)
 
     def install(self, **primitives: LowRank) -> int:
-        slots = {bank.install(primitives) for bank in self.banks}
+        slots = {bank.install(by_module(low_rank=primitives)) for bank in self.banks}
         assert len(slots) == 1
         return slots.pop()
 
@@ -341,7 +342,7 @@ def test_an_adapter_lies_in_one_piece_of_memory() -> None:
     first = LowRank(torch.randn(3, 5), torch.randn(7, 3), torch.randn(7), scaling=2.5)
     second = LowRank(torch.randn(2, 5).bfloat16(), torch.randn(9, 2).bfloat16())
     slots = [LowRankSlots(n, 4, torch.device("cpu")) for n in range(2)]
-    packed = [slots[0].pack(first), slots[1].pack(second)]
+    packed = [slots[0].pack(ModuleChange(first)), slots[1].pack(ModuleChange(second))]
     copies = together(packed)
     for one, copy in zip(packed, copies, strict=True):
         assert (copy.scaling, copy.scales_sum) == (one.scaling, one.scales_sum)
@@ -366,7 +367,7 @@ def test_an_a_that_fills_panels_lies_in_them_and_comes_back_as_it_was(
 ) -> None:
     slots = LowRankSlots(0, 16, torch.device("cpu"))
     primitive = weights(rank, inputs, 24, dtype, bias=False)
-    packed = slots.pack(primitive)
+    packed = slots.pack(ModuleChange(primitive))
     assert (packed.a_in_panels, packed.rank) == (in_panels, rank)
     assert torch.equal(packed.rows_of_a, primitive.a)
     x = torch.randn(3, inputs)

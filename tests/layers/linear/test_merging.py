@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from polygraft.core.adapter_weights import by_module
 from polygraft.core.primitives import LowRank
 from polygraft.layers.linear.int8_linear import Int8Linear
 from polygraft.layers.linear.linear import LinearGroup, PackedLinear
@@ -81,7 +82,7 @@ def test_a_group_multiplies_by_the_sum_of_its_own_and_the_adapters_weights(
     own = {f"m{i}": model.get_submodule(f"m{i}").weight for i in range(len(WIDTHS))}
     primitives = adapter(model, ("m0", "m2"), dtype, bias=bias)
     bank = LowRankBank(model, dict.fromkeys(own, False), StepContext(), native=True)
-    slot = bank.install(primitives)
+    slot = bank.install(by_module(low_rank=primitives))
     x = random(3, IN, seed=70, dtype=dtype)
     before = [model.get_submodule(name)(x.clone()) for name in own]
     copy = run_merge(bank, slot)
@@ -118,7 +119,7 @@ def test_an_odd_number_of_inputs(dtype: torch.dtype) -> None:
     own = model.get_submodule("m1").weight
     primitives = adapter(model, ("m1",), dtype, bias=False)
     bank = LowRankBank(model, {"m1": False}, StepContext(), native=True)
-    copy = run_merge(bank, bank.install(primitives))
+    copy = run_merge(bank, bank.install(by_module(low_rank=primitives)))
     WeightSwitch().use(copy)
     p, x = primitives["m1"], random(2, 33, seed=71, dtype=dtype)
     weight = (own.float() + p.product).to(dtype)
@@ -134,7 +135,7 @@ def test_requantized_copies_are_small_and_near(quantization: str) -> None:
     own = model.get_submodule("m0").weight
     primitives = adapter(model, ("m0",), torch.float32, bias=False)
     bank = LowRankBank(model, {"m0": False}, StepContext(), native=True)
-    slot = bank.install(primitives)
+    slot = bank.install(by_module(low_rank=primitives))
     copy = run_merge(bank, slot, requantize=True)
     wide = run_merge(bank, slot)
     assert copy.nbytes < wide.nbytes / 3
@@ -168,7 +169,7 @@ def test_modules_of_other_makes(make: str) -> None:
     bank = LowRankBank(model, {"m": False}, StepContext(), native=False)
     adapted = model.get_submodule("m")
     assert isinstance(adapted, AdaptedLinear)
-    slot = bank.install(primitives)
+    slot = bank.install(by_module(low_rank=primitives))
     x = random(3, 32, seed=5)
     with torch.inference_mode():
         before = adapted(x)

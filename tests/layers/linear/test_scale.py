@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from polygraft.adapters.resolve.base_weights import resolve_against_base
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank, Scale
 from polygraft.layers.linear.linear import LinearGroup, PackedLinear
 from polygraft.layers.linear.low_rank_bank import LowRankBank, Run
@@ -107,8 +107,12 @@ SCALES = {
 def test_rows_of_a_segment_are_scaled_and_others_are_not(make: str, scale: Scale, low_rank: bool) -> None:
     served = Served(make)
     weights = LowRank(random(5, IN, seed=5), random(OUT, 5, seed=6), scaling=0.3) if low_rank else None
-    slot = served.bank.install({"layer": weights} if weights else {}, {"layer": scale})
-    other = served.bank.install({"layer": LowRank(random(3, IN, seed=7), random(OUT, 3, seed=8))})
+    slot = served.bank.install(
+        by_module(low_rank={"layer": weights} if weights else {}, scale={"layer": scale})
+    )
+    other = served.bank.install(
+        by_module(low_rank={"layer": LowRank(random(3, IN, seed=7), random(OUT, 3, seed=8))})
+    )
     x = random(ROWS, IN, seed=9)
     plain = served.run(x, [])
     out = served.run(x, [(1, 4, slot), (5, 6, other), (6, 8, slot)])
@@ -134,10 +138,10 @@ def test_several_adapters_of_a_row_act_in_their_order(make: str) -> None:
     low_rank = LowRank(random(5, IN, seed=5), random(OUT, 5, seed=6))
     one, two = random(OUT, seed=3), random(OUT, seed=12)
     into = random(IN, seed=4)
-    side = served.bank.install({"layer": low_rank})
-    first = served.bank.install({}, {"layer": Scale(output=one, after_bias=True)})
-    second = served.bank.install({}, {"layer": Scale(output=two, input=into, after_bias=True)})
-    before = served.bank.install({}, {"layer": Scale(output=one)})
+    side = served.bank.install(by_module(low_rank={"layer": low_rank}))
+    first = served.bank.install(by_module(scale={"layer": Scale(output=one, after_bias=True)}))
+    second = served.bank.install(by_module(scale={"layer": Scale(output=two, input=into, after_bias=True)}))
+    before = served.bank.install(by_module(scale={"layer": Scale(output=one)}))
     x = random(8, IN, seed=9)
     out = served.run(
         x,
@@ -164,7 +168,7 @@ def test_several_adapters_of_a_row_act_in_their_order(make: str) -> None:
 def test_bfloat16(make: str) -> None:
     served = Served(make, torch.bfloat16)
     scale = SCALES["both"]
-    slot = served.bank.install({}, {"layer": scale})
+    slot = served.bank.install(by_module(scale={"layer": scale}))
     x = random(ROWS, IN, seed=9).bfloat16()
     out = served.run(x, [(0, ROWS, slot)]).float()
     expected = served.expected(x, None, scale)
@@ -176,14 +180,14 @@ def test_a_magnitude_brings_each_row_to_its_norm(make: str) -> None:
     served = Served(make)
     magnitude = random(OUT, seed=11).abs() + 0.5
     weights = LowRank(random(5, IN, seed=5), random(OUT, 5, seed=6), magnitude=magnitude, scaling=1.9)
-    compiled = AdapterWeights("lora", 1, low_rank={"layer": weights})
+    compiled = AdapterWeights("lora", 1, by_module(low_rank={"layer": weights}))
     assert compiled.primitives == ("low_rank", "scale")
     resolving = resolve_against_base(compiled, served.bank)
     with pytest.raises(StopIteration) as end:
         while True:
             next(resolving)
     resolved = end.value.value
-    slot = served.bank.install(resolved.low_rank, resolved.scales)
+    slot = served.bank.install(resolved.modules)
     x = random(ROWS, IN, seed=9)
     whole = served.weight.double() + weights.product.double()
     whole = whole * (magnitude / whole.norm(dim=1))[:, None]

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from polygraft.core.adapter_weights import ModuleChange, by_module
 from polygraft.core.primitives import Kron, LowRank, Rotation, Scale
 from polygraft.layers.linear import low_rank_bank
 from polygraft.layers.linear.low_rank import AdaptedLinear
@@ -89,9 +90,7 @@ class Layer:
         self.adapted = layer
 
     def install(self, primitive: LowRank | None, scale: Scale | None = None) -> int:
-        return self.bank.install(
-            {} if primitive is None else {"layer": primitive}, {} if scale is None else {"layer": scale}
-        )
+        return self.bank.install({"layer": ModuleChange(primitive, scale)})
 
     def run(self, x: torch.Tensor, *depths: Sequence[Run]) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs [rows, out] of the kernels, and of the operator in torch in float32."""
@@ -259,8 +258,10 @@ def test_what_is_left_to_torch_stands_in_its_place(interpreted: ModuleType, base
     kron = Kron(torch.randn(5, 4), torch.randn(6, 6))
     turn = Rotation(torch.linalg.qr(torch.randn(6, 4, 4)).Q)
     low_rank = weights(3, 24, 30, torch.float32)
-    both = layer.bank.install({"layer": low_rank}, krons={"layer": kron})
-    turned = layer.bank.install({}, {"layer": Scale(input=torch.randn(24))}, rotations={"layer": turn})
+    both = layer.bank.install(by_module(low_rank={"layer": low_rank}, kron={"layer": kron}))
+    turned = layer.bank.install(
+        by_module(scale={"layer": Scale(input=torch.randn(24))}, rotation={"layer": turn})
+    )
     x = torch.randn(40, 24).to(base)
     segments = layer.bank.segments([(0, 20, both, 0.5), (25, 40, turned)], [(3, 7, turned)])
     assert segments.max_rank == 3  # nothing of the others is in the kernels' scratch
@@ -425,7 +426,10 @@ def test_on_a_gpu(compiled: ModuleType, dtype: torch.dtype) -> None:
     bare = nn.Linear(200, 300, dtype=dtype, device="cuda").requires_grad_(False)
     model, step = nn.ModuleDict({"layer": bare}), StepContext()
     bank = LowRankBank(model, {"layer": False}, step, native=True)
-    slots = [bank.install({"layer": weights(r, 200, 300, dtype, bias=r == 8, seed=r)}) for r in (1, 8, 64)]
+    slots = [
+        bank.install(by_module(low_rank={"layer": weights(r, 200, 300, dtype, bias=r == 8, seed=r)}))
+        for r in (1, 8, 64)
+    ]
     x = torch.randn(80, 200, dtype=dtype, device="cuda")
     segments = bank.segments(cut([1, 3, 40, 36], [slots[0], 0, *slots[1:]]))
     step.begin(PLAN, segments, bank.segments([]), len(x))

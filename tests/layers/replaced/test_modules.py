@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from polygraft.base.loader import Base, load_base
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank, NormWeights, TokenRows
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.linear.panels import Panels
@@ -52,7 +52,7 @@ def test_a_norm_has_other_weights_for_an_adapters_rows(
     for name, shape in served.base.spec.norms.items():
         norm = served.base.model.get_submodule(name)
         weight, bias = torch.randn(shape.width), torch.randn(shape.width) if shape.has_bias else None
-        slot = served.bank.install(adapter(norms={name: NormWeights(weight, bias)}))
+        slot = served.bank.install(adapter(modules=by_module(norm={name: NormWeights(weight, bias)})))
         size = (1, 7, shape.width) if shape.axis == 1 else (1, 4, 7, shape.width)
         x = torch.randn(size).to(served.base.dtype)
         with torch.inference_mode():
@@ -168,7 +168,7 @@ def test_slots_beyond_the_first_tables(tiny_model: Callable[[str], Path]) -> Non
     served = Served(tiny_model("llama"))
     norm = served.base.model.get_submodule("model.norm")
     own = NormWeights(torch.full((HIDDEN,), 3.0))
-    slots = [served.bank.install(adapter(norms={"model.norm": own})) for _ in range(40)]
+    slots = [served.bank.install(adapter(modules=by_module(norm={"model.norm": own}))) for _ in range(40)]
     x = torch.randn(1, 2, HIDDEN)
     with torch.inference_mode():
         served.begin([(1, 2, slots[-1])], rows=2)
@@ -191,11 +191,14 @@ def test_operators_are_told_how_many_slots_a_norms_table_has() -> None:
 
 def test_what_is_kept_is_counted() -> None:
     rows = TokenRows(("a", "b"), torch.zeros(5, 4), torch.arange(5))
-    both = adapter(token_rows=(rows,), norms={"n": NormWeights(torch.zeros(4))}, biases={"m": torch.zeros(3)})
+    both = adapter(
+        token_rows=(rows,),
+        modules=by_module(norm={"n": NormWeights(torch.zeros(4))}, bias={"m": torch.zeros(3)}),
+    )
     assert both.compiled_bytes == 5 * 4 * 4 + 5 * 8 + 4 * 4 + 3 * 4
     kept = both.without_layer_weights()
     assert kept.compiled_bytes == both.compiled_bytes
     assert all(tensor.is_meta for tensor in kept.tensors())
     assert both.primitives == ("replace",)
-    assert both.modules == 4
-    assert replace(both, biases={}).modules == 3
+    assert both.num_modules == 4
+    assert replace(both, modules={"n": both.modules["n"]}).num_modules == 3

@@ -14,7 +14,7 @@ from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.prefix import compile_prefix
 from polygraft.adapters.adapterhub.source import Method, Parts, Source
 from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 
@@ -66,8 +66,7 @@ def compile_adapterhub(reader: FolderReader, base: BaseSpec) -> Generator[None, 
     return AdapterWeights(
         kind,
         reader.parameters,
-        low_rank=whole.low_rank,
-        scales=whole.scales,
+        by_module(low_rank=whole.low_rank, scale=whole.scales),
         bottlenecks=whole.bottlenecks,
         coupling=whole.coupling,
         prefix=whole.prefix,

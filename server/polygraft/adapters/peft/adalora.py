@@ -19,7 +19,7 @@ from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trainable_tokens import take_trainable_tokens
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -56,7 +56,10 @@ def compile_adalora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
         if kept_a is not None and kept_b is not None:
             primitives[module] = LowRank(kept_a, kept_b, scaling=scaling)
     return AdapterWeights(
-        "adalora", reader.parameters, low_rank=primitives, biases=biases, norms=norms, token_rows=token_rows
+        "adalora",
+        reader.parameters,
+        by_module(low_rank=primitives, bias=biases, norm=norms),
+        token_rows=token_rows,
     )
 
 

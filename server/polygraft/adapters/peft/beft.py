@@ -11,7 +11,7 @@ from collections.abc import Generator
 from polygraft.adapters.files.reader import FolderReader
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -27,4 +27,4 @@ def compile_beft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if bias is not None:
             a, b = bias.new_zeros(0, shape.in_features), bias.new_zeros(shape.out_features, 0)
             primitives[module] = LowRank(a, b, bias.float().flatten())
-    return AdapterWeights("beft", reader.parameters, low_rank=primitives)
+    return AdapterWeights("beft", reader.parameters, by_module(low_rank=primitives))

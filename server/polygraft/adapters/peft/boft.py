@@ -17,7 +17,7 @@ from polygraft.adapters.peft.oft import cayley
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Rotation, Scale
 from polygraft.core.spec import BaseSpec
 
@@ -66,7 +66,7 @@ def compile_boft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
             rotations[module] = Rotation(blocks)
             scales[module] = Scale(output=scale.flatten())
     return AdapterWeights(
-        "boft", reader.parameters, scales=scales, rotations=rotations, biases=biases, norms=norms
+        "boft", reader.parameters, by_module(scale=scales, rotation=rotations, bias=biases, norm=norms)
     )
 
 

@@ -20,7 +20,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -72,4 +72,4 @@ def compile_c3a(reader: FolderReader, base: BaseSpec) -> Generator[None, None, A
         kernels = reader.take(f"{PREFIX}{module}.c3a_kernel", blocks, wide=True)
         if kernels is not None:
             changes[module] = Circulants(kernels / shape.in_features)
-    return AdapterWeights("c3a", reader.parameters, dense=changes, biases=biases, norms=norms)
+    return AdapterWeights("c3a", reader.parameters, by_module(dense=changes, bias=biases, norm=norms))

@@ -18,7 +18,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank, OfBase
 from polygraft.core.spec import BaseSpec
 
@@ -74,7 +74,7 @@ def compile_deft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if a is not None and b is not None:
             low_rank[module] = LowRank(a, b, of_base=Removal(q.relu() if method == "relu" else q))
     return AdapterWeights(
-        "deft", reader.parameters, low_rank=low_rank, biases=biases, norms=norms, of_base="projection"
+        "deft", reader.parameters, by_module(low_rank=low_rank, bias=biases, norm=norms), of_base="projection"
     )
 
 

@@ -14,7 +14,7 @@ from polygraft.adapters.files.reader import FolderReader
 from polygraft.adapters.peft.per_module import PREFIX, ModuleSettings
 from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -53,4 +53,8 @@ def compile_delora(reader: FolderReader, base: BaseSpec) -> Generator[None, None
         kept_a, kept_b = reader.keep(a * w_norm, module), reader.keep(b * scaling, module)
         if kept_a is not None and kept_b is not None:
             primitives[module] = LowRank(kept_a, kept_b)
-    return AdapterWeights("delora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
+    return AdapterWeights(
+        "delora",
+        reader.parameters,
+        by_module(low_rank=primitives, bias=biases, norm=norms),
+    )

@@ -22,7 +22,7 @@ from polygraft.adapters.peft.projections import KEYS
 from polygraft.adapters.peft.sparse import RandomPlaces
 from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -86,4 +86,4 @@ def compile_fourierft(reader: FolderReader, base: BaseSpec) -> Generator[None, N
         changes[module] = Spectrum(
             spectrum * (scaling / shape.out_features), rows, columns, shape.out_features
         )
-    return AdapterWeights("fourierft", reader.parameters, dense=changes, biases=biases, norms=norms)
+    return AdapterWeights("fourierft", reader.parameters, by_module(dense=changes, bias=biases, norm=norms))

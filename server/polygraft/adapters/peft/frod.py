@@ -18,7 +18,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -118,7 +118,7 @@ def compile_frod(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         elements = reader.take(f"{PREFIX}{module}.frod_lambda_s_values", (several,), wide=True)
         if basis is not None and diagonal is not None and elements is not None:
             changes[module] = Recomposed(basis, diagonal, elements)
-    return AdapterWeights("frod", reader.parameters, dense=changes, biases=biases, norms=norms)
+    return AdapterWeights("frod", reader.parameters, by_module(dense=changes, bias=biases, norm=norms))
 
 
 def _basis(reader: FolderReader, role: str, inputs: int, several: int) -> Basis | None:

@@ -18,7 +18,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense, LowRank, OfBase, Scale
 from polygraft.core.spec import BaseSpec
 
@@ -139,11 +139,7 @@ def compile_glora(reader: FolderReader, base: BaseSpec) -> Generator[None, None,
     return AdapterWeights(
         "glora",
         reader.parameters,
-        low_rank=low_rank,
-        scales=scales,
-        dense=dense,
-        biases=biases,
-        norms=norms,
+        by_module(low_rank=low_rank, scale=scales, dense=dense, bias=biases, norm=norms),
         of_base="modulation",
     )
 

@@ -18,7 +18,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -74,7 +74,11 @@ def compile_gralora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
         kept_a, kept_b = reader.keep(a, module), reader.keep(b, module, scaling=scaling)
         if kept_a is not None and kept_b is not None:
             primitives[module] = LowRank(kept_a, kept_b, scaling=scaling)
-    return AdapterWeights("gralora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
+    return AdapterWeights(
+        "gralora",
+        reader.parameters,
+        by_module(low_rank=primitives, bias=biases, norm=norms),
+    )
 
 
 def _spread(block_a: torch.Tensor, block_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from polygraft.adapters.files.reader import FolderReader
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -50,4 +50,4 @@ def compile_hira(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         b = reader.take(f"{PREFIX}{module}.hira_B", (shape.out_features, rank), wide=True)
         if a is not None and b is not None:
             changes[module] = Modulation(a, b)
-    return AdapterWeights("hira", reader.parameters, dense=changes)
+    return AdapterWeights("hira", reader.parameters, by_module(dense=changes))

@@ -17,7 +17,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -49,7 +49,7 @@ def compile_hra(reader: FolderReader, base: BaseSpec) -> Generator[None, None, A
         if a is not None and b is not None:
             low_rank[module] = LowRank(a, b, through_base=True)
     return AdapterWeights(
-        "hra", reader.parameters, low_rank=low_rank, of_base="reflection", biases=biases, norms=norms
+        "hra", reader.parameters, by_module(low_rank=low_rank, bias=biases, norm=norms), of_base="reflection"
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from polygraft.adapters.files.patterns import Form, Matching
 from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Scale
 from polygraft.core.spec import BaseSpec
 
@@ -43,7 +43,7 @@ def compile_ia3(reader: FolderReader, base: BaseSpec) -> Generator[None, None, A
             continue
         vector = vector.float().flatten()
         scales[module] = Scale(input=vector) if of_input else Scale(output=vector, after_bias=True)
-    return AdapterWeights("ia3", reader.parameters, scales=scales)
+    return AdapterWeights("ia3", reader.parameters, by_module(scale=scales))
 
 
 def _is_feedforward(matching: Matching, module: str, feedforward: str | Sequence[str]) -> bool:

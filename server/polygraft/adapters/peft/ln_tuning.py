@@ -11,7 +11,7 @@ from polygraft.adapters.files.reader import FolderReader
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.saved_modules import take_norm
 from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import NormWeights
 from polygraft.core.spec import BaseSpec
 
@@ -27,4 +27,4 @@ def compile_ln_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, N
         norm = take_norm(reader, base, module, f"{PREFIX}{module}.ln_tuning_layers")
         if norm is not None:
             norms[module] = norm
-    return AdapterWeights("ln_tuning", reader.parameters, norms=norms)
+    return AdapterWeights("ln_tuning", reader.parameters, by_module(norm=norms))

@@ -13,7 +13,7 @@ from collections.abc import Generator
 from polygraft.adapters.files.reader import FolderReader
 from polygraft.adapters.peft.per_module import PREFIX, ModuleSettings
 from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -52,4 +52,4 @@ def compile_loha(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         kept_a, kept_b = reader.keep(a, module), reader.keep(b, module, scaling=scaling)
         if kept_a is not None and kept_b is not None:
             primitives[module] = LowRank(kept_a, kept_b, scaling=scaling)
-    return AdapterWeights("loha", reader.parameters, low_rank=primitives)
+    return AdapterWeights("loha", reader.parameters, by_module(low_rank=primitives))

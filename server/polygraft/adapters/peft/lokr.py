@@ -15,7 +15,7 @@ import torch
 from polygraft.adapters.files.reader import FolderReader
 from polygraft.adapters.peft.per_module import PREFIX, ModuleSettings
 from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Kron
 from polygraft.core.spec import BaseSpec
 
@@ -51,7 +51,7 @@ def compile_lokr(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         w2 = reader.keep(w2, module, torch.float32)
         if w1 is not None and w2 is not None:
             krons[module] = Kron(w1, w2)
-    return AdapterWeights("lokr", reader.parameters, krons=krons)
+    return AdapterWeights("lokr", reader.parameters, by_module(kron=krons))
 
 
 def _divided(dimension: int, factor: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from polygraft.adapters.peft.target_parameters import (
 from polygraft.adapters.peft.targets import BAD_PATTERN, find_targets, with_tied_head
 from polygraft.adapters.peft.trainable_tokens import take_trainable_tokens
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, LoraSettings
+from polygraft.core.adapter_weights import AdapterWeights, LoraSettings, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -98,15 +98,13 @@ def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
             primitives[module] = LowRank(*pair, bias, magnitude, scaling=scaling)
     experts, routers = yield from take_parameters(reader, base, parameters or [], settings, rslora=rslora)
     adapted = embedding if embedding in scalings else None
+    table = None if embedding is None else primitives.pop(embedding, None)
     return AdapterWeights(
         "lora",
         reader.parameters,
-        embedding=None if embedding is None else primitives.pop(embedding, None),
-        low_rank=primitives,
+        by_module(low_rank={**primitives, **routers}, bias=biases, norm=norms),
+        embedding=table,
         experts=experts,
-        routers=routers,
-        biases=biases,
-        norms=norms,
         token_rows=take_trainable_tokens(reader, base, targets),
         invocation=invocation,
         lora=LoraSettings(

@@ -18,7 +18,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense, LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -90,5 +90,5 @@ def compile_miss(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         if a is not None and b is not None:
             low_rank[module] = LowRank(a, b)
     return AdapterWeights(
-        "miss", reader.parameters, low_rank=low_rank, dense=dense, biases=biases, norms=norms
+        "miss", reader.parameters, by_module(low_rank=low_rank, dense=dense, bias=biases, norm=norms)
     )

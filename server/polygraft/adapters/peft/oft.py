@@ -17,7 +17,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Rotation
 from polygraft.core.spec import BaseSpec
 
@@ -55,7 +55,12 @@ def compile_oft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, A
         blocks = reader.keep(cayley(skew) if terms is None else _neumann(skew, terms), module, torch.float32)
         if blocks is not None:
             rotations[module] = Rotation(blocks)
-    return AdapterWeights("oft", reader.parameters, rotations=rotations, biases=biases, norms=norms)
+    return AdapterWeights(
+        "oft",
+        reader.parameters,
+        by_module(rotation=rotations, bias=biases, norm=norms),
+        rotations_in_order=True,
+    )
 
 
 def _problem(number: int, size: int | None, epsilon: float) -> str:

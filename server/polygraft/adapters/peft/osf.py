@@ -20,7 +20,7 @@ from polygraft.adapters.files.patterns import Form, OptionByModule
 from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense, LowRank, OfBase
 from polygraft.core.spec import BaseSpec
 
@@ -114,7 +114,7 @@ def compile_osf(reader: FolderReader, base: BaseSpec) -> Generator[None, None, A
             if b is not None:
                 a = nn.functional.pad(right, (0, 0, 0, rank))
                 low_rank[module] = LowRank(a, b, of_base=Replacement())
-    return AdapterWeights("osf", reader.parameters, low_rank=low_rank, dense=dense)
+    return AdapterWeights("osf", reader.parameters, by_module(low_rank=low_rank, dense=dense))
 
 
 def _keeps(value: Any, most: int) -> int:

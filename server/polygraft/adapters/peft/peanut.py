@@ -18,7 +18,7 @@ from polygraft.adapters.files.numbers import is_alpha, is_rank
 from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank, OfBase
 from polygraft.core.spec import BaseSpec
 
@@ -90,4 +90,4 @@ def compile_peanut(reader: FolderReader, base: BaseSpec) -> Generator[None, None
             low_rank[module] = LowRank(
                 torch.zeros(rank, shape.in_features), b, of_base=network, scaling=scaling
             )
-    return AdapterWeights("peanut", reader.parameters, low_rank=low_rank)
+    return AdapterWeights("peanut", reader.parameters, by_module(low_rank=low_rank))

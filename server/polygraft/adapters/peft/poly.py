@@ -17,7 +17,7 @@ from polygraft.adapters.files.numbers import is_rank
 from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -69,4 +69,4 @@ def compile_poly(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         kept_a, kept_b = reader.keep(mixed_a, module), reader.keep(mixed_b, module)
         if kept_a is not None and kept_b is not None:
             low_rank[module] = LowRank(kept_a, kept_b, scaling=1 / rank)
-    return AdapterWeights("poly", reader.parameters, low_rank=low_rank)
+    return AdapterWeights("poly", reader.parameters, by_module(low_rank=low_rank))

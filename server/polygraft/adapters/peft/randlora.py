@@ -22,7 +22,7 @@ from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.projections import KEYS
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -84,7 +84,7 @@ def compile_randlora(reader: FolderReader, base: BaseSpec) -> Generator[None, No
         changes[module] = RandomBases(
             *factors, gain * (alpha / rank), side_gain, shape.in_features, shape.out_features
         )
-    return AdapterWeights("randlora", reader.parameters, dense=changes, biases=biases, norms=norms)
+    return AdapterWeights("randlora", reader.parameters, by_module(dense=changes, bias=biases, norm=norms))
 
 
 def _factors(

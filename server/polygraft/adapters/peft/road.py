@@ -18,7 +18,7 @@ from polygraft.adapters.files.numbers import is_rank
 from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -76,7 +76,7 @@ def compile_road(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         scale = reader.take(f"{PREFIX}{module}.road_alpha", (count,), wide=True)
         if angle is not None and scale is not None:
             changes[module] = _pairs(angle, scale, _NUMBERS[variant], size // 2)
-    return AdapterWeights("road", reader.parameters, dense=changes)
+    return AdapterWeights("road", reader.parameters, by_module(dense=changes))
 
 
 def _pairs(angle: torch.Tensor, scale: torch.Tensor, numbers: int, half: int) -> TurnedPairs:

@@ -15,7 +15,7 @@ import torch
 
 from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.targets import EMBEDDING_NAMES
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module, joined
 from polygraft.core.primitives import NormWeights, TokenRows
 from polygraft.core.spec import BaseSpec
 
@@ -45,7 +45,7 @@ class SavedModules:
         return replace(
             compiled,
             token_rows=self.token_rows + compiled.token_rows,
-            norms={**self.norms, **compiled.norms},
+            modules=joined(by_module(norm=self.norms), compiled.modules),
             vocabulary=None if own == vocabulary else own,
         )
 

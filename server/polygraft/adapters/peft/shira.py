@@ -14,7 +14,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.sparse import Sparse
 from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -45,4 +45,4 @@ def compile_shira(reader: FolderReader, base: BaseSpec) -> Generator[None, None,
             )
             continue
         changes[module] = Sparse.of(values, rows, columns)
-    return AdapterWeights("shira", reader.parameters, dense=changes)
+    return AdapterWeights("shira", reader.parameters, by_module(dense=changes))

@@ -18,7 +18,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.sparse import Sparse
 from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -77,4 +77,4 @@ def compile_supertuning(reader: FolderReader, base: BaseSpec) -> Generator[None,
         changes[module] = elements
         if rank is not None and a is not None and b is not None:
             changes[module] = SparseAndLowRank(elements, a, b * (alpha / rank))
-    return AdapterWeights("supertuning", reader.parameters, dense=changes)
+    return AdapterWeights("supertuning", reader.parameters, by_module(dense=changes))

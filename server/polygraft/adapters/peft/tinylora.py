@@ -19,7 +19,7 @@ from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.projections import KEYS
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -70,7 +70,11 @@ def compile_tinylora(reader: FolderReader, base: BaseSpec) -> Generator[None, No
         kept_a, kept_b = reader.keep(a, module), reader.keep(b @ middle, module)
         if kept_a is not None and kept_b is not None:
             primitives[module] = LowRank(kept_a, kept_b)
-    return AdapterWeights("tinylora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
+    return AdapterWeights(
+        "tinylora",
+        reader.parameters,
+        by_module(low_rank=primitives, bias=biases, norm=norms),
+    )
 
 
 def _groups(modules: int, tying: float) -> list[int]:

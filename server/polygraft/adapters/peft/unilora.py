@@ -21,7 +21,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -64,7 +64,11 @@ def compile_unilora(reader: FolderReader, base: BaseSpec) -> Generator[None, Non
         a, b = reader.keep(theta[which_a] * scale_a, module), reader.keep(theta[which_b] * scale_b, module)
         if a is not None and b is not None:
             primitives[module] = LowRank(a, b)
-    return AdapterWeights("unilora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
+    return AdapterWeights(
+        "unilora",
+        reader.parameters,
+        by_module(low_rank=primitives, bias=biases, norm=norms),
+    )
 
 
 Factor = tuple[torch.Tensor, torch.Tensor]

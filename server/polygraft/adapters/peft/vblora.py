@@ -21,7 +21,7 @@ from polygraft.adapters.files.reader import FolderReader, shown
 from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -67,7 +67,11 @@ def compile_vblora(reader: FolderReader, base: BaseSpec) -> Generator[None, None
         b = reader.keep(columns.transpose(1, 2).flatten(0, 1), module)
         if a is not None and b is not None:
             primitives[module] = LowRank(a, b)
-    return AdapterWeights("vblora", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
+    return AdapterWeights(
+        "vblora",
+        reader.parameters,
+        by_module(low_rank=primitives, bias=biases, norm=norms),
+    )
 
 
 @dataclass(frozen=True, slots=True)

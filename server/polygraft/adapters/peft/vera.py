@@ -16,7 +16,7 @@ from polygraft.adapters.peft.per_module import PREFIX
 from polygraft.adapters.peft.projections import shared_projections
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -48,4 +48,4 @@ def compile_vera(reader: FolderReader, base: BaseSpec) -> Generator[None, None, 
         b = reader.keep(lambda_b[:, None] * shared_b[: shape.out_features], module)
         if a is not None and b is not None:
             primitives[module] = LowRank(a, b)
-    return AdapterWeights("vera", reader.parameters, low_rank=primitives, biases=biases, norms=norms)
+    return AdapterWeights("vera", reader.parameters, by_module(low_rank=primitives, bias=biases, norm=norms))

@@ -22,7 +22,7 @@ from polygraft.adapters.peft.projections import KEYS
 from polygraft.adapters.peft.sparse import RandomPlaces, Sparse
 from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
 from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -62,7 +62,7 @@ def compile_waveft(reader: FolderReader, base: BaseSpec) -> Generator[None, None
         if transformed:
             values, rows, columns = _squares(values, rows, columns, shape.out_features, shape.in_features)
         changes[module] = Sparse.of(values, rows, columns)
-    return AdapterWeights("waveft", reader.parameters, dense=changes, biases=biases, norms=norms)
+    return AdapterWeights("waveft", reader.parameters, by_module(dense=changes, bias=biases, norm=norms))
 
 
 def _counts(reader: FolderReader, base: BaseSpec, modules: Sequence[str]) -> Mapping[str, Any]:

@@ -15,9 +15,10 @@ from dataclasses import replace
 
 import torch
 
-from polygraft.core.adapter_weights import AdapterWeights
-from polygraft.core.primitives import LowRank, Scale
+from polygraft.core.adapter_weights import AdapterWeights, ModuleChange
+from polygraft.core.primitives import Scale
 from polygraft.layers.linear.low_rank_bank import LowRankBank
+from polygraft.layers.linear.merging import AnyLinearSite
 
 
 def resolve_against_base(
@@ -28,33 +29,31 @@ def resolve_against_base(
     The base's weights are taken as they are served: on a quantized base, what they stand for. PEFT's own
     norms are wrong on an nf4 base whose weights the CPU kernel has packed.
     """
-    needs_base = [primitive.needs_base for primitive in compiled.low_rank.values()]
-    if not any(needs_base + [change.needs_base for change in compiled.dense.values()]):
-        return compiled
-    low_rank: dict[str, LowRank] = {}
-    scales = dict(compiled.scales)
-    for name, primitive in compiled.low_rank.items():
-        low_rank[name] = primitive
-        if not primitive.needs_base:
-            continue
-        yield
-        site = bank.site(name)
-        weight = site.weight().float()
-        device = primitive.b.device
-        if primitive.of_base is not None:
-            low_rank[name] = primitive.of_base.completed(primitive, weight.to(device), site.slots.base_bias)
-        if primitive.through_base:
-            b = (weight @ primitive.b.to(weight)).to(device, primitive.a.dtype)
-            low_rank[name] = replace(primitive, b=b, through_base=False)
-        if primitive.magnitude is not None:
-            weight = weight + primitive.product.to(weight.device)
-            factor = primitive.magnitude.float().to(weight.device) / torch.linalg.norm(weight, dim=1)
-            low_rank[name] = replace(primitive, magnitude=None)
-            scales[name] = Scale(output=factor, of_sum=True)
-    dense = dict(compiled.dense)
-    for name, change in compiled.dense.items():
+    modules = dict(compiled.modules)
+    for name, change in compiled.modules.items():
         if change.needs_base:
             yield
-            site = bank.site(name)
-            dense[name] = change.completed(site.weight().float().cpu(), site.slots.base_bias)
-    return replace(compiled, low_rank=low_rank, scales=scales, dense=dense)
+            modules[name] = _resolved(change, bank.site(name))
+    return replace(compiled, modules=modules)
+
+
+def _resolved(change: ModuleChange, site: AnyLinearSite) -> ModuleChange:
+    """Complete one module's change with the module's weight."""
+    weight, bias = site.weight().float(), site.slots.base_bias
+    if change.dense is not None:
+        return replace(change, dense=change.dense.completed(weight.cpu(), bias))
+    primitive = change.low_rank
+    assert primitive is not None
+    device = primitive.b.device
+    if primitive.of_base is not None:
+        completed = primitive.of_base.completed(primitive, weight.to(device), bias)
+        return replace(change, low_rank=completed)
+    if primitive.through_base:
+        b = (weight @ primitive.b.to(weight)).to(device, primitive.a.dtype)
+        primitive = replace(primitive, b=b, through_base=False)
+    if primitive.magnitude is None:
+        return replace(change, low_rank=primitive)
+    weight = weight + primitive.product.to(weight.device)
+    factor = primitive.magnitude.float().to(weight.device) / torch.linalg.norm(weight, dim=1)
+    scale = Scale(output=factor, of_sum=True)
+    return replace(change, low_rank=replace(primitive, magnitude=None), scale=scale)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from polygraft.core.adapter_weights import AdapterWeights
+from polygraft.core.adapter_weights import AdapterWeights, ModuleChange
 from polygraft.core.primitives import TokenRows
 from polygraft.errors import AdapterInvalid
 from polygraft.layers.adapter_bank import AdapterBank
@@ -33,7 +33,7 @@ def resolve_token_rows(
         raise AdapterInvalid(name, ["the base's embedding does more than look up rows, which isn't served"])
     own: torch.Tensor = table.weight
     head = base.head or ""
-    low_rank, embedding = dict(compiled.low_rank), compiled.embedding
+    modules, embedding = dict(compiled.modules), compiled.embedding
     found: list[TokenRows] = []
     for module in (base.embedding.name, head):
         entries = [rows for rows in compiled.token_rows if module in rows.modules]
@@ -47,31 +47,33 @@ def resolve_token_rows(
         own_rows = len(ids) > 0 or compiled.vocabulary is not None
         if is_head and own_rows:
             _check_head(name, head, compiled)
-        if is_head and own_rows and head in low_rank:
-            one = low_rank[head]
+        one = modules[head].low_rank if head in modules else None
+        if is_head and own_rows and one is not None:
             rows = (rows.float() + replace(one, b=one.b[ids]).product).to(rows.dtype)
-            low_rank[head] = replace(one, b=_fitted(one.b, len(weight)))
+            fitted = replace(one, b=_fitted(one.b, len(weight)))
+            modules[head] = replace(modules[head], low_rank=fitted)
         elif not is_head and embedding is not None:
             rows = (rows.float() + replace(embedding, a=embedding.a[:, ids]).product.t()).to(rows.dtype)
             embedding = replace(embedding, a=_fitted(embedding.a.t(), len(weight)).t())
         found.append(TokenRows((module,), rows, ids))
     rows_of_all = tuple(_together(found, compiled.vocabulary or len(own)))
-    return replace(compiled, low_rank=low_rank, embedding=embedding, token_rows=rows_of_all)
+    return replace(compiled, modules=modules, embedding=embedding, token_rows=rows_of_all)
 
 
 def _check_head(name: str, head: str, compiled: AdapterWeights) -> None:
     """Raise AdapterInvalid where something else of the adapter would have to know of the head's own rows."""
-    low_rank = compiled.low_rank.get(head)
+    change = compiled.modules.get(head, ModuleChange())
+    low_rank = change.low_rank
     beside = {
         "use_dora": low_rank is not None and low_rank.magnitude is not None,
         "lora_bias": low_rank is not None and low_rank.bias is not None,
         "what is made of the base's weights": low_rank is not None
         and (low_rank.through_base or low_rank.of_base is not None),
-        "a scale": head in compiled.scales,
-        "a Kronecker product": head in compiled.krons,
-        "a rotation": head in compiled.rotations,
-        "a dense change": head in compiled.dense,
-        "a bias": head in compiled.biases,
+        "a scale": change.scale is not None,
+        "a Kronecker product": change.kron is not None,
+        "a rotation": change.rotation is not None,
+        "a dense change": change.dense is not None,
+        "a bias": change.bias is not None,
     }
     found = [what for what, is_there in beside.items() if is_there]
     if found:

@@ -87,7 +87,7 @@ class AdapterRules:
         return Examined(
             compiled,
             prompts,
-            modules=compiled.modules or (len(self._base.attention) if compiled.prefix else 0),
+            modules=compiled.num_modules or (len(self._base.attention) if compiled.prefix else 0),
             warnings=(*compiled.warnings, *(() if prompts is None else prompts.warnings)),
         )
 
@@ -137,10 +137,7 @@ class AdapterRules:
 
     def unchecked(self, folder: AdapterFolder, compiled: AdapterWeights) -> tuple[str, ...]:
         """What only a server can tell of a folder that has passed: conditions that loading holds it to."""
-        low_rank = compiled.low_rank.values()
-        of_base = any(one.through_base or one.of_base is not None for one in low_rank) or any(
-            change.needs_base for change in compiled.dense.values()
-        )
+        of_base = any(change.makes_weights for change in compiled.modules.values())
         no_cache = self._room.blocks is None
         notes = {
             "its tokenizer and chat template can be used beside the base's, which aren't here": bool(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import LowRank
 from polygraft.layers.segments import stretches
 from polygraft.layers.step import StepContext
@@ -131,12 +132,14 @@ class Routers:
             model.set_submodule(name, self._routers[name])
         self._merge_sites = {name: RouterMergeSite(router) for name, router in self._routers.items()}
 
-    def install(self, slot: int, routers: Mapping[str, LowRank]) -> int:
-        """Take an adapter in; returns the bits of its modules."""
+    def install(self, slot: int, modules: Mapping[str, ModuleChange]) -> int:
+        """Take an adapter's changes of routers in, and return the routers' bits."""
         touched = 0
-        for name, primitive in routers.items():
-            self._routers[name].install(slot, primitive)
-            touched |= 1 << self._routers[name].index
+        for name, router in self._routers.items():
+            change = modules.get(name)
+            if change is not None and change.low_rank is not None:
+                router.install(slot, change.low_rank)
+                touched |= 1 << router.index
         return touched
 
     def remove(self, slot: int) -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from polygraft.core.primitives import Dense, Kron, LowRank, Rotation, Scale
+from polygraft.core.adapter_weights import ModuleChange
+from polygraft.core.primitives import Dense, LowRank, Scale
 from polygraft.layers.linear.packed_adapter import PackedAdapter
 from polygraft.layers.linear.panels import pack
 from polygraft.layers.native.kernels import DTYPES, WEIGHT_DTYPES, Kernels
@@ -88,19 +89,10 @@ class LowRankSlots:
         """int64 [slots, ENTRY], as native/side_path.h's `Entry` has it."""
         return self._table
 
-    def pack(
-        self,
-        primitive: LowRank | None,
-        scale: Scale | None = None,
-        kron: Kron | None = None,
-        rotation: Rotation | None = None,
-        own_bias: torch.Tensor | None = None,
-    ) -> PackedAdapter:
-        """What an adapter has for the module, as the operators read it.
-
-        Args:
-            own_bias: [out_features], in the place of the module's.
-        """
+    def pack(self, change: ModuleChange) -> PackedAdapter:
+        """Return an adapter's change of the module as the operators read it."""
+        primitive, scale, kron, rotation = change.low_rank, change.scale, change.kron, change.rotation
+        own_bias = change.bias
         a = b = bias = out_scale = None
         if primitive is not None:
             assert not primitive.needs_base, "to be resolved against the base's weights first"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from polygraft.core.primitives import Dense, Kron, LowRank, OnTrainedBias, Rotation, Scale
+from polygraft.core.adapter_weights import ModuleChange
+from polygraft.core.primitives import Dense, OnTrainedBias
 from polygraft.core.tensor_tree import Copies
 from polygraft.layers.linear.linear import PackedLinear
 from polygraft.layers.linear.low_rank import AdaptedLinear, LowRankSlots
@@ -96,47 +97,22 @@ class LowRankBank:
         for slots in self._slots.values():
             slots.move(grown[slots.index])
 
-    def install(
-        self,
-        low_rank: Mapping[str, LowRank],
-        scales: Mapping[str, Scale] | None = None,
-        krons: Mapping[str, Kron] | None = None,
-        rotations: Mapping[str, Rotation] | None = None,
-        dense: Mapping[str, Dense] | None = None,
-        biases: Mapping[str, torch.Tensor] | None = None,
-    ) -> int:
-        """Take an adapter in; returns its slot. Slots count from 1, since 0 stands for the base.
+    def install(self, modules: Mapping[str, ModuleChange]) -> int:
+        """Take an adapter's changes of linear modules in, and return its slot.
+
+        Slots count from 1, since 0 stands for the base.
 
         Args:
-            low_rank, scales, krons, rotations, dense: by the name of the module, resolved against the base.
-            biases: likewise, in the place of the modules' own.
+            modules: resolved against the base; modules that aren't in this bank are passed over.
         """
-        scales, krons, rotations, dense = scales or {}, krons or {}, rotations or {}, dense or {}
-        biases = biases or {}
-        others = {*low_rank, *scales, *krons, *rotations}
-        assert not others & {*dense}, "a module has a dense change or others"
-        dense = {
-            name: OnTrainedBias(change, biases[name]) if name in biases else change
-            for name, change in dense.items()
-        }
-        biases = {name: bias for name, bias in biases.items() if name not in dense}
+        changes = {name: change for name, change in modules.items() if name in self._slots}
+        dense = {name: _only_dense(change) for name, change in changes.items() if change.dense is not None}
         slot = self._free.pop() if self._free else len(self._touched) + 1
         if slot >= self._tables.shape[1]:
             self._grow(2 * slot)
         touched = rank = 0
-        names = list(dict.fromkeys((*low_rank, *scales, *krons, *rotations, *biases)))
-        weights = together(
-            [
-                self._slots[name].pack(
-                    low_rank.get(name),
-                    scales.get(name),
-                    krons.get(name),
-                    rotations.get(name),
-                    biases.get(name),
-                )
-                for name in names
-            ]
-        )
+        names = [name for name in changes if name not in dense]
+        weights = together([self._slots[name].pack(changes[name]) for name in names])
         for name, packed in zip(names, weights, strict=True):
             self._slots[name].install(slot, packed)
             touched |= 1 << self._slots[name].index
@@ -145,8 +121,8 @@ class LowRankBank:
         self._folded[slot] = 0
         # Copies, so that nothing keeps the file's whole memory.
         copies = Copies(self._tables.device)
-        for name, change in dense.items():
-            self._slots[name].install_dense(slot, copies.of(change))
+        for name, folded in dense.items():
+            self._slots[name].install_dense(slot, copies.of(folded))
             self._folded[slot] |= 1 << self._slots[name].index
         self._ranks[slot] = rank
         return slot
@@ -203,3 +179,10 @@ class LowRankBank:
     def resident(self) -> int:
         """Adapters that hold a slot."""
         return len(self._touched)
+
+
+def _only_dense(change: ModuleChange) -> Dense:
+    """The dense change of a module, on the bias that was trained with it, if there is one."""
+    assert change.dense is not None
+    assert not {"low_rank", "scale", "kron", "rotation"} & change.parts.keys(), "dense changes are alone"
+    return change.dense if change.bias is None else OnTrainedBias(change.dense, change.bias)

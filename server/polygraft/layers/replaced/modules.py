@@ -49,7 +49,7 @@ class ReplacedModules:
     def install(self, slot: int, compiled: AdapterWeights) -> int:
         """Put an adapter's weights, resolved, into a slot; returns the bits of the modules that have any."""
         touched = 0
-        for name, weights in compiled.norms.items():
+        for name, weights in compiled.each("norm").items():
             self._norms[name].install(slot, weights)
             touched |= 1 << self._norms[name].index
         own: dict[str, OwnRows] = {}
