@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from polygraft.base.inspect.experts import WatchExperts
+from polygraft.base.inspect.experts import find_experts
+from polygraft.base.inspect.trace import record
 from polygraft.core.primitives import ExpertLowRank
 from polygraft.layers.experts.pairs import ExpertRuns, pair_up
 from polygraft.layers.experts.sites import ExpertSites
@@ -129,10 +130,9 @@ class Served:
         self.bare = Experts(**shape)
         served = Experts(**shape)
         self.model = Model(served)
-        watch = WatchExperts(self.model)
-        with watch:
+        with record(self.model) as trace:
             served(*rows(3))
-        self.shapes = watch.found(3)
+        self.shapes = find_experts(trace, 3)
         kernels = load_kernels() if operators == "native" else None
         self.step = StepContext()
         self.sites = ExpertSites(self.model, self.shapes, self.step, kernels, triton, first_bit=3)
@@ -390,9 +390,10 @@ def test_a_module_that_computes_otherwise_isnt_taken() -> None:
 @pytest.mark.parametrize("note", ["has_gate", "is_transposed", "num_experts"])
 def test_a_module_without_transformers_notes_isnt_taken(note: str) -> None:
     experts = Experts()
+    with record(Model(experts)) as trace:
+        experts(*rows(3))
     delattr(experts, note)
-    watch = WatchExperts(Model(experts))
-    assert not watch.found(3)
+    assert not find_experts(trace, 3)
 
 
 def test_a_module_as_transformers_5_17_has_it_is_taken() -> None:
@@ -400,26 +401,23 @@ def test_a_module_as_transformers_5_17_has_it_is_taken() -> None:
     del experts.has_post_expert_norm
     del experts._is_expert_parallel
     x, index, weights = rows(3)
-    watch = WatchExperts(Model(experts))
-    with watch:
+    with record(Model(experts)) as trace:
         experts(x, index, weights)
-    assert watch.found(3).keys() == {NAME}
+    assert find_experts(trace, 3).keys() == {NAME}
 
 
 def test_a_module_that_is_called_otherwise_isnt_taken() -> None:
     experts = Experts()
     x, index, weights = rows(3)
     for calls in (0, 2):
-        watch = WatchExperts(Model(experts))
-        with watch:
+        with record(Model(experts)) as trace:
             for _ in range(calls):
                 experts(x, index, weights)
-        assert not watch.found(3)
-    watch = WatchExperts(Model(experts))
-    with watch:
+        assert not find_experts(trace, 3)
+    with record(Model(experts)) as trace:
         experts(x, index, weights)
-    assert not watch.found(4)
-    assert watch.found(3).keys() == {NAME}
+    assert not find_experts(trace, 4)
+    assert find_experts(trace, 3).keys() == {NAME}
 
 
 PACKAGES = Path(sys.prefix) / "triton"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from polygraft.base.inspect.routers import WatchRouters
+from polygraft.base.inspect.routers import find_routers
+from polygraft.base.inspect.trace import record
 from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import RouterShape
@@ -169,8 +170,7 @@ def test_what_is_taken_for_a_router(
 ) -> None:
     model = nn.Module()
     model.gate = make()
-    watch = WatchRouters(model)
-    with torch.inference_mode(), watch:
+    with torch.inference_mode(), record(model) as trace:
         for args in calls:
             model.gate(*args)
-    assert dict(watch.found(len(X))) == ({"gate": RouterShape(HIDDEN, EXPERTS)} if found else {})
+    assert dict(find_routers(trace, len(X))) == ({"gate": RouterShape(HIDDEN, EXPERTS)} if found else {})

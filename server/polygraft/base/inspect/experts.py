@@ -1,9 +1,8 @@
-"""Finds the modules of a base that hold the weights of several experts, each kind in one parameter of three
-dimensions: what LoRA's `target_parameters` adapts.
+"""Finds the modules that hold the weights of several experts in parameters of three dimensions.
 
-They are known by what transformers notes in every module whose product can be exchanged
-(transformers/integrations/moe.py, `use_experts_implementation`). A module counts only if the layers' own way
-of computing it gives the same as the module does on random rows, so that no architecture is taken on trust.
+LoRA's `target_parameters` adapts them. Transformers sets attributes that describe the layout on every module
+whose computation can be exchanged (transformers/integrations/moe.py, `use_experts_implementation`). A module
+counts only if `experts_forward` gives the same results as the module itself on random rows.
 """
 
 from __future__ import annotations
@@ -15,60 +14,42 @@ import torch
 from torch import nn
 
 from polygraft.base.inspect.agreement import agree, random_rows
+from polygraft.base.inspect.trace import Call, Trace
 from polygraft.core.spec import ExpertsShape
 from polygraft.layers.experts.forward import experts_forward, up_name
 from polygraft.layers.experts.pairs import pair_up
 
-_NOTES = ("has_gate", "has_bias", "is_transposed", "num_experts")
-_TOP = 2  # experts that a row is sent to when a module is tried
+_LAYOUT = ("has_gate", "has_bias", "is_transposed", "num_experts")
+_TOP = 2  # experts of each random row
 
 
-class WatchExperts:
-    """While it is entered, notes which modules with experts a model calls, and with how many rows."""
+def find_experts(trace: Trace, rows: int) -> Mapping[str, ExpertsShape]:
+    """Return the modules with experts that see every row of a step once, by module name.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._shapes = {
-            name: (module, shape)
-            for name, module in model.named_modules()
-            if (shape := _shape(module)) is not None
-        }
-        self._rows: dict[str, list[int]] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+    Args:
+        rows: how many rows the traced forward had.
+    """
+    found = {}
+    for name, module in trace.model.named_modules():
+        shape = _shape(module)
+        if shape is None or [_rows(call) for call in trace.calls_of(module)] != [rows]:
+            continue
+        if _agrees_with_ours(module, shape):
+            found[name] = shape
+    return found
 
-    def __enter__(self) -> WatchExperts:
-        for name, (module, _) in self._shapes.items():
-            self._watch(name, module)
-        return self
 
-    def __exit__(self, *error: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _watch(self, name: str, module: nn.Module) -> None:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # Rows, the experts of each, and their weights, in this order and without names.
-            fits = len(args) == 3 and all(isinstance(x, torch.Tensor) and x.dim() == 2 for x in args)
-            self._rows.setdefault(name, []).append(len(args[0]) if fits else 0)
-
-        self._hooks.append(module.register_forward_pre_hook(note))
-
-    def found(self, rows: int) -> Mapping[str, ExpertsShape]:
-        """Those that see every row of a step once, by name.
-
-        Args:
-            rows: how many the model was given.
-        """
-        return {
-            name: shape
-            for name, (module, shape) in self._shapes.items()
-            if self._rows.get(name) == [rows] and _computed_alike(module, shape)
-        }
+def _rows(call: Call) -> int:
+    """How many rows a call has; 0 unless its arguments are rows, their experts, and the experts' weights."""
+    args = call.args
+    fits = len(args) == 3 and all(isinstance(x, torch.Tensor) and x.dim() == 2 for x in args)
+    return len(args[0]) if fits else 0
 
 
 def _shape(module: Any) -> ExpertsShape | None:
-    """What a module holds, by its parameters and transformers' notes; None for any other."""
-    # transformers 5.17 has neither parallel experts nor a norm behind them, and so doesn't note them.
-    if not all(hasattr(module, note) for note in _NOTES) or getattr(module, "_is_expert_parallel", False):
+    """The layout by a module's parameters and transformers' attributes; None for any other module."""
+    # transformers 5.17 has no attributes for parallel experts and for a norm after the experts.
+    if not all(hasattr(module, name) for name in _LAYOUT) or getattr(module, "_is_expert_parallel", False):
         return None
     up = up_name(module)
     parameters = dict(module.named_parameters(recurse=False))
@@ -87,13 +68,13 @@ def _shape(module: Any) -> ExpertsShape | None:
     return ExpertsShape(module.num_experts, widths, transposed)
 
 
-def _computed_alike(module: nn.Module, shape: ExpertsShape) -> bool:
-    """Whether the layers' way gives what the module does; without weights that can't be known."""
+def _agrees_with_ours(module: nn.Module, shape: ExpertsShape) -> bool:
+    """Whether `experts_forward` gives what the module does; weights on meta can't be checked and pass."""
     weight = next(module.parameters())
     if weight.device.type == "meta":
         return True
     inputs, _ = shape.weights[up_name(module)]
-    # The gate multiplies two of its numbers, which float16 doesn't hold for the largest rows.
+    # The gate multiplies two values, which would overflow float16 in the largest rows.
     x = (random_rows(inputs) / (100 if weight.dtype == torch.float16 else 1)).to(weight)
     top = min(_TOP, shape.experts)
     generator = torch.Generator().manual_seed(0)

@@ -1,23 +1,21 @@
-"""Finds where a base's layers add to the residual stream: the places that bottleneck adapters work at.
+"""Finds where a base's layers add to the residual stream: bottleneck adapters work at these sites.
 
-A layer has them if it adds one part's output to its input, and another's to the sum, which is what it
-returns: Llama, Gemma and GPT-2 are all made so. Layers whose two parts read the same input, or that scale
-what they add, have none. The sums are watched while a few rows run, on whatever device: no name decides.
+A layer has two sites if it adds the output of one part to its input, adds the output of another part to that
+sum, and returns the result, as Llama, Gemma and GPT-2 do. Layers whose two parts read the same input, or that
+scale what they add, have none. The sums of a recorded forward decide, not the modules' names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from polygraft.base.inspect.trace import Call, Trace
 from polygraft.core.spec import ResidualSite
 
 ATTENTION, FEED_FORWARD = "attention", "feed_forward"
-_ADDITIONS = {torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.add}
 
 
 def site_name(layer: str, place: str) -> str:
@@ -25,76 +23,53 @@ def site_name(layer: str, place: str) -> str:
     return f"{layer}.{place}"
 
 
-class WatchSums(TorchFunctionMode):
-    """While it is entered, notes what the members of a model's lists of layers read, give and add up."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._layers = {
-            f"{name}.{index}": layer
-            for name, layers in model.named_modules()
-            if isinstance(layers, nn.ModuleList)
-            for index, layer in enumerate(layers)
-        }
-        self._inputs: dict[str, torch.Tensor] = {}
-        self._outputs: dict[str, torch.Tensor] = {}
-        # Ids stand for one tensor each as long as all of them are held.
-        self._sums: dict[tuple[int, int], torch.Tensor] = {}
-        self._held: list[object] = []
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> WatchSums:
-        for name, layer in self._layers.items():
-            self._watch(name, layer)
-            for child, module in layer.named_children():
-                self._watch(f"{name}.{child}", module)
-        super().__enter__()  # type: ignore[no-untyped-call]  # torch's own has no types
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]  # nor has this one
-        for hook in self._hooks:
-            hook.remove()
-
-    def _watch(self, name: str, module: nn.Module) -> None:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            x = args[0] if args else kwargs.get("hidden_states")
-            y = out[0] if isinstance(out, tuple) else out
-            if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
-                self._inputs[name], self._outputs[name] = x, y
-
-        self._hooks.append(module.register_forward_hook(note, with_kwargs=True))
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in _ADDITIONS and not kwargs and all(isinstance(x, torch.Tensor) for x in args[:2]):
-            self._held += args
-            self._sums[id(args[0]), id(args[1])] = self._sums[id(args[1]), id(args[0])] = out
-        return out
-
-    def sites(self) -> Mapping[str, ResidualSite]:
-        """What was found, by name."""
-        found: dict[str, ResidualSite] = {}
-        for layer in self._layers:
-            x, y = self._inputs.get(layer), self._outputs.get(layer)
-            if x is None or y is None:
-                continue
-            first = self._added(layer, x)
-            second = None if first is None else self._added(layer, first[1])
-            if first is not None and second is not None and second[1] is y:
-                found[site_name(layer, ATTENTION)] = ResidualSite(layer, first[0], first=True)
-                found[site_name(layer, FEED_FORWARD)] = ResidualSite(layer, second[0], first=False)
-        return found
-
-    def _added(self, layer: str, stream: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        """The part of a layer whose output is added to the stream, and the sum."""
-        for name, output in self._outputs.items():
-            if _parent(name) == layer and (id(stream), id(output)) in self._sums:
-                return name, self._sums[id(stream), id(output)]
-        return None
+def find_residual_sites(trace: Trace) -> Mapping[str, ResidualSite]:
+    """Return the sites of all members of a model's module lists, by name."""
+    # In the order of first calls; of a module that was called more than once, the last call counts.
+    called = {
+        call.module: call
+        for call in trace.calls
+        if call.hidden_states is not None and call.output is not None
+    }
+    order = {module: at for at, module in enumerate(called)}
+    sites: dict[str, ResidualSite] = {}
+    for list_name, layers in trace.model.named_modules():
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        for index, layer in enumerate(layers):
+            if layer in called:
+                children = [(name, child) for name, child in layer.named_children() if child in called]
+                children.sort(key=lambda child: order[child[1]])
+                parts = [(name, called[child]) for name, child in children]
+                sites |= _sites_of(trace, f"{list_name}.{index}", called[layer], parts)
+    return sites
 
 
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
+def _sites_of(
+    trace: Trace, name: str, layer: Call, parts: Sequence[tuple[str, Call]]
+) -> dict[str, ResidualSite]:
+    """Return the two sites of one layer, or nothing.
+
+    Args:
+        parts: the layer's children and their calls.
+    """
+    first = _added(trace, layer.hidden_states, parts)
+    second = None if first is None else _added(trace, first[1], parts)
+    if first is None or second is None or second[1] is not layer.output:
+        return {}
+    return {
+        site_name(name, ATTENTION): ResidualSite(name, f"{name}.{first[0]}", first=True),
+        site_name(name, FEED_FORWARD): ResidualSite(name, f"{name}.{second[0]}", first=False),
+    }
+
+
+def _added(
+    trace: Trace, stream: torch.Tensor | None, parts: Sequence[tuple[str, Call]]
+) -> tuple[str, torch.Tensor] | None:
+    """Return the part whose output is added to the stream, and the sum."""
+    for name, call in parts:
+        if stream is not None and call.output is not None:
+            total = trace.sum_of(stream, call.output)
+            if total is not None:
+                return name, total
+    return None
