@@ -86,7 +86,7 @@ class Engine:
             device=base.device,
             kernels=load_kernels() if native else None,
         )
-        frame = fuse_decoder_layers(
+        fused_model = fuse_decoder_layers(
             base.model, bank.bottlenecks.by_layer, step, load_kernels() if native else None
         )
         self.step_cost = StepCost.of_model(base.spec, config.max_step_ms / 1000)
@@ -100,7 +100,7 @@ class Engine:
             cost=self.step_cost,
         )
         switch = WeightSwitch()
-        self.runner = ModelRunner(base, bank, switch, step, config.block_size, frame)
+        self.runner = ModelRunner(base, bank, switch, step, config.block_size, fused_model)
         self.prompts = AdapterPrompts(base)
         self.background = BackgroundWork()
         requantized = base.quantization != "none" and config.requantize_merged

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,14 +10,12 @@ import torch
 
 from polygraft.adapters.stack import Runs
 from polygraft.base.loader import Base
-from polygraft.base.optimize.model_frame import ModelFrame
+from polygraft.base.optimize.fused_model import FusedModel
 from polygraft.engine.schedule.scheduler import Batch, Scheduled
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.linear.low_rank_bank import Run
 from polygraft.layers.linear.merging import WeightSwitch
-from polygraft.layers.step import AttentionPlan, BrokenRun, StepContext
-
-log = logging.getLogger(__name__)
+from polygraft.layers.step import AttentionPlan, StepContext
 
 
 class ModelRunner:
@@ -26,7 +23,7 @@ class ModelRunner:
 
     Args:
         block_size: tokens in a block of the cache.
-        frame: gives the same as the model, with less around it.
+        fused_model: gives the same logits as the base's model, faster.
     """
 
     def __init__(
@@ -36,11 +33,11 @@ class ModelRunner:
         switch: WeightSwitch,
         step: StepContext,
         block_size: int,
-        frame: ModelFrame | None = None,
+        fused_model: FusedModel | None = None,
     ) -> None:
         self._base = base
         self._device = base.device  # looked up among the model's parameters
-        self._frame = frame
+        self._fused_model = fused_model
         self._bank = bank
         self._switch = switch
         self.switched = False
@@ -90,26 +87,17 @@ class ModelRunner:
     def _logits(
         self, positions: torch.Tensor, kept: torch.Tensor | None, inputs: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Logits [kept rows, tokens], as `ModelFrame` has them, by it or by the model itself."""
-        if self._frame is not None:
-            logits = self._frame(positions, kept, **inputs)
-            if logits is not None:
-                return logits
-        try:
-            logits = self._ask_model(positions, kept, inputs)
-            if self._step.following is None:
-                return logits
-        except BrokenRun:
-            pass
-        # Something has come between two layers since the model was loaded. The second time writes to the same
-        # places of the cache.
-        log.warning("decoder layers are no longer called one right after another: each is computed by itself")
-        self._step.joins, self._step.following = False, None
-        return self._ask_model(positions, kept, inputs)
+        """Return logits [kept rows, tokens].
 
-    def _ask_model(
-        self, positions: torch.Tensor, kept: torch.Tensor | None, inputs: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+        Args:
+            positions: int64 [1, rows].
+            kept: int64 [n]; None keeps all rows.
+            inputs: "input_ids" or "inputs_embeds".
+        """
+        if self._fused_model is not None:
+            fused = self._fused_model(positions, kept, **inputs)
+            if fused is not None:
+                return fused
         logits: torch.Tensor = self._base.model(
             **inputs,
             position_ids=positions,

@@ -1,6 +1,6 @@
-"""C++ operators in the place of a base's small modules, which torch runs as half a dozen operations each.
+"""C++ operators for a base's small modules, which torch runs as half a dozen operations each.
 
-Each takes over one make of module; `base/optimize/fusing.py` decides where, and checks the results.
+`base/optimize/fusing.py` decides which modules they replace, and checks the results.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ class FusedRmsNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * scale`, in float32 and rounded once.
 
     Args:
-        weight: [width], the module's.
-        offset: what is added to it: 1 for Gemma's.
+        weight: [width], as in the checkpoint.
+        offset: added to the weight: 1 for Gemma's norms.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float, kernels: Kernels, offset: float = 0.0) -> None:
         super().__init__()
-        # No parameter: it stays in float32 whatever type the model has.
+        # Not a parameter, so that it stays in float32 whatever type the model has.
         self.scale = weight.detach().float() + offset
         self.eps = eps
         self._offset = offset
         self._kernels = kernels
 
     def with_weight(self, weight: torch.Tensor) -> FusedRmsNorm:
-        """The same norm with another weight [width]."""
+        """Return the same norm with another weight [width]."""
         return FusedRmsNorm(weight, self.eps, self._kernels, self._offset)
 
     @property
@@ -54,7 +54,7 @@ class FusedRmsNorm(nn.Module):
 
 
 class FusedMlp(nn.Module):
-    """`down_proj(activation(gate_proj(x)) * up_proj(x))`, with the modules that it is given.
+    """`down_proj(activation(gate_proj(x)) * up_proj(x))`.
 
     Args:
         activation: index in ACTIVATIONS.
@@ -79,7 +79,7 @@ class FusedMlp(nn.Module):
         return out
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """`activation(gate) * up`, in `gate` where that is contiguous."""
+        """Return `activation(gate) * up`; a contiguous `gate` is overwritten with it."""
         gate, up = gate.contiguous(), up.contiguous()
         self._kernels.gate(
             DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), self.activation,
@@ -89,7 +89,7 @@ class FusedMlp(nn.Module):
 
 
 def fused_rotate(original: Rotate, kernels: Kernels) -> Rotate:
-    """transformers' `apply_rotary_pos_emb` in one pass; calls that it isn't made for go to the original."""
+    """Return `apply_rotary_pos_emb` in one pass; calls that the operator can't compute go to the original."""
 
     def rotate(
         q: torch.Tensor,
@@ -99,7 +99,7 @@ def fused_rotate(original: Rotate, kernels: Kernels) -> Rotate:
         *args: object,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if args or kwargs or q.dim() != 4 or q.shape[0] != 1 or not _alike(q, k, cos, sin):
+        if args or kwargs or q.dim() != 4 or q.shape[0] != 1 or not _can_rotate(q, k, cos, sin):
             return original(q, k, cos, sin, *args, **kwargs)
         return one(q, cos, sin), one(k, cos, sin)
 
@@ -115,7 +115,7 @@ def fused_rotate(original: Rotate, kernels: Kernels) -> Rotate:
     return rotate
 
 
-def _alike(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+def _can_rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     rows, dim = q.shape[2:]
     return (
         q.dtype in DTYPES

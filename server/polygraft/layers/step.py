@@ -17,10 +17,6 @@ import torch
 from polygraft.layers.native.structures import MAX_MODULES, PlanStruct, RowsStruct, SegmentStruct
 
 
-class BrokenRun(Exception):
-    """Decoder layers that were computed together weren't called one right after another."""
-
-
 @dataclass(slots=True)
 class AttentionPlan:
     """Where the step's rows lie in the paged cache. All int32 but `slot_mapping` (int64).
@@ -157,12 +153,6 @@ class StepContext:
     """What `rows` was described with, or None before that."""
     head_dim: int = 0
     """Their width."""
-    joins: bool = True
-    """Whether decoder layers may compute those behind them as well."""
-    stream: torch.Tensor | None = None
-    """What the decoder layers that were computed together last have given."""
-    following: object | None = None
-    """The next of them that is to be called; None behind the last one."""
     rows: RowsStruct = field(default_factory=RowsStruct)
     rows_address: int = field(init=False)
     _buffer: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
@@ -198,4 +188,4 @@ class StepContext:
     def end(self) -> None:
         """Forget it, so that nothing of a finished step can be read by mistake."""
         self.attention, self.segments, self.head_segments = None, NO_SEGMENTS, NO_SEGMENTS
-        self.positions = self.stream = self.following = None
+        self.positions = None

@@ -107,5 +107,5 @@ def test_positions_of_another_width_go_through_the_modules(llama: Path) -> None:
         ((1, 1, dim), torch.float32, False),
         ((1, 4, dim), torch.bfloat16, False),
     ):
-        assert layer._serves(x, torch.zeros(shape, dtype=dtype)) is served
-    assert not layer._serves(x, torch.zeros(1, dim, 4).transpose(1, 2))
+        assert layer._alone._serves(x, torch.zeros(shape, dtype=dtype)) is served
+    assert not layer._alone._serves(x, torch.zeros(1, dim, 4).transpose(1, 2))

@@ -1,7 +1,7 @@
-"""Puts one C++ operator in the place of a base's decoder layers.
+"""Replaces the `forward` of a base's decoder layers by one C++ operator.
 
-A layer is recognised by its parts, which are operators of ours by then, and taken over only if the one call
-gives the same results to the bit on random rows. `layer_runs.py` finds those that are computed together.
+A layer is recognised by its parts, which our operators have replaced by then. It is fused only if the
+operator gives the same results on random rows, to the bit.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from polygraft.base.optimize.layer_runs import join_neighbours, trial_step
-from polygraft.base.optimize.model_frame import ModelFrame
+from polygraft.base.optimize.fused_model import FusedModel, find_fused_model
+from polygraft.base.optimize.trial_step import trial_step
 from polygraft.layers.attention import PagedAttention, attached
 from polygraft.layers.decoder_layer import FusedDecoderLayer
 from polygraft.layers.fused import FusedMlp, FusedRmsNorm
@@ -31,8 +31,8 @@ def fuse_decoder_layers(
     sites: Mapping[str, Sequence[BottleneckSite]],
     step: StepContext,
     kernels: Kernels | None,
-) -> ModelFrame | None:
-    """Take over the layers that one call can stand in for; their modules stay where they are.
+) -> FusedModel | None:
+    """Fuse the layers that the operator can compute; their modules stay where they are.
 
     The paged cache must be attached and empty: its first blocks are written.
 
@@ -40,15 +40,17 @@ def fuse_decoder_layers(
         sites: of bottleneck adapters, by the name of the layer.
 
     Returns:
-        What is around them, as `join_neighbours` does.
+        The model with all layers in one call, if it can be computed so; else None, and each fused layer is
+        one call.
     """
+    if kernels is None:
+        return None
     fused: dict[nn.Module, FusedDecoderLayer] = {}
-    if kernels is not None:
-        for name, layer in model.named_modules():
-            candidate = _candidate(layer, sites.get(name, ()), step, kernels)
-            if candidate is not None and _agree(layer, candidate, step):
-                layer.forward = fused[layer] = candidate
-    return join_neighbours(model, fused, step)
+    for name, layer in model.named_modules():
+        candidate = _candidate(layer, sites.get(name, ()), step, kernels)
+        if candidate is not None and _agree(layer, candidate, step):
+            layer.forward = fused[layer] = candidate
+    return find_fused_model(model, fused, step, kernels) if fused else None
 
 
 def _candidate(
@@ -74,7 +76,7 @@ def _candidate(
 
 
 def _norms(layer: nn.Module, self_attn: nn.Module) -> list[_Norm] | None:
-    """As `FusedDecoderLayer` takes them. Llama has two norms around its parts, Gemma four."""
+    """A layer's norms as `FusedDecoderLayer` takes them: Llama has two around its parts, Gemma four."""
     outer = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
     further = [
         getattr(layer, name, None) for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -90,7 +92,7 @@ def _norms(layer: nn.Module, self_attn: nn.Module) -> list[_Norm] | None:
 
 
 def _group(parent: nn.Module, *names: str) -> LinearGroup | None:
-    """The group that consists of these modules, in this order."""
+    """The group of exactly these modules, in this order; None if there is none."""
     modules = [getattr(parent, name, None) for name in names]
     first = modules[0]
     if not isinstance(first, PackedLinear) or len(first.group.widths) != len(names):
@@ -102,7 +104,7 @@ def _group(parent: nn.Module, *names: str) -> LinearGroup | None:
 
 
 def _fit(attention: PagedAttention, norms: list[_Norm], groups: list[LinearGroup]) -> bool:
-    """Whether each part reads what the one before it gives: the operator takes widths on trust."""
+    """Whether each part reads the width that the one before it returns: the operator checks no widths."""
     site, (qkv, o, gate_up, down) = attention.site, groups
     hidden, inner = qkv.in_features, down.in_features
     values = site.heads * site.value_dim
@@ -122,7 +124,7 @@ def _fit(attention: PagedAttention, norms: list[_Norm], groups: list[LinearGroup
 
 
 def _agree(layer: nn.Module, candidate: FusedDecoderLayer, step: StepContext) -> bool:
-    """Whether both give the same on random rows of one sequence."""
+    """Whether both give the same results on random rows of one sequence, to the bit."""
     cache = candidate.attention.key_cache
     generator = torch.Generator().manual_seed(0)
     try:

@@ -1,24 +1,26 @@
-"""Neighbouring decoder layers in one call give what each gives by itself, to the bit, or are left apart."""
+"""A model with all layers in one call gives its own logits, to the bit, or isn't taken."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from polygraft.adapters.stack import Stack
 from polygraft.base.loader import load_base
-from polygraft.base.optimize.layer_runs import trial_step
 from polygraft.config import ServerConfig
 from polygraft.core.request import LoraPath, Request
 from polygraft.engine import engine as engine_module
 from polygraft.engine.engine import Engine
 from polygraft.engine.schedule.sequence import CanarySequence
-from polygraft.layers.decoder_layer import FusedDecoderLayer
 from polygraft.layers.native.kernels import load_kernels
+from tests.architectures import MATRIX
+from tests.base.optimize.test_layer_fusing import fused_layers
 from tests.engines import greedy, make_engine
 from tests.layers.residual.test_bottlenecks import adapters as bottlenecks
 from tests.tiny import CONFIGS, save_random_model, save_tiny_model
@@ -28,8 +30,6 @@ pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler"
 ADAPTERS = [
     None, "lora", "lora-layers", "lora-saved-norms", "lora-tokens", "dora", "ia3", "prefix", "prompt", "lokr", "boft", None,
 ]  # fmt: skip
-S, F = "sliding_attention", "full_attention"
-MIXED = {"layer_types": [S, S, F, F, F, S], "num_hidden_layers": 6}
 
 
 @pytest.fixture(params=[1, 3])
@@ -40,29 +40,13 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Positions of one kind in the first two and the last layer, of another in those between."""
-    return save_tiny_model(tmp_path_factory.mktemp("gemma"), "gemma3_text", **MIXED)
-
-
-def fused(engine: Engine) -> list[FusedDecoderLayer]:
-    forwards = [vars(module).get("forward") for module in engine.base.model.modules()]
-    return [forward for forward in forwards if isinstance(forward, FusedDecoderLayer)]
-
-
-def runs(engine: Engine) -> list[int]:
-    """How many layers each of those computes that aren't computed with another one before."""
-    counts, at, layers = [], 0, fused(engine)
-    while at < len(layers):
-        counts.append(len(layers[at]._addresses) if layers[at].together else 1)
-        at += counts[-1]
-    return counts
+def is_fused(engine: Engine) -> bool:
+    return engine.runner._fused_model is not None
 
 
 def apart(engine: Engine) -> None:
     """Compute each layer by itself, as the modules' own code calls them."""
-    engine.runner._step.joins = False
+    engine.runner._fused_model = None
 
 
 def all_logits(engine: Engine, requests: list[Request]) -> list[torch.Tensor]:
@@ -96,34 +80,26 @@ def equal(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "nf4"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_a_run_gives_the_same_logits_as_its_layers(
+def test_it_gives_the_same_logits_as_the_model(
     tiny_model: Callable[[str], Path],
     common_store: Callable[[str], Path],
     architecture: str,
     precision: str,
 ) -> None:
     engine = warm_engine(tiny_model(architecture), common_store(architecture), precision)
-    assert runs(engine) == [3]
+    assert is_fused(engine)
+    assert len(fused_layers(engine.base.model)) == 3
+    engine.base.model.register_forward_pre_hook(lambda *_: pytest.fail("the model's own code runs"))
     together = all_logits(engine, mix())
     assert len(together) > 5
+    engine.base.model._forward_pre_hooks.clear()
     apart(engine)
-    assert runs(engine) == [1, 1, 1]
     assert equal(together, all_logits(engine, mix()))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
-def test_runs_end_where_positions_change(gemma: Path, precision: str) -> None:
-    engine = make_engine(gemma, precision=precision, prefix_caching=False)
-    assert runs(engine) == [2, 3, 1]
-    requests = [greedy(str(n), list(range(5 + n, 40 + n)), None, 4) for n in range(3)]
-    together = all_logits(engine, requests)
-    apart(engine)
-    assert equal(together, all_logits(engine, requests))
-
-
-def test_bottlenecks_at_some_sites_and_couplings_act_within_a_run(llama: Path) -> None:
+def test_bottlenecks_at_some_sites_and_couplings_act_within_it(llama: Path) -> None:
     engine = make_engine(llama, prefix_caching=False)
-    assert runs(engine) == [3]
+    assert is_fused(engine)
     stacks = [Stack()]
     for name, compiled in bottlenecks(engine).items():
         slot = engine.runner._bank.install(compiled)
@@ -148,7 +124,7 @@ def test_bottlenecks_at_some_sites_and_couplings_act_within_a_run(llama: Path) -
     assert equal(together, logits())
 
 
-def test_merged_weights_are_what_a_run_multiplies_by(llama: Path, llama_store: Path) -> None:
+def test_merged_weights_are_what_it_multiplies_by(llama: Path, llama_store: Path) -> None:
     engine = make_engine(llama, llama_store, prefix_caching=False, merged_bytes=2**24)
     requests = [
         Request(str(n), (*range(5 + n, 30),), r.adapters, stopping=r.stopping, lora_path=path)
@@ -171,7 +147,9 @@ def doubled_mlp(layer: nn.Module) -> None:
     layer.mlp.forward = lambda x: 2 * forward(x)
 
 
-def test_a_layer_that_isnt_fused_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_isnt_fused_leaves_the_others_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = save_tiny_model(tmp_path, "llama", num_hidden_layers=6)
     settings = {"kv_cache_bytes": 2**20, "prefix_caching": False}
     logits = []
@@ -181,7 +159,8 @@ def test_a_layer_that_isnt_fused_ends_a_run(tmp_path: Path, monkeypatch: pytest.
         if patched:
             monkeypatch.setattr(engine_module, "fuse_decoder_layers", lambda *_: None)
         engine = Engine(base, ServerConfig(**settings))
-        assert runs(engine) == ([] if patched else [2, 3])
+        assert not is_fused(engine)
+        assert len(fused_layers(base.model)) == (0 if patched else 5)
         logits.append(all_logits(engine, mix()[:1]))
     assert equal(*logits)
 
@@ -225,107 +204,17 @@ def test_whoever_comes_between_layers_later_is_heard(
     assert not equal(mine, before)
 
 
-class Halved(nn.Module):
-    def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return x / 2
-
-
-def another_layer_between(engine: Engine) -> None:
-    model = engine.base.model
-    model.model.layers.insert(1, Halved())
-    model.config.num_hidden_layers += 1
-
-
-def the_last_layer_left_out(engine: Engine) -> None:
-    engine.base.model.config.num_hidden_layers -= 1
-
-
-def two_layers_exchanged(engine: Engine) -> None:
-    layers = engine.base.model.model.layers
-    layers[1], layers[2] = layers[2], layers[1]
-
-
-def other_positions_behind_the_first(engine: Engine) -> None:
-    class Turned(nn.Module):
-        def __init__(self, layer: nn.Module) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
-            cos, sin = kwargs.pop("position_embeddings")  # type: ignore[misc]
-            return self.layer(x, position_embeddings=(sin.clone(), cos.clone()), **kwargs)
-
-    layers = engine.base.model.model.layers
-    layers[1] = Turned(layers[1])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [another_layer_between, the_last_layer_left_out, two_layers_exchanged, other_positions_behind_the_first],
-)
-def test_a_model_that_calls_its_layers_otherwise_is_computed_again_layer_by_layer(
-    llama: Path, caplog: pytest.LogCaptureFixture, change: Callable[[Engine], None]
-) -> None:
-    engine, reference = make_engine(llama, prefix_caching=False), make_engine(llama, prefix_caching=False)
-    before = all_logits(engine, mix()[:1])
-    for one in (engine, reference):
-        change(one)
-        one.runner._frame = None  # so that the model's own code runs
-    apart(reference)
-    mine = all_logits(engine, mix()[:1])
-    assert "no longer called one right after another" in caplog.text
-    assert runs(engine) == [1, 1, 1]
-    assert equal(mine, all_logits(reference, mix()[:1]))
-    assert not equal(mine, before)
-
-
-def test_hidden_states_between_layers_can_be_asked_for(engine: Engine) -> None:
-    model, step = engine.base.model, engine.runner._step
-    ids = torch.arange(5)[None]
-
-    def hidden_states() -> tuple[torch.Tensor, ...]:
-        with trial_step(step, fused(engine)[0].attention.key_cache):
-            return model(  # type: ignore[no-any-return]
-                input_ids=ids,
-                position_ids=ids,
-                attention_mask=torch.zeros(1, 1, 1, 1),
-                use_cache=False,
-                output_hidden_states=True,
-            ).hidden_states
-
-    mine = hidden_states()
-    apart(engine)
-    assert equal(list(mine), list(hidden_states()))
-    assert len({float(x.norm()) for x in mine}) == len(mine) == 4
-
-
-def test_a_layer_behind_the_first_computes_itself_alone(engine: Engine) -> None:
-    layer = fused(engine)[1]
-    x, cos, sin = (
-        torch.randn(1, 5, width, generator=torch.Generator().manual_seed(width)) for width in (64, 16, 16)
-    )
-    outs = []
-    for _ in range(2):
-        with trial_step(engine.runner._step, layer.attention.key_cache):
-            outs.append(layer(x, position_embeddings=(cos, sin)))
-            assert engine.runner._step.following is None
-        apart(engine)
-    assert torch.equal(*outs)
-
-
-def test_a_model_that_calls_a_layer_twice_has_no_runs(llama: Path) -> None:
+def test_a_model_that_calls_a_layer_twice_isnt_fused(llama: Path) -> None:
     base = load_base(str(llama))
     layers = base.model.model.layers
     layers.append(layers[0])
     base.model.config.num_hidden_layers += 1
     engine = Engine(base, ServerConfig(kv_cache_bytes=2**20))
-    assert len(fused(engine)) == 3
-    assert runs(engine) == [1, 1, 1]
+    assert len(fused_layers(base.model)) == 3
+    assert not is_fused(engine)
 
 
-def test_a_run_that_gave_something_else_would_be_given_up(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_gives_other_logits_isnt_taken(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = load_kernels()
     assert kernels is not None
     call = kernels.decoder_layers
@@ -336,15 +225,108 @@ def test_a_run_that_gave_something_else_would_be_given_up(
 
     monkeypatch.setattr(kernels, "decoder_layers", wrong)
     engine = make_engine(llama)
-    assert len(fused(engine)) == 3
-    assert runs(engine) == [1, 1, 1]
+    assert len(fused_layers(engine.base.model)) == 3
+    assert not is_fused(engine)
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "qwen3", "gemma2"])
-def test_other_architectures_are_one_run(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ["mistral", "qwen3"])
+def test_other_architectures_are_fused(tmp_path: Path, architecture: str) -> None:
     model = save_random_model(tmp_path, architecture, {**CONFIGS["llama"], "head_dim": 16})
     engine = make_engine(model, prefix_caching=False)
-    assert runs(engine) == [3]
+    assert is_fused(engine)
     together = all_logits(engine, mix()[:1])
+    apart(engine)
+    assert equal(together, all_logits(engine, mix()[:1]))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "whole"),
+    [("mistral", True), ("qwen3", True), ("gemma2", False), ("phi3", False), ("gpt_oss", False)],
+)
+def test_what_a_model_does_besides_keeps_its_own_code(tmp_path: Path, architecture: str, whole: bool) -> None:
+    # Gemma 2 caps its logits; Phi 3 and gpt-oss have layers of other makes.
+    engine = make_engine(save_random_model(tmp_path, architecture, MATRIX[architecture].config))
+    assert is_fused(engine) == whole
+
+
+def test_layers_with_other_positions_stay_apart(tiny_model: Callable[[str], Path]) -> None:
+    engine = make_engine(tiny_model("gemma3_text"))
+    assert len(fused_layers(engine.base.model)) == 4
+    assert not is_fused(engine)
+
+
+def scaled_logits(model: PreTrainedModel) -> None:
+    forward = model.forward
+
+    def run(**kwargs: object) -> object:
+        out = forward(**kwargs)
+        out.logits = out.logits / 2
+        return out
+
+    model.forward = run
+
+
+def doubled_logits_in_place(model: PreTrainedModel) -> None:
+    forward = model.forward
+
+    def run(**kwargs: object) -> object:
+        out = forward(**kwargs)
+        out.logits *= 2
+        return out
+
+    model.forward = run
+
+
+def scaled_embeddings(model: PreTrainedModel) -> None:
+    forward = model.model.forward
+
+    def run(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, **kwargs: object) -> object:
+        x = model.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return forward(inputs_embeds=2 * x, **kwargs)
+
+    model.model.forward = run
+
+
+def scaled_states(model: PreTrainedModel) -> None:
+    forward = model.model.forward
+
+    def run(**kwargs: object) -> object:
+        out = forward(**kwargs)
+        out.last_hidden_state = out.last_hidden_state / 2
+        return out
+
+    model.model.forward = run
+
+
+def later_positions(model: PreTrainedModel) -> None:
+    forward = model.model.forward
+    model.model.forward = lambda position_ids, **kwargs: forward(position_ids=position_ids + 1, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [scaled_logits, doubled_logits_in_place, scaled_embeddings, scaled_states, later_positions],
+)
+def test_a_model_that_does_something_between_its_parts_has_none(
+    llama: Path, change: Callable[[PreTrainedModel], None]
+) -> None:
+    base = load_base(str(llama))
+    change(base.model)
+    engine = Engine(base, ServerConfig(kv_cache_bytes=2**20))
+    assert len(fused_layers(base.model)) == 3
+    assert not is_fused(engine)
+
+
+@pytest.mark.parametrize("part", ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"])
+def test_hooks_on_its_parts_are_called(llama: Path, part: str) -> None:
+    engine = make_engine(llama, prefix_caching=False)
+    before = all_logits(engine, mix()[:1])
+
+    def halve(module: nn.Module, args: object, out: Any) -> object:
+        return tuple(x / 2 for x in out) if isinstance(out, tuple) else out / 2
+
+    engine.base.model.get_submodule(part).register_forward_hook(halve)
+    together = all_logits(engine, mix()[:1])
+    assert not equal(together, before)
     apart(engine)
     assert equal(together, all_logits(engine, mix()[:1]))
