@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.rounds import Figures, in_turn
 from benchmarks.suite.document import insert, table
-from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.base.loader import inspect_without_weights
 from polygraft.cli.demo.launcher import ServerProcess, serve_command
 from polygraft.engine.check import check_against

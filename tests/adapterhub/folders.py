@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from polygraft.adapters.compile import compile_adapter, run_to_end
 from polygraft.adapters.files.store import read_folder
-from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.base.inspect.residual_sites import ATTENTION
 from polygraft.base.loader import inspect_without_weights
 from polygraft.core.adapter_weights import AdapterWeights

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from polygraft.adapters.compile import compile_adapter, run_to_end
 from polygraft.adapters.files.adapterhub_form import ADAPTERHUB_PICKLE, ADAPTERHUB_WEIGHTS, HEAD_CONFIG
 from polygraft.adapters.files.folder import AdapterFolder, Weights
-from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.primitives import Prefix
 from polygraft.core.spec import BaseSpec
@@ -178,10 +179,10 @@ OPTIONS: list[tuple[str, Change, str]] = [
     ("seq_bn", option(original_ln_after=None), "config.original_ln_after has the wrong type: None"),
     ("seq_bn", option(non_linearity="xielu"), "config.non_linearity is an activation that isn't served: 'xielu'"),
     ("seq_bn", lambda block: block.pop("non_linearity"), "config.non_linearity is missing: None"),
-    ("seq_bn", lambda block: block.pop("reduction_factor"), "config.reduction_factor makes no sense for layer 0: None"),
-    ("seq_bn", option(reduction_factor={"0": 16}), "config.reduction_factor makes no sense for layer 1"),
+    ("seq_bn", lambda block: block.pop("reduction_factor"), "config.reduction_factor isn't valid for layer 0: None"),
+    ("seq_bn", option(reduction_factor={"0": 16}), "config.reduction_factor isn't valid for layer 1"),
     ("seq_bn", option(reduction_factor=8), "adapter_down.0.weight has shape [2, 32], expected [4, 32]"),
-    ("seq_bn", option(reduction_factor=0), "config.reduction_factor makes no sense for layer 0: 0"),
+    ("seq_bn", option(reduction_factor=0), "config.reduction_factor isn't valid for layer 0: 0"),
     ("seq_bn", option(scaling="both"), "config.scaling must be a number, 'learned' or 'channel': 'both'"),
     ("seq_bn", option(scaling=1e39), "the scaling makes weights of model.layers.0.output_adapters.adapters.seq_bn infinite"),
     ("seq_bn", option(ln_before=True), "adapter_down.1.weight is missing"),
@@ -195,17 +196,17 @@ OPTIONS: list[tuple[str, Change, str]] = [
     ("seq_bn", option(architecture="union"), "config.architecture isn't served"),
     ("seq_bn_inv", option(inv_adapter="glow"), "config.inv_adapter isn't served: the library's own block can't run on sequences"),
     ("seq_bn_inv", option(inv_adapter="new"), "config.inv_adapter isn't known: 'new'"),
-    ("seq_bn_inv", option(inv_adapter_reduction_factor=None), "config.inv_adapter_reduction_factor makes no sense: None"),
-    ("seq_bn_inv", option(inv_adapter_reduction_factor=17), "config.inv_adapter_reduction_factor makes no sense: 17"),
+    ("seq_bn_inv", option(inv_adapter_reduction_factor=None), "config.inv_adapter_reduction_factor isn't valid: None"),
+    ("seq_bn_inv", option(inv_adapter_reduction_factor=17), "config.inv_adapter_reduction_factor isn't valid: 17"),
     ("seq_bn_inv", option(inv_adapter=None), "tensor model.invertible_adapters.seq_bn_inv.F.0.bias isn't expected"),
     ("compacter", option(phm_dim=5), "phm_dim 5 doesn't divide 32 and 8, the sizes of model.layers.0.attention_adapters"),
-    ("compacter", option(phm_dim=0), "config.phm_dim makes no sense with phm_rank 1: 0"),
+    ("compacter", option(phm_dim=0), "config.phm_dim isn't valid with phm_rank 1: 0"),
     ("compacter", option(shared_phm_rule=False), "adapter_down.0.phm_rule is missing"),
     ("phm-shared-w", option(factorized_phm_W=False), "config.shared_W_phm goes with factorized_phm_W, as in the library"),
     ("phm-shared-w", option(reduction_factor={"0": 4, "default": 8}), "W_down_right has shape [4, 2, 2], expected [4, 2, 1]"),
     ("lora", option(r=3), "lora_A has shape [4, 32], expected [3, 32]"),
-    ("lora", option(r=0), "config.r makes no sense with alpha 6: 0"),
-    ("lora", option(alpha=math.nan), "config.r makes no sense with alpha nan: 4"),
+    ("lora", option(r=0), "config.r isn't valid with alpha 6: 0"),
+    ("lora", option(alpha=math.nan), "config.r isn't valid with alpha nan: 4"),
     ("lora", option(alpha=1e300), "the arithmetic makes weights of model.layers.0.self_attn.q_proj infinite"),
     ("lora", option(attn_matrices=["q"]), "model.layers.0.self_attn.v_proj.loras.lora.lora_A isn't expected"),
     ("lora", option(intermediate_lora=True), "model.layers.0 has weights for 0 modules outside its attention, the configuration asks for 1"),
@@ -213,7 +214,7 @@ OPTIONS: list[tuple[str, Change, str]] = [
     ("lora", option(composition_mode="new"), "config.composition_mode isn't known: 'new'"),
     ("lora", option(composition_mode="scale"), "config.composition_mode goes with r 1"),
     ("lora", option(use_dora=True), "config.use_dora isn't served unless alpha is r: True"),
-    ("lora", option(vera_d=0.1), "shared_parameters.lora.lora_A is missing"),
+    ("lora", option(vera_d=0.1), "loras.lora.vera_D is missing"),
     ("ia3", option(alpha=1e300), "alpha makes factors of model.layers.0.self_attn.k_proj infinite"),
     ("prefix", option(prefix_length=4), "wte.weight has shape [5, 32], expected [4, 32]"),
     ("prefix", option(prefix_length=0), "config.prefix_length must be at least 1: 0"),

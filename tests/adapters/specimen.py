@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from polygraft.adapters.compile import compile_adapter, run_to_end
 from polygraft.adapters.files.folder import CONFIG, WEIGHTS
 from polygraft.adapters.files.store import read_folder
-from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.spec import BaseSpec
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.base.default_config import default_config
 from polygraft.base.default_model import ensure_default_model
 from polygraft.base.loader import load_base

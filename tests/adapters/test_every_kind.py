@@ -124,7 +124,10 @@ def test_targets(
     assert "target 'w_proj' matches no module of the base" in refused(damaged)
     if list(damaged.tensors) != ["base_model.unilora_theta_d"]:  # which names no module
         damaged.config["target_modules"] = ["o_proj"]
-        assert any(problem.endswith("isn't expected") for problem in refused(damaged))
+        # A tensor that all modules share has the size of the largest.
+        assert any(
+            problem.endswith("isn't expected") or "has shape" in problem for problem in refused(damaged)
+        )
     damaged.config.update(target_modules=["rotary_emb"], layers_to_transform=None)
     damaged.tensors = {}
     assert "target model.rotary_emb is a LlamaRotaryEmbedding, which this kind isn't served on" in refused(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.base.loader import inspect_without_weights
 from polygraft.core.primitives import Prefix, SoftPrompt
 from polygraft.core.spec import BaseSpec
@@ -146,10 +146,10 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"r": [4]}, "r has the wrong type: [4]"),
     ("lora", {"r": 0}, "rank 0 with alpha 8"),
     ("lora", {"r": -4}, "rank -4 with alpha 8"),
-    ("lora", {"r": 10**400}, "makes no sense"),
+    ("lora", {"r": 10**400}, "isn't valid"),
     ("lora", {"lora_alpha": "8"}, "lora_alpha has the wrong type: '8'"),
     ("lora", {"lora_alpha": True}, "lora_alpha has the wrong type: True"),
-    ("lora", {"lora_alpha": 10**400}, "makes no sense"),
+    ("lora", {"lora_alpha": 10**400}, "isn't valid"),
     ("lora", {"lora_alpha": math.nan}, "rank 4 with alpha nan"),
     ("lora", {"lora_alpha": math.inf}, "rank 4 with alpha inf"),
     ("lora", {"lora_alpha": 1e300}, "scaling 2.5e+299 makes weights of model.layers.0.self_attn.q_proj infinite"),
@@ -158,10 +158,10 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"rank_pattern": {"q_proj": 2.5}}, "rank 2.5 with alpha 8"),
     ("lora", {"rank_pattern": {"q_proj": None}}, "rank None with alpha 8"),
     ("lora", {"rank_pattern": {"q_proj": True}}, "rank True with alpha 8"),
-    ("lora", {"rank_pattern": {"q_(proj": 4}}, "rank_pattern or alpha_pattern is not a regular expression that can be matched"),
+    ("lora", {"rank_pattern": {"q_(proj": 4}}, "rank_pattern is not a regular expression that can be matched"),
     ("lora", {"alpha_pattern": 3}, "alpha_pattern has the wrong type: 3"),
     ("lora", {"alpha_pattern": {"q_proj": [1]}}, "rank 4 with alpha [1]"),
-    ("lora", {"alpha_pattern": {"*": 4}}, "rank_pattern or alpha_pattern is not a regular expression that can be matched"),
+    ("lora", {"alpha_pattern": {"*": 4}}, "alpha_pattern is not a regular expression that can be matched"),
     ("lora", {"use_rslora": "yes"}, "use_rslora has the wrong type: 'yes'"),
     ("lora", {"lora_bias": 1}, "lora_bias has the wrong type: 1"),
     ("lora", {"init_lora_weights": 3.5}, "init_lora_weights has the wrong type: 3.5"),
@@ -238,7 +238,10 @@ def test_an_adapter_for_another_size_of_the_same_family(
         for name, shape in spec.linears.items()
     }
     larger = dataclasses.replace(spec, hidden_size=128, linears=linears, attention=heads)
-    assert any("has shape" in problem for problem in refusals(specimen(kind), larger, tmp_path))
+    assert any(
+        "has shape" in problem or "the base has" in problem
+        for problem in refusals(specimen(kind), larger, tmp_path)
+    )
 
 
 def test_layers_of_different_shapes_have_no_prefix(

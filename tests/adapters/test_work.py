@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from polygraft.adapters.compile import compile_adapter
 from polygraft.adapters.files.reader import MAX_ENTRIES
 from polygraft.adapters.files.store import read_folder
-from polygraft.adapters.kinds import AdapterLimits, compile_adapter
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 from tests.adapters.specimen import Specimen, compile_folder
@@ -66,7 +67,7 @@ SMALL: list[tuple[str, dict[str, Any], str]] = [
     ("target_parameters", {"target_parameters": [f"x{n}" for n in range(N)]}, "is no weight of experts"),
     ("too many", {"target_modules": [f"x{n}" for n in range(N + 1)]}, f"the limit is {N}"),
     ("nested parentheses", {"target_modules": "(" * 20_000 + ")" * 20_000}, "the limit is 4096"),
-    ("a large value", {"rank_pattern": {"q_proj": [[0] * 1000] * 300}}, "makes no sense"),
+    ("a large value", {"rank_pattern": {"q_proj": [[0] * 1000] * 300}}, "isn't valid"),
 ]  # fmt: skip
 
 

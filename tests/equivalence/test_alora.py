@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from polygraft.adapters.compile import compile_adapter, run_to_end
 from polygraft.adapters.files.store import read_folder
-from polygraft.adapters.kinds import AdapterLimits, compile_adapter, run_to_end
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.core.request import AdapterRef, Request, ScoreRequest, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.errors import AdapterInvalid, InvalidRequest

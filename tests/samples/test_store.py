@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.base.loader import inspect_without_weights
 from polygraft.core.spec import BaseSpec
 from polygraft.engine.check import check_against

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from polygraft.adapters.kinds import AdapterLimits
 from polygraft.config import ServerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """What one adapter may take.
+
+    Args:
+        rank: largest rank of a module.
+        virtual_tokens: most of them.
+        compiled_bytes: of memory.
+        dtype: what adapters are kept in; None keeps the file's (float16 becomes float32).
+        seconds: of CPU time for compiling it.
+    """
+
+    rank: int = 256
+    virtual_tokens: int = 1024
+    compiled_bytes: int = 2**30
+    dtype: torch.dtype | None = None
+    seconds: float = 600.0
 
 
 def adapter_limits(config: ServerConfig, base: torch.dtype) -> AdapterLimits:

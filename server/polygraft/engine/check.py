@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from polygraft.adapters.compile import run_to_end
 from polygraft.adapters.files.store import read_folder
-from polygraft.adapters.kinds import AdapterLimits, run_to_end
-from polygraft.adapters.limits import adapter_limits
+from polygraft.adapters.limits import AdapterLimits, adapter_limits
 from polygraft.base.context_limit import context_limit
 from polygraft.base.default_model import fetched_default_model
 from polygraft.base.loader import base_config, compute_dtype, inspect_without_weights
@@ -165,6 +165,7 @@ def _with_weights(compiled: AdapterWeights, base: BaseSpec, dtype: torch.dtype) 
         if not change.needs_base:
             continue
         weight, bias = own(name)
+        bias = bias if change.bias is None else change.bias.float()
         if change.dense is not None:
             change = replace(change, dense=change.dense.completed(weight, bias))
         if change.low_rank is not None:

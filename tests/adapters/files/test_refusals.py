@@ -17,7 +17,7 @@ from peft.utils import PeftType
 from transformers import AutoModelForCausalLM
 
 from polygraft.adapters.files.reader import FolderReader
-from polygraft.adapters.files.refusals import UNSERVED, judge_option, why_not_kind
+from polygraft.adapters.files.refusals import judge_option, why_not_kind
 from polygraft.adapters.kinds import KINDS
 from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
@@ -76,7 +76,7 @@ def test_every_option_of_lora_is_served_or_refused_with_a_reason(
     adapter.config[option] = {"anything": 1}
     with pytest.raises(AdapterInvalid) as caught:
         compile_folder(adapter.save(tmp_path / "a"), spec)
-    refused, why = judge_option("LORA", option)
+    refused, why = judge_option(KINDS["LORA"].unserved, option)
     assert refused
     assert why
     assert caught.value.problems == (f"{option}={{'anything': 1}} isn't served: {why}",)
@@ -111,7 +111,7 @@ def test_every_option_of_peft_is_taken_or_refused(
             seen.append(set())
             compile_folder(one.save(tmp_path / name), spec)
     assert seen
-    assert UNSERVED.get(kind, frozenset()) == known - set().union(*seen)
+    assert set(KINDS[kind].unserved) == known - set().union(*seen)
 
 
 IGNORED: list[tuple[str, dict[str, Any]]] = [

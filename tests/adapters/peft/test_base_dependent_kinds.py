@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.adapters.peft.osf import smaller_part
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.spec import BaseSpec
@@ -141,22 +141,22 @@ def test_what_it_costs_is_what_is_left_when_it_is_completed(
 
 
 OPTIONS: list[tuple[str, dict[str, Any], str]] = [
-    ("deft", {"r": 0}, "rank 0 with alpha 6 and decomposition_method 'relu' makes no sense"),
+    ("deft", {"r": 0}, "r 0 with alpha 6 and decomposition_method 'relu' isn't valid"),
     ("deft", {"r": "4"}, "r has the wrong type: '4'"),
     ("deft", {"r": 3}, f"tensor {Q0}.deft_P has shape [64, 4], expected [64, 3]"),
     ("deft", {"alpha": math.nan}, "with alpha nan and"),
     ("deft", {"alpha": 1e300}, "the arithmetic makes weights of model.layers.0.self_attn.q_proj infinite"),
-    ("deft", {"decomposition_method": "svd"}, "decomposition_method 'svd' makes no sense"),
+    ("deft", {"decomposition_method": "svd"}, "decomposition_method 'svd' isn't valid"),
     ("deft", {"para": True}, f"tensor {Q0}.deft_R isn't expected"),
     ("deft", {"para": 1}, "para has the wrong type: 1"),
     ("deft-para", {"para": False}, f"tensor {Q0}.deft_R is missing"),
     ("peanut", {"r": 5}, f"tensor {Q0}.peanut_A.weight has shape [6, 64], expected [5, 64]"),
-    ("peanut", {"r": -1}, "r -1 with depth 0, act_fn 'relu' and scaling 0.7 makes no sense"),
+    ("peanut", {"r": -1}, "r -1 with depth 0, act_fn 'relu' and scaling 0.7 isn't valid"),
     ("peanut", {"depth": 1}, f"tensor {Q0}.peanut_encoders.0.weight is missing"),
     ("peanut", {"depth": 10**9}, "depth 1000000000, act_fn"),
     ("peanut", {"depth": -1}, "depth -1, act_fn"),
-    ("peanut", {"act_fn": "step"}, "act_fn 'step' and scaling 0.7 makes no sense"),
-    ("peanut", {"scaling": math.inf}, "scaling inf makes no sense"),
+    ("peanut", {"act_fn": "step"}, "act_fn 'step' and scaling 0.7 isn't valid"),
+    ("peanut", {"scaling": math.inf}, "scaling inf isn't valid"),
     (
         "peanut",
         {"scaling": 1e300},
@@ -166,17 +166,17 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     (
         "glora",
         {"r": 0},
-        "r 0 with config_A_B 'lora', config_C 'lora' and config_D_E 'constant' makes no sense",
+        "r 0 with config_A_B 'lora', config_C 'lora' and config_D_E 'constant' isn't valid",
     ),
     ("glora", {"r": 2}, f"tensor {Q0}.glora_A.Xd has shape [64, 3], expected [64, 2]"),
     ("glora", {"config_A_B": "matrix"}, "config_A_B 'matrix', config_C"),
     ("glora", {"config_C": "constant"}, "config_C 'constant' and config_D_E"),
-    ("glora", {"config_D_E": "lora"}, "config_D_E 'lora' makes no sense"),
+    ("glora", {"config_D_E": "lora"}, "config_D_E 'lora' isn't valid"),
     ("glora", {"config_A_B": 1}, "config_A_B has the wrong type: 1"),
     ("glora", {"config_A_B": "vector"}, f"tensor {Q0}.glora_A.X is missing"),
     ("glora-vector", {"config_A_B": "constant"}, f"tensor {Q0}.glora_A.X has shape [64, 1], expected [1]"),
     ("glora-constant", {"config_A_B": "none"}, f"tensor {Q0}.glora_A.zeros is missing"),
-    ("osf", {"effective_rank": 0}, "effective_rank 0 for model.layers.0.self_attn.q_proj makes no sense"),
+    ("osf", {"effective_rank": 0}, "effective_rank 0 for model.layers.0.self_attn.q_proj isn't valid"),
     ("osf", {"effective_rank": -0.5}, "effective_rank -0.5 for"),
     ("osf", {"effective_rank": math.nan}, "effective_rank nan for"),
     ("osf", {"effective_rank": True}, "effective_rank has the wrong type: True"),
@@ -193,8 +193,8 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
         {"save_projection": False},
         "save_projection=False isn't served: what its numbers multiply isn't in",
     ),
-    ("frod", {"sparse_rate": 1.5}, "sparse_rate 1.5 makes no sense"),
-    ("frod", {"sparse_rate": math.nan}, "sparse_rate nan makes no sense"),
+    ("frod", {"sparse_rate": 1.5}, "sparse_rate 1.5 isn't valid"),
+    ("frod", {"sparse_rate": math.nan}, "sparse_rate nan isn't valid"),
     ("frod", {"sparse_rate": 0.04}, "frod_s_indices.self_attn_q_proj has shape [2, 204], expected [2, 163]"),
     ("deft", {"bias": "some"}, "bias 'some' means nothing to PEFT"),
 ]

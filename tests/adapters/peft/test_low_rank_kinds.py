@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
@@ -158,9 +158,9 @@ def test_what_is_computed_is_rounded_once(
 
 MASKS = "rank_pattern of model.layers.0.self_attn.q_proj.lora_E isn't a list of 6 booleans"
 OPTIONS: list[tuple[str, dict[str, Any], str]] = [
-    ("adalora", {"init_r": 0}, "init_r 0 with alpha 8 makes no sense"),
+    ("adalora", {"init_r": 0}, "init_r 0 with lora_alpha 8 isn't valid"),
     ("adalora", {"init_r": "6"}, "init_r has the wrong type: '6'"),
-    ("adalora", {"lora_alpha": float("nan")}, "init_r 6 with alpha nan makes no sense"),
+    ("adalora", {"lora_alpha": float("nan")}, "init_r 6 with lora_alpha nan isn't valid"),
     ("adalora", {"lora_alpha": 1e300}, "the arithmetic makes weights of"),
     ("adalora", {"use_rslora": True}, "use_rslora=True isn't served: this kind has no rank-stabilized scaling"),
     ("adalora", {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern={'q_proj': 2} isn't served: this kind has one"),
@@ -175,9 +175,9 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("loha", {"r": 0, "rank_pattern": {}}, "rank 0 with alpha 5"),
     ("loha", {"alpha": "8"}, "alpha has the wrong type: '8'"),
     ("loha", {"alpha": 1e300}, "the arithmetic makes weights of"),
-    ("loha", {"rank_pattern": {"*": 4}}, "rank_pattern or alpha_pattern is not a regular expression"),
+    ("loha", {"rank_pattern": {"*": 4}}, "rank_pattern is not a regular expression"),
     ("loha", {"alpha_pattern": {"q_proj": None}}, "rank 2 with alpha None"),
-    ("vera", {"r": 0}, "rank 0 makes no sense"),
+    ("vera", {"r": 0}, "r 0 isn't valid"),
     ("vera", {"r": 15}, f"tensor {Q0}.vera_lambda_d has shape [16], expected [15]"),
     ("vera", {"bias": "some"}, "bias 'some' means nothing to PEFT"),
     ("vera", {"save_projection": 1}, "save_projection has the wrong type: 1"),

@@ -14,7 +14,7 @@ from peft.tuners.lokr.layer import factorization
 from peft.tuners.oft.layer import OFTLayer
 from transformers import AutoModelForCausalLM
 
-from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.adapters.peft.lokr import _divided
 from polygraft.adapters.peft.oft import _nearest_divisor
 from polygraft.core.adapter_weights import AdapterWeights
@@ -206,22 +206,22 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("lokr", {"alpha": "8"}, "alpha has the wrong type: '8'"),
     ("lokr", {"alpha": 1e300}, "the arithmetic makes weights of"),
     ("lokr", {"r": 3}, f"tensor {Q0}.lokr_w2_a is missing"),
-    ("lokr", {"rank_pattern": {"*": 4}}, "rank_pattern or alpha_pattern is not a regular expression"),
+    ("lokr", {"rank_pattern": {"*": 4}}, "rank_pattern is not a regular expression"),
     ("lokr", {"alpha_pattern": {"q_proj": None}}, "rank 20 with alpha None"),
     ("lokr", {"decompose_factor": 4}, f"tensor {Q0}.lokr_w1 has shape [8, 8], expected [4, 4]"),
     ("lokr", {"decompose_factor": "8"}, "decompose_factor has the wrong type: '8'"),
     ("lokr", {"decompose_both": 1}, "decompose_both has the wrong type: 1"),
     ("lokr-products", {"decompose_both": False}, f"tensor {Q0}.lokr_w1 is missing"),
-    ("oft", {"r": 4}, "r 4 with oft_block_size 16 makes no sense"),
-    ("oft", {"oft_block_size": 0}, "r 0 with oft_block_size 0 makes no sense"),
-    ("oft", {"oft_block_size": -16}, "r 0 with oft_block_size -16 makes no sense"),
-    ("oft", {"oft_block_size": -16, "r": 4}, "r 4 with oft_block_size -16 makes no sense"),
+    ("oft", {"r": 4}, "r 4 with oft_block_size 16 isn't valid"),
+    ("oft", {"oft_block_size": 0}, "r 0 with oft_block_size 0 isn't valid"),
+    ("oft", {"oft_block_size": -16}, "r 0 with oft_block_size -16 isn't valid"),
+    ("oft", {"oft_block_size": -16, "r": 4}, "r 4 with oft_block_size -16 isn't valid"),
     ("oft", {"oft_block_size": None}, "oft_block_size is missing: it was saved before PEFT 0.14"),
     ("oft", {"oft_block_size": 8}, ".oft_R.weight has shape [4, 120], expected [8, 28]"),
     ("oft", {"block_share": True}, ".oft_R.weight has shape [4, 120], expected [1, 120]"),
     ("oft", {"block_share": 1}, "block_share has the wrong type: 1"),
-    ("oft", {"eps": math.nan}, "eps nan makes no sense"),
-    ("oft", {"eps": -1}, "eps -1 makes no sense"),
+    ("oft", {"eps": math.nan}, "eps nan isn't valid"),
+    ("oft", {"eps": -1}, "eps -1 isn't valid"),
     ("oft", {"num_cayley_neumann_terms": 0}, "num_cayley_neumann_terms 0 isn't from 1 to 100"),
     ("oft", {"num_cayley_neumann_terms": 10**9}, "num_cayley_neumann_terms 1000000000 isn't from 1 to 100"),
     ("oft", {"num_cayley_neumann_terms": 2.5}, "num_cayley_neumann_terms has the wrong type: 2.5"),
@@ -233,8 +233,8 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("oft", {"bias": "oft"}, "bias 'oft' means nothing to PEFT"),
     ("boft", {"boft_block_num": 4}, "boft_block_size 4 with boft_block_num 4 and boft_n_butterfly_factor 3"),
     ("boft", {"boft_block_size": 0}, "boft_block_size 0 with boft_block_num 0"),
-    ("boft", {"boft_n_butterfly_factor": 0}, "and boft_n_butterfly_factor 0 makes no sense"),
-    ("boft", {"boft_n_butterfly_factor": 10**9}, "and boft_n_butterfly_factor 1000000000 makes no sense"),
+    ("boft", {"boft_n_butterfly_factor": 0}, "and boft_n_butterfly_factor 0 isn't valid"),
+    ("boft", {"boft_n_butterfly_factor": 10**9}, "and boft_n_butterfly_factor 1000000000 isn't valid"),
     ("boft", {"boft_n_butterfly_factor": 6}, "the 64 inputs of model.layers.0.self_attn.q_proj can't be cut"),
     ("boft", {"boft_block_size": 5}, "the 64 inputs of model.layers.0.self_attn.q_proj can't be cut"),
     ("boft", {"boft_block_size": 0, "boft_block_num": 5}, "inputs of model.layers.0.self_attn.q_proj can't be cut"),
@@ -242,7 +242,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("boft", {"boft_block_size": 1}, "blocks of 1 inputs of model.layers.0.self_attn.q_proj have no halves"),
     ("boft", {"boft_n_butterfly_factor": 2}, ".boft_R has shape [3, 16, 4, 4], expected [2, 16, 4, 4]"),
     ("boft", {"bias": "boft"}, "bias 'boft' means nothing to PEFT"),
-    ("hra", {"r": 0}, "rank 0 makes no sense"),
+    ("hra", {"r": 0}, "r 0 isn't valid"),
     ("hra", {"r": 5}, ".hra_u has shape [64, 4], expected [64, 5]"),
     ("hra", {"apply_GS": 1}, "apply_GS has the wrong type: 1"),
     ("hra", {"bias": "hra"}, "bias 'hra' means nothing to PEFT"),

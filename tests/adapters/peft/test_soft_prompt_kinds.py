@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.core.primitives import Prefix, SoftPrompt
 from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
@@ -72,10 +72,10 @@ def test_cpt_and_cartridge_are_kept_as_they_are(specimen: Make, spec: BaseSpec, 
 
 
 OPTIONS: list[tuple[str, dict[str, Any], str]] = [
-    ("multitask-prompt", {"num_tasks": 0}, "num_tasks 0 with num_ranks 2 makes no sense"),
+    ("multitask-prompt", {"num_tasks": 0}, "num_tasks 0 with num_ranks 2 isn't valid"),
     ("multitask-prompt", {"num_tasks": "1"}, "num_tasks has the wrong type: '1'"),
-    ("multitask-prompt", {"num_tasks": 2}, "tensor prefix_task_cols has shape [1, 6, 2], expected [2, 6, 2]"),
-    ("multitask-prompt", {"num_ranks": 0}, "num_tasks 1 with num_ranks 0 makes no sense"),
+    ("multitask-prompt", {"num_tasks": 2}, "it holds 2 tasks, and an adapter is one"),
+    ("multitask-prompt", {"num_ranks": 0}, "num_tasks 1 with num_ranks 0 isn't valid"),
     ("multitask-prompt", {"num_ranks": 3}, "tensor prefix_task_rows has shape [1, 2, 64], expected [1, 3, 64]"),
     ("cpt", {"cpt_token_ids": [1, 2]}, "num_virtual_tokens is 5, cpt_token_ids has 2"),
     ("cpt", {"cpt_token_ids": None}, "num_virtual_tokens is 5, cpt_token_ids has 1"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from polygraft.adapters.files.folder import WEIGHTS
-from polygraft.adapters.kinds import AdapterLimits
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.base.loader import inspect_without_weights
 from polygraft.config import ServerConfig
 from polygraft.core.primitives import ExpertLowRank
@@ -194,9 +194,9 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["experts"]}, "target model.layers.0.mlp.experts is a MixtralExperts"),
     ({"modules_to_save": ["experts"]}, "modules_to_save has model.layers.0.mlp.experts, a MixtralExperts"),
     ({"rank_pattern": {}}, f"tensor {DOWN0_A} has shape [8, 128], expected [12, 128]"),
-    ({"rank_pattern": {DOWN: 0}}, "rank 0 with alpha 6 for model.layers.0.mlp.experts.down_proj makes no sense"),
-    ({"rank_pattern": {DOWN: 10**30}}, "makes no sense"),
-    ({"rank_pattern": {"(": 2}}, "rank_pattern or alpha_pattern is not a regular expression"),
+    ({"rank_pattern": {DOWN: 0}}, "rank 0 with alpha 6 for model.layers.0.mlp.experts.down_proj isn't valid"),
+    ({"rank_pattern": {DOWN: 10**30}}, "isn't valid"),
+    ({"rank_pattern": {"(": 2}}, "rank_pattern is not a regular expression"),
     ({"alpha_pattern": {UP: math.nan}}, "rank 3 with alpha nan for model.layers.0.mlp.experts.gate_up_proj"),
     ({"alpha_pattern": {UP: 1e300}}, "makes weights of model.layers.0.mlp.experts.gate_up_proj infinite"),
     ({"peft_type": "ADALORA"}, "isn't served: only LoRA adapts parameters that are no module's weight"),

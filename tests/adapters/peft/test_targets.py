@@ -13,8 +13,9 @@ from peft.utils.other import get_pattern_key
 from transformers import AutoModelForCausalLM
 
 from polygraft.adapters.files.folder import AdapterFolder, Weights
+from polygraft.adapters.files.patterns import Form, KeyPatterns, Matching
 from polygraft.adapters.files.reader import FolderReader
-from polygraft.adapters.peft.targets import matching_key, target_modules
+from polygraft.adapters.peft.targets import target_modules
 from polygraft.core.spec import BaseSpec
 
 LLAMA: list[dict[str, Any]] = [
@@ -89,4 +90,4 @@ PATTERNS = [
 def test_patterns_pick_the_same_key_as_peft(spec: BaseSpec, patterns: list[str]) -> None:
     for module in spec.linears:
         key = get_pattern_key(patterns, module)
-        assert matching_key(patterns, module) == (key if key in patterns else None)
+        assert KeyPatterns(patterns, Form.KEY, Matching()).first(module) == (key if key in patterns else None)

@@ -469,8 +469,8 @@ HOSTILE: list[tuple[str, Callable[[dict[str, object]], object]]] = [
     ("not JSON", lambda config: "{"),
     ("task_type", lambda config: json.dumps({**config, "task_type": ["x"]})),
     ("base_model_name_or_path", lambda config: json.dumps({**config, "base_model_name_or_path": 5})),
-    ("makes no sense", lambda config: json.dumps({**config, "r": 10**400})),
-    ("makes no sense", lambda config: json.dumps({**config, "lora_alpha": float("nan")})),
+    ("isn't valid", lambda config: json.dumps({**config, "r": 10**400})),
+    ("isn't valid", lambda config: json.dumps({**config, "lora_alpha": float("nan")})),
     ("use_qalora=[[[[", lambda config: json.dumps({**config, "use_qalora": [[[[[]]]]]})),
 ]
 

@@ -28,9 +28,9 @@ from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.phm import PHM, take_phm
 from polygraft.adapters.adapterhub.source import Parts, Source
 from polygraft.adapters.files.numbers import is_alpha
+from polygraft.adapters.files.problems import OptionProblem, Problem, all_of
 from polygraft.base.inspect.residual_sites import ATTENTION, FEED_FORWARD
 from polygraft.core.primitives import Bottleneck, NormAfter
-from polygraft.errors import AdapterInvalid
 
 _PLACES = {
     "mh_adapter": (ATTENTION, "attention_adapters"),
@@ -42,13 +42,15 @@ _MAX_WIDTH = 2**31
 
 
 def compile_bottlenecks(source: Source, options: Options) -> Generator[None, None, Parts]:
-    """Compile a method of bottleneck adapters; yields between them. Problems are noted in the reader.
+    """Compile a method of bottleneck adapters; yields between them.
 
     Raises:
-        AdapterInvalid: the base has no place for them.
+        OptionProblem: an option isn't valid, or the base has no place for them.
     """
     settings = _Settings.take(source, options)
-    parts = Parts("bottleneck", coupling=take_coupling(source, options, settings.activation))
+    parts = Parts("bottleneck")
+    with source.reader.noting():
+        parts.coupling = take_coupling(source, options, settings.activation)
     left_out = options.layers_left_out()
     wanted = [place for key, place in _PLACES.items() if options.flag(key)]
     for layer in source.layers.layers:
@@ -57,16 +59,11 @@ def compile_bottlenecks(source: Source, options: Options) -> Generator[None, Non
         for place, module in wanted:
             yield
             if place not in layer.places:
-                raise AdapterInvalid(
-                    source.reader.name, [*source.reader.problems, _why_not(source, layer, place)]
-                )
+                raise OptionProblem(_why_not(source, layer, place))
             width = settings.width(layer.index, source.base.hidden_size, options)
-            if width is None or settings.activation is None:
-                return parts
-            one = _Adapter(source, settings, f"{layer.name}.{module}.adapters.{source.name}", width)
-            primitive = one.compile()
-            if primitive is not None:
-                parts.bottlenecks[layer.site(place)] = primitive
+            name = f"{layer.name}.{module}.adapters.{source.name}"
+            with source.reader.noting(f"{name}.", inner=True):
+                parts.bottlenecks[layer.site(place)] = _Adapter(source, settings, name, width).compile()
     return parts
 
 
@@ -89,7 +86,7 @@ class _Settings:
         reads, residual: as in `Bottleneck`.
         skip: what is added to the bottleneck's result, or with a norm afterwards inside or outside of it.
         skips_inside: whether it is added before `ln_after`.
-        scaling: a number, "learned" or "channel"; None after noting a problem.
+        scaling: a number, "learned" or "channel".
     """
 
     reads: Literal["sum", "output", "residual"]
@@ -98,14 +95,14 @@ class _Settings:
     keeps_residual: bool
     norm_before: bool
     norm_after: bool
-    activation: str | None
-    scaling: float | str | None
+    activation: str
+    scaling: float | str
     factor: object
     phm: PHM | None
 
     @classmethod
     def take(cls, source: Source, options: Options) -> _Settings:
-        """Take them from a block."""
+        """Take them from a block. Raises OptionProblem."""
         options.ignore(*_NO_EFFECT)
         parallel = options.flag("is_parallel")
         sums_before = options.flag("original_ln_before")
@@ -133,23 +130,21 @@ class _Settings:
         """How often r is in the stream afterwards, but for a skip that a norm comes with."""
         return self.keeps_residual + (self.skip == "sum" and not self.norm_after)
 
-    def width(self, layer: int, hidden: int, options: Options) -> int | None:
-        """Of a layer's bottleneck; None after noting a problem."""
+    def width(self, layer: int, hidden: int, options: Options) -> int:
+        """Return the width of a layer's bottleneck. Raises OptionProblem."""
         factor = self.factor
         if isinstance(factor, Mapping):
             factor = factor.get(str(layer), factor.get("default"))
         if is_alpha(factor) and factor > 0 and hidden / factor < _MAX_WIDTH:
             return max(1, int(hidden // factor))
-        options.refuse("reduction_factor", self.factor, f"makes no sense for layer {layer}")
-        return None
+        raise options.problem("reduction_factor", self.factor, f"isn't valid for layer {layer}")
 
 
-def _take_scaling(options: Options) -> float | str | None:
+def _take_scaling(options: Options) -> float | str:
     scaling: float | str = options.take("scaling", (int, float, str), 1.0)
     if scaling in ("learned", "channel") or is_alpha(scaling):
         return scaling
-    options.refuse("scaling", scaling, "must be a number, 'learned' or 'channel'")
-    return None
+    raise options.problem("scaling", scaling, "must be a number, 'learned' or 'channel'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,63 +156,54 @@ class _Adapter:
     module: str
     width: int
 
-    def compile(self) -> Bottleneck | None:
-        """Its primitive; None after noting a problem."""
+    def compile(self) -> Bottleneck:
+        """Return its primitive. Raises Problem."""
         settings, hidden = self.settings, self.source.base.hidden_size
         at, by_channel = int(settings.norm_before), settings.scaling == "channel"
-        norm = self._norm("adapter_norm_before", "adapter_down.0") if settings.norm_before else None
         # A matrix with a vector or a PReLU's slope folded in is computed in float32 and rounded at most once.
         computes_up = by_channel or settings.activation == PRELU
-        down = self._linear(f"adapter_down.{at}", "down", hidden, self.width, wide=settings.norm_before)
-        up = self._linear("adapter_up", "up", self.width, hidden, wide=computes_up)
-        slope = None
-        if settings.activation == PRELU:
-            slope = take_slope(
-                self.source, f"{self.module}.non_linearity", f"{self.module}.adapter_down.{at + 1}"
-            )
+        down, (up, up_bias), *norm = all_of(
+            lambda: self._linear(f"adapter_down.{at}", "down", hidden, self.width, wide=settings.norm_before),
+            lambda: self._linear("adapter_up", "up", self.width, hidden, wide=computes_up),
+            *([lambda: self._norm("adapter_norm_before", "adapter_down.0")] if settings.norm_before else []),
+        )
         scaling = self._scaling()
         after = self._norm("adapter_norm_after") if settings.norm_after else None
-        is_whole = (
-            (norm is not None or not settings.norm_before)
-            and (slope is not None or settings.activation != PRELU)
-            and (after is not None or not settings.norm_after)
-        )
-        if down is None or up is None or scaling is None or not is_whole:
-            return None
-        if norm is not None:
-            down = _fold_norm(*down, *norm)
-        if not self._is_finite(*up, scaling):
-            return None
-        assert settings.activation is not None
+        if norm:
+            norm_weight, norm_bias = norm[0]
+            assert norm_bias is not None
+            down = _fold_norm(*down, norm_weight, norm_bias)
+        self._check_finite(up, up_bias, scaling)
         primitive = Bottleneck(
             down[0],
-            up[0] * scaling[:, None] if by_channel else up[0],
+            up * scaling[:, None] if by_channel else up,
             settings.activation,
             settings.reads,
             down[1],
-            None if up[1] is None else up[1] * scaling,
-            normalizes=norm is not None,
+            None if up_bias is None else up_bias * scaling,
+            normalizes=bool(norm),
             residual=settings.residual,
             norm_after=after and NormAfter(*after, settings.skip, settings.skips_inside),
             scaling=1.0 if by_channel else float(scaling),
         )
-        if slope is not None:
-            primitive = _without_prelu(primitive, slope)
+        if settings.activation == PRELU:
+            layers = f"{self.module}.non_linearity", f"{self.module}.adapter_down.{at + 1}"
+            primitive = _without_prelu(primitive, take_slope(self.source, *layers))
+        return self._kept(primitive, computes_up)
+
+    def _kept(self, primitive: Bottleneck, computes_up: bool) -> Bottleneck:
+        """Return it in the type that adapters are kept in; its two matrices must share one."""
         reader = self.source.reader
-        kept_down = reader.keep(primitive.down, self.module) if settings.norm_before else primitive.down
-        kept_up = reader.keep(primitive.up, self.module) if computes_up else primitive.up
-        if kept_down is None or kept_up is None:
-            return None
-        # A bottleneck's two matrices must share a type, even if the file's don't.
-        dtype = torch.promote_types(kept_down.dtype, kept_up.dtype)
-        return dataclasses.replace(
-            primitive, down=kept_down.to(dtype).contiguous(), up=kept_up.to(dtype).contiguous()
-        )
+        computes_down = self.settings.norm_before
+        down = reader.keep(primitive.down, self.module) if computes_down else primitive.down
+        up = reader.keep(primitive.up, self.module) if computes_up else primitive.up
+        dtype = torch.promote_types(down.dtype, up.dtype)
+        return dataclasses.replace(primitive, down=down.to(dtype).contiguous(), up=up.to(dtype).contiguous())
 
     def _linear(
         self, module: str, position: str, inputs: int, outputs: int, *, wide: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Weight [outputs, inputs] and bias [outputs] of a projection.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Take weight [outputs, inputs] and bias [outputs] of a projection. Raises Problem.
 
         Args:
             wide: return the weight in float32, since another is computed from it.
@@ -226,40 +212,35 @@ class _Adapter:
             return self.settings.phm.linear(f"{self.module}.{module}", position, inputs, outputs, wide=wide)
         reader = self.source.reader
         weight = reader.take(f"{self.module}.{module}.weight", (outputs, inputs), wide=wide)
-        bias = reader.take(f"{self.module}.{module}.bias", (outputs,), wide=True)
-        return None if weight is None or bias is None else (weight, bias)
+        return weight, reader.take(f"{self.module}.{module}.bias", (outputs,), wide=True)
 
-    def _norm(self, *modules: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Weight and bias [hidden] of a layer norm that is saved with any of these modules."""
-        taken = [
+    def _norm(self, *modules: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take weight and bias [hidden] of a layer norm that is saved with any of these modules."""
+        weight, bias = (
             self.source.take_any(
                 [f"{self.module}.{module}.{part}" for module in modules],
                 (self.source.base.hidden_size,),
                 wide=True,
             )
             for part in ("weight", "bias")
-        ]
-        weight, bias = taken
-        return None if weight is None or bias is None else (weight, bias)
+        )
+        return weight, bias
 
-    def _scaling(self) -> torch.Tensor | None:
-        """A number [] or factors by channel [hidden]."""
-        scaling = self.settings.scaling
-        name = f"{self.module}.scaling"
+    def _scaling(self) -> torch.Tensor:
+        """Return a number [] or factors by channel [hidden]. Raises Problem."""
+        scaling, name = self.settings.scaling, f"{self.module}.scaling"
         if scaling == "learned":
-            learned = self.source.reader.take(name, (1,), wide=True)
-            return None if learned is None else learned[0]
+            return self.source.reader.take(name, (1,), wide=True)[0]
         if scaling == "channel":
             return self.source.reader.take(name, (self.source.base.hidden_size,), wide=True)
-        return None if scaling is None else torch.tensor(scaling, dtype=torch.float32)
+        assert not isinstance(scaling, str)
+        return torch.tensor(scaling, dtype=torch.float32)
 
-    def _is_finite(self, up: torch.Tensor, up_bias: torch.Tensor | None, scaling: torch.Tensor) -> bool:
-        """Whether a projection's weight and bias stay finite when scaled; notes it if not."""
+    def _check_finite(self, up: torch.Tensor, up_bias: torch.Tensor | None, scaling: torch.Tensor) -> None:
+        """Raise Problem if a projection's weight and bias don't stay finite when scaled."""
         largest = scaling.abs().max() * max(1.0, float(up.abs().max()))
-        if largest.isfinite() and (up_bias is None or (up_bias * scaling).isfinite().all()):
-            return True
-        self.source.reader.problems.append(f"the scaling makes weights of {self.module} infinite")
-        return False
+        if not largest.isfinite() or not (up_bias is None or (up_bias * scaling).isfinite().all()):
+            raise Problem(f"the scaling makes weights of {self.module} infinite")
 
 
 def _fold_norm(

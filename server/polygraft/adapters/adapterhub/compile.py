@@ -13,8 +13,9 @@ from polygraft.adapters.adapterhub.lora import compile_lora
 from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.prefix import compile_prefix
 from polygraft.adapters.adapterhub.source import Method, Parts, Source
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.spec import BaseSpec
 from polygraft.errors import AdapterInvalid
 
@@ -66,7 +67,7 @@ def compile_adapterhub(reader: FolderReader, base: BaseSpec) -> Generator[None, 
     return AdapterWeights(
         kind,
         reader.parameters,
-        by_module(low_rank=whole.low_rank, scale=whole.scales),
+        whole.modules,
         bottlenecks=whole.bottlenecks,
         coupling=whole.coupling,
         prefix=whole.prefix,
@@ -124,7 +125,9 @@ def _compile_block(source: Source, options: Options) -> Generator[None, None, Pa
         served = ", ".join(sorted(name for name in METHODS if name))
         options.refuse("architecture", architecture, f"isn't served{why} ({served} and {UNION} are)")
         raise AdapterInvalid(source.reader.name, source.reader.problems)
-    parts = yield from method(source, options)
+    parts = Parts("")
+    with source.reader.noting():
+        parts = yield from method(source, options)
     options.finish()
     return parts
 
@@ -140,8 +143,7 @@ def _join(reader: FolderReader, whole: Parts, parts: Parts) -> None:
             reader.problems.append(f"two methods have weights for {name}")
         have.update(more)
 
-    join(whole.low_rank, parts.low_rank)
-    join(whole.scales, parts.scales)
+    join(whole.modules, parts.modules)
     join(whole.bottlenecks, parts.bottlenecks)
     if (whole.coupling and parts.coupling) or (whole.prefix and parts.prefix):
         reader.problems.append("two methods have an invertible adapter or a prefix")
@@ -150,4 +152,4 @@ def _join(reader: FolderReader, whole: Parts, parts: Parts) -> None:
 
 
 def _is_empty(parts: Parts) -> bool:
-    return not (parts.low_rank or parts.scales or parts.bottlenecks or parts.coupling or parts.prefix)
+    return not (parts.modules or parts.bottlenecks or parts.coupling or parts.prefix)

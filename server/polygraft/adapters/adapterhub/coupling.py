@@ -14,6 +14,7 @@ import torch
 from polygraft.adapters.adapterhub.non_linearity import PRELU, take_slope, without_prelu
 from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.source import Source
+from polygraft.adapters.files.problems import all_of
 from polygraft.core.primitives import Coupling, CouplingLayers
 
 _STATIC_HEADS = ("gpt2", "gptj", "llama", "mistral")
@@ -27,58 +28,53 @@ def inverts_before_head(model_type: str, model_class: str) -> bool:
     return model_type not in _STATIC_HEADS or model_class.endswith("AdapterModel")
 
 
-def take_coupling(source: Source, options: Options, activation: str | None) -> Coupling | None:
-    """Take the invertible adapter of a method; None without one, or after noting a problem."""
+def take_coupling(source: Source, options: Options, activation: str) -> Coupling | None:
+    """Take the invertible adapter of a method; None without one. Raises Problem."""
     block = options.take("inv_adapter", str, None)
     factor = options.take("inv_adapter_reduction_factor", (int, float), None)
     hidden = source.base.hidden_size
     if not block:
         return None
-    if block == "glow":
-        options.refuse("inv_adapter", block, "isn't served: the library's own block can't run on sequences")
-        return None
-    if block != "nice":
-        options.refuse("inv_adapter", block, "isn't known")
-        return None
-    if not source.base.residual:
-        options.refuse("inv_adapter", block, "isn't served on a base whose layers don't add up their parts")
-        return None
-    if source.base.architecture in _SCALED_LATER:
-        options.refuse("inv_adapter", block, "isn't served on a base that scales its embeddings afterwards")
-        return None
-    if hidden % 2:
-        options.refuse("inv_adapter", block, f"isn't served with an odd hidden size ({hidden})")
-        return None
+    why = _why_not(source, block)
+    if why:
+        raise options.problem("inv_adapter", block, why)
     if factor is None or not 0 < factor <= hidden // 2:
-        options.refuse("inv_adapter_reduction_factor", factor, "makes no sense")
-        return None
-    if activation is None:
-        return None
+        raise options.problem("inv_adapter_reduction_factor", factor, "isn't valid")
     width = int(hidden // 2 // factor)
-    f = _function(source, "F", width, activation)
-    g = _function(source, "G", width, activation)
-    if f is None or g is None:
-        return None
+    f, g = all_of(
+        lambda: _function(source, "F", width, activation), lambda: _function(source, "G", width, activation)
+    )
     return Coupling(f, g, "relu" if activation == PRELU else activation, inverted=source.inverts)
 
 
-def _function(source: Source, letter: str, width: int, activation: str) -> CouplingLayers | None:
-    half = source.base.hidden_size // 2
+def _why_not(source: Source, block: str) -> str:
+    """Why a kind of invertible adapter isn't served on this base; empty if it is."""
+    hidden = source.base.hidden_size
+    reasons = {
+        "isn't served: the library's own block can't run on sequences": block == "glow",
+        "isn't known": block not in ("glow", "nice"),
+        "isn't served on a base whose layers don't add up their parts": not source.base.residual,
+        "isn't served on a base that scales its embeddings afterwards": (
+            source.base.architecture in _SCALED_LATER
+        ),
+        f"isn't served with an odd hidden size ({hidden})": hidden % 2 > 0,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def _function(source: Source, letter: str, width: int, activation: str) -> CouplingLayers:
+    """Take one half's function. Raises Problem."""
+    half, reader = source.base.hidden_size // 2, source.reader
     module = source.layers.shared(f"invertible_adapters.{source.name}.{letter}")
-    take, computes_up = source.reader.take, activation == PRELU
-    down = take(f"{module}.0.weight", (width, half))
-    up = take(f"{module}.2.weight", (half, width), wide=computes_up)
-    down_bias = take(f"{module}.0.bias", (width,), wide=True)
-    up_bias = take(f"{module}.2.bias", (half,), wide=True)
-    slope = take_slope(source, f"{module}.1") if activation == PRELU else 0.0
-    if down is None or up is None or down_bias is None or up_bias is None or slope is None:
-        return None
+    down, up, down_bias, up_bias = all_of(
+        lambda: reader.take(f"{module}.0.weight", (width, half)),
+        lambda: reader.take(f"{module}.2.weight", (half, width), wide=activation == PRELU),
+        lambda: reader.take(f"{module}.0.bias", (width,), wide=True),
+        lambda: reader.take(f"{module}.2.bias", (half,), wide=True),
+    )
     if activation == PRELU:
-        down, both, up = without_prelu(down, down_bias, up, slope)
+        down, both, up = without_prelu(down, down_bias, up, take_slope(source, f"{module}.1"))
         assert both is not None
-        down_bias = both
-        up = source.reader.keep(up, module)
-        if up is None:
-            return None
+        down_bias, up = both, reader.keep(up, module)
     dtype = torch.promote_types(down.dtype, up.dtype)
     return CouplingLayers(down.to(dtype).contiguous(), down_bias, up.to(dtype).contiguous(), up_bias)

@@ -19,7 +19,10 @@ from polygraft.adapters.adapterhub.layers import Layer
 from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.source import Parts, Source
 from polygraft.adapters.files.numbers import is_alpha, is_rank
-from polygraft.adapters.files.reader import shown
+from polygraft.adapters.files.problems import Problem
+from polygraft.adapters.files.reader import Shape
+from polygraft.adapters.files.shown import shown
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import LowRank, Scale
 
 _TRAINING_ONLY = ("dropout", "init_weights", "init_weights_seed", "dtype")
@@ -28,29 +31,21 @@ _COMPOSITIONS = ("add", "scale")
 
 
 def compile_lora(source: Source, options: Options) -> Generator[None, None, Parts]:
-    """Compile a method of the LoRA family; yields between modules. Problems are noted in the reader."""
+    """Compile a method of the LoRA family; yields between modules. Raises OptionProblem."""
     options.ignore(*_TRAINING_ONLY)
     settings = _Settings.take(source, options)
     attention = options.flag("selfattn_lora", True)
     others = options.flag("intermediate_lora") + options.flag("output_lora")
     left_out = options.layers_left_out()
-    parts = Parts(settings.kind if settings else "lora")
-    if settings is None:
-        return parts
+    parts = Parts(settings.kind)
     modules = _Modules(source, settings)
     for layer in source.layers.layers:
         if layer.index in left_out:
             continue
         for module, is_fused in modules.of(layer, attention, others):
             yield
-            if settings.kind == "ia3":
-                scale = modules.scale(module, is_fused)
-                if scale is not None:
-                    parts.scales[module] = scale
-                continue
-            low_rank = modules.vera(module) if settings.kind == "vera" else modules.lora(module, is_fused)
-            if low_rank is not None:
-                parts.low_rank[module] = low_rank
+            with source.reader.noting(f"{module}.", inner=True):
+                parts.modules[module] = modules.change(module, is_fused)
     return parts
 
 
@@ -71,32 +66,27 @@ class _Settings:
     dora: bool
 
     @classmethod
-    def take(cls, source: Source, options: Options) -> _Settings | None:
-        """Take them from a block; None after noting a problem."""
+    def take(cls, source: Source, options: Options) -> _Settings:
+        """Take them from a block. Raises OptionProblem."""
         rank, alpha = options.take("r", int, 8), options.take("alpha", (int, float), 8)
         letters = options.take("attn_matrices", list, ["q", "v"])
         composition = options.take("composition_mode", str, "add")
         dora = options.flag("use_dora")
         # The library's own test for VeRA: either is a float.
         vera = [options.take(key, (int, float), None) for key in ("vera_d", "vera_b")]
-        problems = source.reader.problems.total
         if not is_rank(rank) or not is_alpha(alpha):
-            options.refuse("r", rank, f"makes no sense with alpha {shown(alpha)}")
+            raise options.problem("r", rank, f"isn't valid with alpha {shown(alpha)}")
         if composition not in _COMPOSITIONS:
-            options.refuse("composition_mode", composition, "isn't known")
-        if source.reader.problems.total > problems:
-            return None
+            raise options.problem("composition_mode", composition, "isn't known")
         if source.unscaled_lora:
             alpha = rank
         is_vera = any(isinstance(value, float) for value in vera)
         kind = "ia3" if composition == "scale" else "vera" if is_vera else "lora"
         if kind == "ia3" and (rank != 1 or dora or is_vera):
-            options.refuse("composition_mode", composition, "goes with r 1, without use_dora and VeRA")
-            return None
+            raise options.problem("composition_mode", composition, "goes with r 1, without use_dora and VeRA")
         if dora and alpha != rank:
             # The library takes the norms of W + B A and adds B A alpha / r.
-            options.refuse("use_dora", dora, "isn't served unless alpha is r")
-            return None
+            raise options.problem("use_dora", dora, "isn't served unless alpha is r")
         scaling = float(alpha) if kind == "ia3" else alpha / rank
         return cls(kind, rank, scaling, tuple(letter for letter in _QKV if letter in letters), dora)
 
@@ -109,9 +99,7 @@ class _Modules:
         self._settings = settings
         mark = f".loras.{source.name}."
         self._adapted = {name.partition(mark)[0] for name in source.reader.names() if mark in name}
-        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
-        if settings.kind == "vera":
-            self._shared = self._take_shared()
+        self._shared: list[torch.Tensor] = []
 
     def of(self, layer: Layer, attention: bool, others: int) -> list[tuple[str, bool]]:
         """Names of a layer's adapted modules, and whether each is fused from queries, keys and values."""
@@ -143,113 +131,95 @@ class _Modules:
                 f"{layer.name} has weights for {len(found)} {what}, the configuration asks for {expected}"
             )
 
-    def scale(self, module: str, is_fused: bool) -> Scale | None:
-        """(IA)^3's factors for a module; None after noting a problem."""
+    def change(self, module: str, is_fused: bool) -> ModuleChange:
+        """Return what the folder changes about a module. Raises Problem."""
+        if self._settings.kind == "ia3":
+            return ModuleChange(scale=self._scale(module, is_fused))
+        if self._settings.kind == "vera":
+            return ModuleChange(self._vera(module))
+        return ModuleChange(self._fused_lora(module) if is_fused else self._lora(module))
+
+    def _scale(self, module: str, is_fused: bool) -> Scale:
+        """Return (IA)^3's factors."""
         outputs = self._source.base.linears[module].out_features
         size = self._fused_size(module) if is_fused else outputs
-        if size is None:
-            return None
-        b = self._take(module, "lora_B", size * (len(self._settings.letters) if is_fused else 1), 1)
-        if b is None:
-            return None
+        rows = size * (len(self._settings.letters) if is_fused else 1)
+        (b,) = self._take(module, ("lora_B", (rows, 1)))
         factors = b.flatten()
         if is_fused:
             factors = torch.ones(outputs)
             for at, start in enumerate(self._starts(size)):
                 factors[start : start + size] = b[at * size : (at + 1) * size, 0]
         factors *= self._settings.scaling
-        if factors.isfinite().all():
-            return Scale(output=factors, after_bias=True)
-        self._source.reader.problems.append(f"alpha makes factors of {module} infinite")
-        return None
+        if not factors.isfinite().all():
+            raise Problem(f"alpha makes factors of {module} infinite")
+        return Scale(output=factors, after_bias=True)
 
-    def lora(self, module: str, is_fused: bool) -> LowRank | None:
-        """A module's low-rank weights; None after noting a problem."""
-        if is_fused:
-            return self._fused_lora(module)
+    def _lora(self, module: str) -> LowRank:
+        """Return a module's low-rank weights."""
         shape, rank = self._source.base.linears[module], self._settings.rank
-        a = self._take(module, "lora_A", rank, shape.in_features)
-        b = self._take(module, "lora_B", shape.out_features, rank)
+        a, b = self._take(
+            module, ("lora_A", (rank, shape.in_features)), ("lora_B", (shape.out_features, rank))
+        )
         return self._low_rank(module, a, b)
 
-    def _fused_lora(self, module: str) -> LowRank | None:
+    def _fused_lora(self, module: str) -> LowRank:
+        """Return the low-rank weights of a module that fuses queries, keys and values."""
         shape, rank = self._source.base.linears[module], self._settings.rank
         parts = len(self._settings.letters)
+        if self._settings.dora:
+            raise Problem(f"use_dora isn't served on {module}, which fuses queries, keys and values")
         size = self._fused_size(module)
-        if self._settings.dora or size is None:
-            if self._settings.dora:
-                problem = f"use_dora isn't served on {module}, which fuses queries, keys and values"
-                self._source.reader.problems.append(problem)
-            return None
-        a = self._take(module, "lora_A", rank * parts, shape.in_features)
-        b = self._take(module, "lora_B", size * parts, rank)
-        if b is not None:
-            wide = torch.zeros(shape.out_features, rank * parts)
-            for at, start in enumerate(self._starts(size)):
-                columns = slice(at * rank, (at + 1) * rank)
-                wide[start : start + size, columns] = b[at * size : (at + 1) * size]
-            b = wide
-        return self._low_rank(module, a, b)
+        a, b = self._take(
+            module, ("lora_A", (rank * parts, shape.in_features)), ("lora_B", (size * parts, rank))
+        )
+        wide = torch.zeros(shape.out_features, rank * parts)
+        for at, start in enumerate(self._starts(size)):
+            columns = slice(at * rank, (at + 1) * rank)
+            wide[start : start + size, columns] = b[at * size : (at + 1) * size]
+        return self._low_rank(module, a, wide)
 
-    def vera(self, module: str) -> LowRank | None:
-        """A module's VeRA multiplied out; None after noting a problem."""
-        reader, rank = self._source.reader, self._settings.rank
-        shape = self._source.base.linears[module]
-        if self._shared is None:
-            return None
+    def _vera(self, module: str) -> LowRank:
+        """Return a module's VeRA multiplied out."""
+        rank, shape = self._settings.rank, self._source.base.linears[module]
+        outputs = shape.out_features
+        d_own, b_own = self._take(module, ("vera_D", (rank, rank)), ("vera_B", (outputs, outputs)))
+        if not self._shared:
+            prefix = self._source.layers.shared(f"shared_parameters.{self._source.name}.lora_")
+            self._shared = self._source.reader.take_all(
+                [(f"{prefix}A", (rank, None)), (f"{prefix}B", (None, rank))], wide=True
+            )
         a, b = self._shared
         if a.shape[1] != shape.in_features or b.shape[0] != shape.out_features:
-            reader.problems.append(f"VeRA's shared matrices don't have the sizes of {module}")
-            return None
-        d_own = self._take(module, "vera_D", rank, rank)
-        b_own = self._take(module, "vera_B", shape.out_features, shape.out_features)
-        if d_own is None or b_own is None:
-            return None
-        if not reader.has_room(rank, rank * (shape.in_features + shape.out_features)):
-            return None
+            raise Problem(f"VeRA's shared matrices don't have the sizes of {module}")
+        self._source.reader.need_room(rank, rank * (shape.in_features + outputs))
         return self._low_rank(module, d_own @ a, b_own @ b)
 
-    def _take_shared(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        prefix = self._source.layers.shared(f"shared_parameters.{self._source.name}.lora_")
-        a = self._source.reader.take(f"{prefix}A", (self._settings.rank, None), wide=True)
-        b = self._source.reader.take(f"{prefix}B", (None, self._settings.rank), wide=True)
-        return None if a is None or b is None else (a, b)
+    def _take(self, module: str, *parts: tuple[str, Shape]) -> list[torch.Tensor]:
+        prefix = f"{module}.loras.{self._source.name}."
+        return self._source.reader.take_all([(prefix + part, shape) for part, shape in parts], wide=True)
 
-    def _take(self, module: str, part: str, *shape: int) -> torch.Tensor | None:
-        return self._source.reader.take(f"{module}.loras.{self._source.name}.{part}", shape, wide=True)
-
-    def _low_rank(self, module: str, a: torch.Tensor | None, b: torch.Tensor | None) -> LowRank | None:
+    def _low_rank(self, module: str, a: torch.Tensor, b: torch.Tensor) -> LowRank:
         reader, shape = self._source.reader, self._source.base.linears[module]
-        magnitude = None
+        magnitude, scaling = None, self._settings.scaling
         if self._settings.dora:
-            magnitude = self._take(module, "m.weight", shape.out_features, 1)
+            (magnitude,) = self._take(module, ("m.weight", (shape.out_features, 1)))
+            magnitude = magnitude.flatten()
             if shape.has_bias:
                 # The library multiplies the bias as well.
-                reader.problems.append(f"use_dora isn't served on {module}, which has a bias")
-                return None
-        if a is None or b is None or (self._settings.dora and magnitude is None):
-            return None
-        kept_a = reader.keep(a, module)
-        kept_b = reader.keep(b, module, scaling=self._settings.scaling)
-        if kept_a is None or kept_b is None:
-            return None
-        return LowRank(
-            kept_a,
-            kept_b,
-            magnitude=None if magnitude is None else magnitude.flatten(),
-            scaling=self._settings.scaling,
-        )
+                raise Problem(f"use_dora isn't served on {module}, which has a bias")
+        kept_a, kept_b = reader.keep(a, module), reader.keep(b, module, scaling=scaling)
+        return LowRank(kept_a, kept_b, magnitude=magnitude, scaling=scaling)
 
-    def _fused_size(self, module: str) -> int | None:
-        """Outputs of each of the three that a module is fused from; None after noting a problem."""
+    def _fused_size(self, module: str) -> int:
+        """Return the outputs of each of the three that a module is fused from. Raises Problem."""
         outputs = self._source.base.linears[module].out_features
         if outputs % 3 == 0 and self._settings.letters:
             return outputs // 3
-        self._source.reader.problems.append(
+        raise Problem(
             f"{module} isn't fused from queries, keys and values of one size, or none of them is adapted"
         )
-        return None
 
     def _starts(self, size: int) -> list[int]:
-        """First outputs of those that are adapted."""
+        """Return the first outputs of those that are adapted."""
         return [_QKV.index(letter) * size for letter in self._settings.letters]

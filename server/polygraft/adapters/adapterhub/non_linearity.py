@@ -43,23 +43,21 @@ _SERVED: Mapping[str, str] = {
 _OLD: Mapping[str, str] = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 
-def take_non_linearity(source: Source, options: Options, default: str | None = None) -> str | None:
-    """Take `non_linearity`: one of `layers.activations.ACTIVATIONS`, or `PRELU`; None after a problem."""
+def take_non_linearity(source: Source, options: Options, default: str | None = None) -> str:
+    """Take `non_linearity`: one of `layers.activations.ACTIVATIONS`, or `PRELU`. Raises OptionProblem."""
     given = options.take("non_linearity", str, default)
     if given is None:
-        options.refuse("non_linearity", None, "is missing")
-        return None
+        raise options.problem("non_linearity", None, "is missing")
     name = given.lower()
     served = _SERVED.get(_OLD.get(name, name) if source.old_activations else name)
     if served is None:
-        options.refuse("non_linearity", given, "is an activation that isn't served")
+        raise options.problem("non_linearity", given, "is an activation that isn't served")
     return served
 
 
-def take_slope(source: Source, *modules: str) -> float | None:
-    """Take a PReLU's slope, saved with any of these modules; None after noting a problem."""
-    slope = source.take_any([f"{module}.f.weight" for module in modules], (1,), wide=True)
-    return None if slope is None else float(slope)
+def take_slope(source: Source, *modules: str) -> float:
+    """Take a PReLU's slope, saved with any of these modules. Raises Problem."""
+    return float(source.take_any([f"{module}.f.weight" for module in modules], (1,), wide=True))
 
 
 def without_prelu(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polygraft.adapters.files.reader import FolderReader, shown
+from polygraft.adapters.files.problems import OptionProblem
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
 
 _WHY: Mapping[str, str] = {
     "use_gating": "its gate averages over all tokens of a call, so a row would depend on its neighbours",
@@ -58,7 +60,11 @@ class Options:
 
     def refuse(self, key: str, value: object, why: str) -> None:
         """Note that a value can't be served."""
-        self._reader.problems.append(f"{self._where}.{key} {why}: {shown(value)}")
+        self._reader.problems += self.problem(key, value, why).texts
+
+    def problem(self, key: str, value: object, why: str) -> OptionProblem:
+        """Return the problem that a value can't be served, to be raised."""
+        return OptionProblem(f"{self._where}.{key} {why}: {shown(value)}")
 
     def finish(self) -> None:
         """Note what nobody has taken and isn't off."""

@@ -9,8 +9,10 @@ import torch
 
 from polygraft.adapters.adapterhub.layers import BaseLayers
 from polygraft.adapters.adapterhub.options import Options
-from polygraft.adapters.files.reader import FolderReader
-from polygraft.core.primitives import Bottleneck, Coupling, LowRank, Prefix, Scale
+from polygraft.adapters.files.problems import Problem
+from polygraft.adapters.files.reader import FolderReader, Shape
+from polygraft.core.adapter_weights import ModuleChange
+from polygraft.core.primitives import Bottleneck, Coupling, Prefix
 from polygraft.core.spec import BaseSpec
 
 
@@ -33,22 +35,17 @@ class Source:
     unscaled_lora: bool
     inverts: bool
 
-    def take_any(
-        self, names: Sequence[str], shape: tuple[int | None, ...], *, wide: bool = False
-    ) -> torch.Tensor | None:
-        """Take a tensor that the library saves under several names, from those that are there.
+    def take_any(self, names: Sequence[str], shape: Shape, *, wide: bool = False) -> torch.Tensor:
+        """Take a tensor that the library may save under several names.
 
-        Copies that differ are a problem, since the library would take whichever comes last.
+        Raises:
+            Problem: it is missing, or its copies differ: the library would take whichever comes last.
         """
-        there = [name for name in names if self.reader.holds(name)]
-        taken = [self.reader.take(name, shape, wide=wide) for name in there or names[:1]]
-        whole = [tensor for tensor in taken if tensor is not None]
-        if len(whole) < len(taken):
-            return None
-        if any(not torch.equal(whole[0], other) for other in whole[1:]):
-            self.reader.problems.append(f"tensors {there[0]} and {there[1]} must be the same and differ")
-            return None
-        return whole[0]
+        held = [name for name in names if self.reader.holds(name)] or names[:1]
+        first, *others = self.reader.take_all([(name, shape) for name in held], wide=wide)
+        if any(not torch.equal(first, other) for other in others):
+            raise Problem(f"tensors {held[0]} and {held[1]} must be the same and differ")
+        return first
 
 
 @dataclass(slots=True)
@@ -56,8 +53,7 @@ class Parts:
     """What one method, or all of a union, adds to the base; as in `AdapterWeights`."""
 
     kind: str
-    low_rank: dict[str, LowRank] = field(default_factory=dict)
-    scales: dict[str, Scale] = field(default_factory=dict)
+    modules: dict[str, ModuleChange] = field(default_factory=dict)
     bottlenecks: dict[str, Bottleneck] = field(default_factory=dict)
     coupling: Coupling | None = None
     prefix: Prefix | None = None

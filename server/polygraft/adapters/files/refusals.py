@@ -8,7 +8,7 @@ complete, by PEFT's own lists.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 _OPTIONS: Mapping[str, str] = {
     "modules_to_save": "this kind saves no modules, in PEFT it has no effect; remove it",
@@ -45,27 +45,6 @@ _KINDS: Mapping[str, str] = {
 }
 
 
-_OF_LORA = frozenset({
-    "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora",
-    "velora_config",
-})  # fmt: skip
-_OF_PROMPTS = frozenset({"modules_to_save"})
-UNSERVED: Mapping[str, frozenset[str]] = {
-    "LORA": _OF_LORA,
-    "ADALORA": _OF_LORA | {
-        "alora_invocation_tokens", "alpha_pattern", "lora_bias", "target_parameters", "use_dora",
-        "use_rslora",
-    },
-    "PVERA": frozenset({"sample_at_inference"}),
-    "PREFIX_TUNING": _OF_PROMPTS,
-    "CARTRIDGE": _OF_PROMPTS,
-    "PROMPT_TUNING": _OF_PROMPTS,
-    "P_TUNING": _OF_PROMPTS,
-    "MULTITASK_PROMPT_TUNING": _OF_PROMPTS,
-    "CPT": _OF_PROMPTS,
-}  # fmt: skip
-"""By kind: options that PEFT knows and no compiler takes."""
-
 _CHANGES: Mapping[str, str] = {
     "enable_lora": "before PEFT 0.4 it adapted parts of a fused module, by weights of another shape",
     "use_mora": "MoRA's square matrix is no low-rank product",
@@ -78,19 +57,19 @@ _CHANGES: Mapping[str, str] = {
 """Options of other libraries and of older PEFT that change what is computed, although PEFT drops them."""
 
 
-def judge_option(kind: object, key: str) -> tuple[bool, str]:
-    """Whether to refuse an option that no compiler took, and why ("" if unknown).
+def judge_option(unserved: Collection[str] | None, key: str) -> tuple[bool, str]:
+    """Whether to refuse an option that no kind took, and why ("" if unknown).
 
     Args:
-        kind: its peft_type; another library's folder has none.
+        unserved: options that PEFT knows for the kind and the kind doesn't take; None for a folder of another
+            library, whose options are all refused.
 
     Returns:
         whether to refuse it rather than drop it as PEFT does, and the reason.
     """
     if key in _CHANGES:
         return True, _CHANGES[key]
-    known = UNSERVED.get(kind, frozenset()) if isinstance(kind, str) else None
-    return known is None or key in known, _OPTIONS.get(key, "")
+    return unserved is None or key in unserved, _OPTIONS.get(key, "")
 
 
 def why_not_kind(peft_type: object) -> str:

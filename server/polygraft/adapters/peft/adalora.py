@@ -9,75 +9,90 @@ isn't saved and doesn't follow: it is `init_r` after loading as it was in traini
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from polygraft.adapters.files.numbers import is_alpha, is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.lora import TRAINING_ONLY
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
+from polygraft.adapters.files.problems import require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.lora import TRAINING_ONLY, UNSERVED
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
 from polygraft.adapters.peft.trainable_tokens import take_trainable_tokens
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import LowRank
+from polygraft.core.adapter_weights import AdapterWeights, ModuleChange
 from polygraft.core.spec import BaseSpec
 
 _SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 _EPSILON = 1e-5
 
 
-def compile_adalora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile an AdaLoRA folder; yields between modules. Problems are noted in the reader."""
-    initial = reader.option("init_r", int, 12)
-    alpha = reader.option("lora_alpha", (int, float), 8)
-    pattern = reader.option("rank_pattern", dict, {})
+class AdaLora(ModuleKind):
+    """A LoRA with a factor for each rank, whose ranks differ by module."""
+
+    peft_type = "ADALORA"
+    title = "AdaLoRA"
+    paper = "2303.10512"
+    rows = (side_path(cost="rank × rows, nothing where the rank is 0"),)
     # It inherits LoRA's r but doesn't use it, and all its initialisations leave the base alone.
-    reader.ignore("r", "init_lora_weights", *TRAINING_ONLY, *_SCHEDULE)
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    token_rows = take_trainable_tokens(reader, base, modules)
-    if not is_rank(initial) or not is_alpha(alpha):
-        reader.problems.append(f"init_r {shown(initial)} with alpha {shown(alpha)} makes no sense")
-        modules = []
-    ranks = _ranks(reader, modules, initial, pattern)
-    primitives: dict[str, LowRank] = {}
-    for module, rank in ranks.items():
-        yield
-        shape = base.linears[module]
-        a = reader.take(f"{PREFIX}{module}.lora_A", (rank, shape.in_features), wide=True)
-        b = reader.take(f"{PREFIX}{module}.lora_B", (shape.out_features, rank), wide=True)
-        e = reader.take(f"{PREFIX}{module}.lora_E", (rank, 1), wide=True)
-        if a is None or b is None or e is None or rank == 0:
-            continue
-        scaling = (alpha if alpha > 0 else rank) / (initial + _EPSILON)
-        # E has a factor per rank and is folded into A, in float32.
-        kept_a, kept_b = reader.keep(a * e, module), reader.keep(b, module, scaling=scaling)
-        if kept_a is not None and kept_b is not None:
-            primitives[module] = LowRank(kept_a, kept_b, scaling=scaling)
-    return AdapterWeights(
-        "adalora",
-        reader.parameters,
-        by_module(low_rank=primitives, bias=biases, norm=norms),
-        token_rows=token_rows,
-    )
+    training_only = ("r", "init_lora_weights", *TRAINING_ONLY, *_SCHEDULE)
+    unserved = (
+        *UNSERVED, "alora_invocation_tokens", "alpha_pattern", "lora_bias", "target_parameters", "use_dora",
+        "use_rslora",
+    )  # fmt: skip
+    trains_biases = True
+    ties = True
 
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._initial = reader.option("init_r", int, 12)
+        self._alpha = reader.option("lora_alpha", (int, float), 8)
+        self._pattern = reader.option("rank_pattern", dict, {})
 
-def _ranks(
-    reader: FolderReader, modules: list[str], initial: int, pattern: Mapping[str, Any]
-) -> dict[str, int]:
-    """Each module's rank: what its mask leaves of the initial one. Modules with a mask that is none are noted
-    and left out."""
-    masks = {f"{module}.lora_E": module for module in modules}
-    ranks = dict.fromkeys(modules, initial)
-    for key, mask in pattern.items():
-        if modules and key not in masks:
-            reader.problems.append(f"rank_pattern has {shown(key)}, which is no targeted module's lora_E")
-        elif key not in masks:
-            continue
-        elif isinstance(mask, list) and len(mask) == initial and all(isinstance(kept, bool) for kept in mask):
-            ranks[masks[key]] = sum(mask)
-        else:
-            reader.problems.append(f"rank_pattern of {key} isn't a list of {initial} booleans: {shown(mask)}")
-            del ranks[masks[key]]
-    return ranks
+    def targets(self) -> Sequence[str]:
+        """Return the modules to compile, and take the trained tokens."""
+        targets = super().targets()
+        self._token_rows = take_trainable_tokens(self.reader, self.base, targets)
+        return targets
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options, and read each module's rank from its mask."""
+        require(
+            is_rank(self._initial) and is_alpha(self._alpha), init_r=self._initial, lora_alpha=self._alpha
+        )
+        self._ranks = dict.fromkeys(targets, self._initial)
+        masks = {f"{module}.lora_E": module for module in targets}
+        for key, mask in self._pattern.items():
+            if not targets:
+                break
+            if key not in masks:
+                problem = f"rank_pattern has {shown(key)}, which is no targeted module's lora_E"
+            elif not self._is_mask(mask):
+                problem = f"rank_pattern of {key} isn't a list of {self._initial} booleans: {shown(mask)}"
+            else:
+                self._ranks[masks[key]] = sum(mask)
+                continue
+            self.reader.problems.append(problem)
+
+    def _is_mask(self, mask: object) -> bool:
+        return (
+            isinstance(mask, list)
+            and len(mask) == self._initial
+            and all(isinstance(kept, bool) for kept in mask)
+        )
+
+    def change(self, module: TargetModule) -> ModuleChange | None:
+        """Return A with the factors folded in, and B; None for rank 0."""
+        rank = self._ranks[module.name]
+        a, b, e = module.take_all(
+            ("lora_A", (rank, module.inputs)), ("lora_B", (module.outputs, rank)), ("lora_E", (rank, 1))
+        )
+        if rank == 0:
+            return None
+        scaling = (self._alpha if self._alpha > 0 else rank) / (self._initial + _EPSILON)
+        return module.low_rank(a * e, b, scaling)
+
+    def weights(self, modules: Mapping[str, ModuleChange]) -> AdapterWeights:
+        """Return the adapter, with its trained tokens."""
+        return replace(super().weights(modules), token_rows=self._token_rows)

@@ -6,25 +6,24 @@ product is its bias, which costs an addition.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
-from polygraft.adapters.files.reader import FolderReader
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import LowRank
-from polygraft.core.spec import BaseSpec
 
 
-def compile_beft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a BEFT folder; yields between modules. Problems are noted in the reader."""
-    reader.ignore("init_weights")
-    primitives: dict[str, LowRank] = {}
-    for module in target_modules(reader, base):
-        yield
-        shape = base.linears[module]
-        bias = reader.take(f"{PREFIX}{module}.beft_bias", (1, shape.out_features))
-        if bias is not None:
-            a, b = bias.new_zeros(0, shape.in_features), bias.new_zeros(shape.out_features, 0)
-            primitives[module] = LowRank(a, b, bias.float().flatten())
-    return AdapterWeights("beft", reader.parameters, by_module(low_rank=primitives))
+class Beft(ModuleKind):
+    """A bias for each module."""
+
+    peft_type = "BEFT"
+    title = "BEFT"
+    paper = "2509.15974"
+    rows = (side_path("a bias", "an addition for each output"),)
+    training_only = ("init_weights",)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return a low-rank product of rank 0 with the bias."""
+        bias = module.take("beft_bias", (1, module.outputs), wide=False)
+        a, b = bias.new_zeros(0, module.inputs), bias.new_zeros(module.outputs, 0)
+        return ModuleChange(LowRank(a, b, bias.float().flatten()))

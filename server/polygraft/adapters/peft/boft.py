@@ -8,66 +8,60 @@ saved ones: it is computed once, at load, and no butterfly is left for a step.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 
 import torch
 
-from polygraft.adapters.files.reader import FolderReader, shown
+from polygraft.adapters.files.problems import Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
 from polygraft.adapters.peft.oft import cayley
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Rotation, Scale
 from polygraft.core.spec import BaseSpec
 
-_TRAINING_ONLY = ("boft_dropout", "init_weights", "fan_in_fan_out")
 _MOST_FACTORS = 32  # each doubles the blocks
 
 
-def compile_boft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a BOFT folder; yields between modules. Problems are noted in the reader."""
-    size, number = reader.option("boft_block_size", int, 4), reader.option("boft_block_num", int, 0)
-    factors = reader.option("boft_n_butterfly_factor", int, 1)
-    reader.ignore(*_TRAINING_ONLY)
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if (number > 0) == (size > 0) or number < 0 or size < 0 or not 1 <= factors <= _MOST_FACTORS:
-        reader.problems.append(
-            f"boft_block_size {shown(size)} with boft_block_num {shown(number)} and boft_n_butterfly_factor "
-            f"{shown(factors)} makes no sense"
-        )
-        modules = []
-    rotations: dict[str, Rotation] = {}
-    scales: dict[str, Scale] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        block = size or shape.in_features // number
+class Boft(ModuleKind):
+    """A rotation of the inputs that is a product of butterfly factors, and a scale of the outputs."""
+
+    peft_type = "BOFT"
+    title = "BOFT"
+    paper = "2311.06243"
+    rows = (side_path("inputs rotated in blocks, and scales of outputs", "inputs × block size"),)
+    training_only = ("boft_dropout", "init_weights", "fan_in_fan_out")
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._size = reader.option("boft_block_size", int, 4)
+        self._number = reader.option("boft_block_num", int, 0)
+        self._factors = reader.option("boft_n_butterfly_factor", int, 1)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        size, number, factors = self._size, self._number, self._factors
+        valid = (number > 0) != (size > 0) and min(number, size) >= 0 and 1 <= factors <= _MOST_FACTORS
+        require(valid, boft_block_size=size, boft_block_num=number, boft_n_butterfly_factor=factors)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the product of the factors, and the scale."""
+        inputs, number, factors = module.inputs, self._number, self._factors
+        block = self._size or inputs // number
         whole = block * 2 ** (factors - 1)
-        if block == 0 or shape.in_features % whole or (number and block * number != shape.in_features):
-            reader.problems.append(
-                f"the {shape.in_features} inputs of {module} can't be cut into such blocks"
-            )
-            continue
+        if block == 0 or inputs % whole or (number and block * number != inputs):
+            raise Problem(f"the {inputs} inputs of {module.name} can't be cut into such blocks")
         if factors > 1 and block % 2:
-            reader.problems.append(f"blocks of {block} inputs of {module} have no halves to permute")
-            continue
-        saved = reader.take(
-            f"{PREFIX}{module}.boft_R", (factors, shape.in_features // block, block, block), wide=True
+            raise Problem(f"blocks of {block} inputs of {module.name} have no halves to permute")
+        saved, scale = module.take_all(
+            ("boft_R", (factors, inputs // block, block, block)), ("boft_s", (module.outputs, 1))
         )
-        scale = reader.take(f"{PREFIX}{module}.boft_s", (shape.out_features, 1), wide=True)
-        if saved is None or scale is None:
-            continue
-        if not reader.has_room(0, shape.in_features * whole, torch.float32):
-            continue
-        blocks = reader.keep(_butterfly(saved), module, torch.float32)
-        if blocks is not None:
-            rotations[module] = Rotation(blocks)
-            scales[module] = Scale(output=scale.flatten())
-    return AdapterWeights(
-        "boft", reader.parameters, by_module(scale=scales, rotation=rotations, bias=biases, norm=norms)
-    )
+        self.reader.need_room(0, inputs * whole, torch.float32)
+        blocks = module.keep(_butterfly(saved), torch.float32)
+        return ModuleChange(scale=Scale(output=scale.flatten()), rotation=Rotation(blocks))
 
 
 def _butterfly(saved: torch.Tensor) -> torch.Tensor:

@@ -8,19 +8,20 @@ j.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.patterns import Form, OptionByModule
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.patterns import Form
+from polygraft.adapters.files.problems import Problem
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import merged_copy
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.per_module import PatternedOption
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -44,32 +45,25 @@ class Circulants(Dense):
         return weight + own.gather(2, turned[:, None].expand(-1, blocks, -1)).flatten(1)
 
 
-def compile_c3a(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a C3A folder; yields between modules. Problems are noted in the reader."""
-    size: Any = reader.option("block_size", int, 256)
-    sizes = OptionByModule(reader.option("block_size_pattern", dict, {}), Form.ENDING, reader.matching)
-    reader.ignore("init_weights")
-    changes: dict[str, Dense] = {}
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        try:
-            own = sizes.of(module, size)
-        except BAD_PATTERN as error:
-            reader.problems.append(
-                f"block_size_pattern is not a regular expression that can be matched: {error}"
-            )
-            break
-        if not is_rank(own) or shape.in_features % own or shape.out_features % own:
-            reader.problems.append(
-                f"block_size {shown(own)} doesn't divide {module}'s {shape.in_features} inputs and "
-                f"{shape.out_features} outputs"
-            )
-            continue
-        blocks = (shape.out_features // own, shape.in_features // own, own)
-        kernels = reader.take(f"{PREFIX}{module}.c3a_kernel", blocks, wide=True)
-        if kernels is not None:
-            changes[module] = Circulants(kernels / shape.in_features)
-    return AdapterWeights("c3a", reader.parameters, by_module(dense=changes, bias=biases, norm=norms))
+class C3a(ModuleKind):
+    """A matrix of circulant blocks."""
+
+    peft_type = "C3A"
+    title = "C3A"
+    paper = "2407.19342"
+    rows = (merged_copy("circulant blocks"),)
+    training_only = ("init_weights",)
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        size = reader.option("block_size", int, 256)
+        self._sizes = PatternedOption(reader, "block_size_pattern", Form.ENDING, size)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the blocks' kernels."""
+        size = self._sizes.of(module.name)
+        if not is_rank(size) or module.inputs % size or module.outputs % size:
+            raise Problem(f"block_size {shown(size)} doesn't divide {module.sizes}")
+        kernels = module.take("c3a_kernel", (module.outputs // size, module.inputs // size, size))
+        return ModuleChange(dense=Circulants(kernels / module.inputs))

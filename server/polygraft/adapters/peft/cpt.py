@@ -7,28 +7,33 @@ get_prompt): masks, bounds and the loss's weights belong to training.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
+from polygraft.adapters.files.problems import OptionProblem
 from polygraft.adapters.files.reader import FolderReader
-from polygraft.adapters.peft.soft_prompt import take_embeddings
-from polygraft.core.adapter_weights import AdapterWeights
-from polygraft.core.primitives import SoftPrompt
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.prompt_kind import SoftPromptKind
 from polygraft.core.spec import BaseSpec
 
-_TRAINING_ONLY = (
-    "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type", "opt_loss_decay_factor",
-    "opt_projection_epsilon", "opt_projection_format_epsilon", "tokenizer_name_or_path",
-)  # fmt: skip
 
+class Cpt(SoftPromptKind):
+    """Embeddings of examples before the prompt's."""
 
-def compile_cpt(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a CPT folder. Problems are noted in the reader."""
-    yield
-    tokens, embeddings = take_embeddings(reader, base)
-    # PEFT counts these and passes over num_virtual_tokens.
-    examples = len(reader.option("cpt_token_ids", list, [0]))
-    if examples != tokens:
-        reader.problems.append(f"num_virtual_tokens is {tokens}, cpt_token_ids has {examples}")
-    reader.ignore(*_TRAINING_ONLY)
-    prompt = None if embeddings is None else SoftPrompt(embeddings.contiguous())
-    return AdapterWeights("cpt", reader.parameters, prefix=prompt)
+    peft_type = "CPT"
+    title = "CPT"
+    paper = "2410.17222"
+    rows = (side_path("run through the base once, then a prefix", "attention to the virtual tokens"),)
+    training_only = (
+        "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type", "opt_loss_decay_factor",
+        "opt_projection_epsilon", "opt_projection_format_epsilon", "tokenizer_name_or_path",
+    )  # fmt: skip
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._examples = reader.option("cpt_token_ids", list, [0])
+
+    def check(self) -> None:
+        """Check the number of tokens: PEFT counts the examples' and passes over num_virtual_tokens."""
+        super().check()
+        if len(self._examples) != self.tokens:
+            raise OptionProblem(
+                f"num_virtual_tokens is {self.tokens}, cpt_token_ids has {len(self._examples)}"
+            )

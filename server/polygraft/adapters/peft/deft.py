@@ -8,17 +8,18 @@ with "qr" both are an orthonormal basis of P's columns; PaRa (`para`) has no R. 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from polygraft.adapters.files.numbers import is_alpha, is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.problems import Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import LowRank, OfBase
 from polygraft.core.spec import BaseSpec
 
@@ -41,47 +42,47 @@ class Removal(OfBase):
         return LowRank((primitive.a - self.s.t() @ weight).to(primitive.b.dtype), primitive.b)
 
 
-def compile_deft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a DEFT folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 8)
-    alpha = reader.option("alpha", (int, float), None)
-    method = reader.option("decomposition_method", str, "relu")
-    removes_only = reader.option("para", bool, False)
-    reader.ignore("init_scale", "deft_dropout", "fan_in_fan_out", "init_weights")
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if not is_rank(rank) or not is_alpha(alpha or 0) or method not in ("relu", "qr"):
-        reader.problems.append(
-            f"rank {shown(rank)} with alpha {shown(alpha)} and decomposition_method {shown(method)} makes no "
-            "sense"
-        )
-        modules = []
-    low_rank: dict[str, LowRank] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        own = min(rank, shape.out_features)
-        p = reader.take(f"{PREFIX}{module}.deft_P", (shape.out_features, own), wide=True)
-        r = torch.zeros(own, shape.in_features) if removes_only else None
-        if r is None:
-            r = reader.take(f"{PREFIX}{module}.deft_R", (own, shape.in_features), wide=True)
-        if p is None or r is None or not reader.has_room(own, own * (shape.in_features + shape.out_features)):
-            continue
-        yield
-        q = p if method == "relu" else _basis(reader, module, p)
-        a = reader.keep(r * (alpha / own if alpha else 1), module, torch.float32)
-        b = reader.keep(q, module)
-        if a is not None and b is not None:
-            low_rank[module] = LowRank(a, b, of_base=Removal(q.relu() if method == "relu" else q))
-    return AdapterWeights(
-        "deft", reader.parameters, by_module(low_rank=low_rank, bias=biases, norm=norms), of_base="projection"
-    )
+class Deft(ModuleKind):
+    """Takes a subspace out of the base's weight and puts something else in."""
+
+    peft_type = "DEFT"
+    title = "DEFT, PaRa"
+    rows = (side_path("low-rank side path, made with the base's weights at load"),)
+    training_only = ("init_scale", "deft_dropout", "fan_in_fan_out", "init_weights")
+    trains_biases = True
+    of_base = "projection"
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 8)
+        self._alpha = reader.option("alpha", (int, float), None)
+        self._method = reader.option("decomposition_method", str, "relu")
+        self._removes_only = reader.option("para", bool, False)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        valid = is_rank(self._rank) and is_alpha(self._alpha or 0) and self._method in ("relu", "qr")
+        require(valid, r=self._rank, alpha=self._alpha, decomposition_method=self._method)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return Q and R, from which S^T W is still to be taken."""
+        rank = min(self._rank, module.outputs)
+        of_p, of_r = ("deft_P", (module.outputs, rank)), ("deft_R", (rank, module.inputs))
+        if self._removes_only:
+            p, r = module.take(*of_p), torch.zeros(rank, module.inputs)
+        else:
+            p, r = module.take_all(of_p, of_r)
+        module.need_room(rank)
+        q = p if self._method == "relu" else _basis(module.name, p)
+        a = module.keep(r * (self._alpha / rank if self._alpha else 1), torch.float32)
+        removal = Removal(q.relu() if self._method == "relu" else q)
+        return ModuleChange(LowRank(a, module.keep(q), of_base=removal))
 
 
-def _basis(reader: FolderReader, module: str, p: torch.Tensor) -> torch.Tensor:
-    """Q of P's QR decomposition; notes columns of which nothing is left."""
+def _basis(module: str, p: torch.Tensor) -> torch.Tensor:
+    """Return Q of P's QR decomposition. Raises Problem if P's columns depend on each other."""
     q: torch.Tensor
     q, r = torch.linalg.qr(p)
     if (r.diagonal().abs() <= _LEAST * p.norm(dim=0)).any():
-        reader.problems.append(f"the columns of {module}'s deft_P depend on each other, so qr has no meaning")
+        raise Problem(f"the columns of {module}'s deft_P depend on each other, so qr has no meaning")
     return q

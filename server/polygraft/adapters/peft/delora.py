@@ -8,53 +8,41 @@ the base's weights aren't needed.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
 from polygraft.adapters.files.reader import FolderReader
-from polygraft.adapters.peft.per_module import PREFIX, ModuleSettings
-from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import LowRank
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.per_module import RankAndAlpha
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.spec import BaseSpec
 
 # The configuration's lambdas are those that training starts from.
-_TRAINING_ONLY = ("delora_lambda", "lambda_pattern", "module_dropout", "init_weights")
 _LEAST_NORM = 1e-4
 
 
-def compile_delora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a DeLoRA folder; yields between modules. Problems are noted in the reader."""
-    settings = ModuleSettings(reader, None)
-    reader.ignore(*_TRAINING_ONLY)
-    primitives: dict[str, LowRank] = {}
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        try:
-            rank_and_alpha = settings.of(module)
-        except BAD_PATTERN as error:
-            settings.note_bad_pattern(error)
-            break
-        if rank_and_alpha is None:
-            continue
-        rank, _ = rank_and_alpha
-        a = reader.take(f"{PREFIX}{module}.delora_A", (rank, shape.in_features), wide=True)
-        b = reader.take(f"{PREFIX}{module}.delora_B", (shape.out_features, rank), wide=True)
-        strength = reader.take(f"{PREFIX}{module}.delora_lambda", (1,), wide=True)
-        w_norm = reader.take(f"{PREFIX}{module}.delora_w_norm", (shape.in_features,), wide=True)
-        if a is None or b is None or strength is None or w_norm is None:
-            continue
-        scaling = (
-            strength / rank / (a.norm(dim=1).clamp(min=_LEAST_NORM) * b.norm(dim=0).clamp(min=_LEAST_NORM))
+class DeLora(ModuleKind):
+    """A low-rank product of normalized factors, with a strength for each module."""
+
+    peft_type = "DELORA"
+    title = "DeLoRA"
+    paper = "2503.18225"
+    rows = (side_path(),)
+    # The configuration's lambdas are the ones that training starts from.
+    training_only = ("delora_lambda", "lambda_pattern", "module_dropout", "init_weights")
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._settings = RankAndAlpha(reader, None)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the factors with norms and strength folded in."""
+        rank, _ = self._settings.of(module.name)
+        a, b, strength, w_norm = module.take_all(
+            ("delora_A", (rank, module.inputs)),
+            ("delora_B", (module.outputs, rank)),
+            ("delora_lambda", (1,)),
+            ("delora_w_norm", (module.inputs,)),
         )
-        kept_a, kept_b = reader.keep(a * w_norm, module), reader.keep(b * scaling, module)
-        if kept_a is not None and kept_b is not None:
-            primitives[module] = LowRank(kept_a, kept_b)
-    return AdapterWeights(
-        "delora",
-        reader.parameters,
-        by_module(low_rank=primitives, bias=biases, norm=norms),
-    )
+        norms = a.norm(dim=1).clamp(min=_LEAST_NORM) * b.norm(dim=0).clamp(min=_LEAST_NORM)
+        return module.low_rank(a * w_norm, b * (strength / rank / norms))

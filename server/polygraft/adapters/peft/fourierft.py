@@ -8,21 +8,23 @@ saved: it is drawn again from `random_loc_seed` and the module's shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from polygraft.adapters.files.numbers import is_alpha, is_rank
-from polygraft.adapters.files.patterns import Form, OptionByModule
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
+from polygraft.adapters.files.patterns import Form
+from polygraft.adapters.files.problems import Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import merged_copy
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.per_module import PatternedOption
 from polygraft.adapters.peft.projections import KEYS
 from polygraft.adapters.peft.sparse import RandomPlaces
-from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -52,38 +54,34 @@ class Spectrum(Dense):
         return weight + added
 
 
-def compile_fourierft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a FourierFT folder; yields between modules. Problems are noted in the reader."""
-    count: Any = reader.option("n_frequency", int, 1000)
-    counts = OptionByModule(reader.option("n_frequency_pattern", dict, {}), Form.ENDING, reader.matching)
-    scaling = reader.option("scaling", (int, float), 150.0)
-    seed = reader.option("random_loc_seed", int, 777)
-    reader.ignore("fan_in_fan_out", "init_weights")
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if not is_alpha(scaling) or seed not in KEYS:
-        reader.problems.append(f"scaling {shown(scaling)} with random_loc_seed {shown(seed)} makes no sense")
-        modules = []
-    places = RandomPlaces(seed)
-    changes: dict[str, Dense] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        try:
-            several = counts.of(module, count)
-        except BAD_PATTERN as error:
-            reader.problems.append(
-                f"n_frequency_pattern is not a regular expression that can be matched: {error}"
-            )
-            break
-        if not is_rank(several) or several > shape.in_features * shape.out_features:
-            reader.problems.append(f"n_frequency {shown(several)} for {module} makes no sense")
-            continue
-        spectrum = reader.take(f"{PREFIX}{module}.fourierft_spectrum", (several,), wide=True)
-        if spectrum is None:
-            continue
-        rows, columns = places.of(several, shape.out_features, shape.in_features)
-        changes[module] = Spectrum(
-            spectrum * (scaling / shape.out_features), rows, columns, shape.out_features
-        )
-    return AdapterWeights("fourierft", reader.parameters, by_module(dense=changes, bias=biases, norm=norms))
+class FourierFt(ModuleKind):
+    """A few frequencies of the weight's Fourier transform."""
+
+    peft_type = "FOURIERFT"
+    title = "FourierFT"
+    paper = "2405.03003"
+    rows = (merged_copy("a few frequencies"),)
+    training_only = ("fan_in_fan_out", "init_weights")
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        count = reader.option("n_frequency", int, 1000)
+        self._counts = PatternedOption(reader, "n_frequency_pattern", Form.ENDING, count)
+        self._scaling = reader.option("scaling", (int, float), 150.0)
+        self._seed = reader.option("random_loc_seed", int, 777)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        valid = is_alpha(self._scaling) and self._seed in KEYS
+        require(valid, scaling=self._scaling, random_loc_seed=self._seed)
+        self._places = RandomPlaces(self._seed)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the frequencies and their places."""
+        count = self._counts.of(module.name)
+        if not is_rank(count) or count > module.inputs * module.outputs:
+            raise Problem(f"n_frequency {shown(count)} for {module.name} isn't valid")
+        values = module.take("fourierft_spectrum", (count,)) * (self._scaling / module.outputs)
+        rows, columns = self._places.of(count, module.outputs, module.inputs)
+        return ModuleChange(dense=Spectrum(values, rows, columns, module.outputs))

@@ -9,23 +9,20 @@ again of the base's weights.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.problems import OptionProblem, Problem, all_of, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import merged_copy
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
-_TRAINING_ONLY = (
-    "projection_prng_key", "regularization_alpha", "progressbar", "runtime_offload_base_weight",
-    "frod_dropout", "fan_in_fan_out", "init_weights",
-)  # fmt: skip
 _SHORTEST = 1e-12
 """Columns of U that are shorter are zero, as in PEFT."""
 _ERROR = 1e-6
@@ -83,58 +80,72 @@ class Recomposed(Dense):
         return composed @ basis.v.t()
 
 
-def compile_frod(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a FRoD folder; yields between modules. Problems are noted in the reader."""
-    saved = reader.option("save_projection", bool, True)
-    sparse = reader.option("sparse_rate", (int, float), 0.01)
-    reader.ignore(*_TRAINING_ONLY)
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if not saved:
-        reader.problems.append(
-            "save_projection=False isn't served: what its numbers multiply isn't in the file, and made again "
-            "it has other signs from one decomposition to another"
-        )
-        modules = []
-    elif not 0 <= sparse <= 1:
-        reader.problems.append(f"sparse_rate {shown(sparse)} makes no sense")
-        modules = []
-    bases: dict[str, Basis | None] = {}
-    changes: dict[str, Dense] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        role = _role(module)
-        several = _elements(shape.in_features, sparse)
-        if role not in bases:
-            bases[role] = _basis(reader, role, shape.in_features, several)
-        basis = bases[role]
-        if basis is not None and len(basis.v) != shape.in_features:
-            reader.problems.append(
-                f"{module} has {shape.in_features} inputs, other {role} have {len(basis.v)}"
+class Frod(ModuleKind):
+    """The base's weight, decomposed and composed of other factors."""
+
+    peft_type = "FROD"
+    title = "FRoD"
+    rows = (merged_copy("the base's weight composed anew", where="with `save_projection`"),)
+    training_only = (
+        "projection_prng_key", "regularization_alpha", "progressbar", "runtime_offload_base_weight",
+        "frod_dropout", "fan_in_fan_out", "init_weights",
+    )  # fmt: skip
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._saved = reader.option("save_projection", bool, True)
+        self._sparse = reader.option("sparse_rate", (int, float), 0.01)
+        self._bases: dict[str, Basis | Problem] = {}
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        if not self._saved:
+            raise OptionProblem(
+                "save_projection=False isn't served: what its numbers multiply isn't in the file, and made "
+                "again it has other signs from one decomposition to another"
             )
-            continue
-        diagonal = reader.take(f"{PREFIX}{module}.frod_lambda_l", (shape.in_features,), wide=True)
-        elements = reader.take(f"{PREFIX}{module}.frod_lambda_s_values", (several,), wide=True)
-        if basis is not None and diagonal is not None and elements is not None:
-            changes[module] = Recomposed(basis, diagonal, elements)
-    return AdapterWeights("frod", reader.parameters, by_module(dense=changes, bias=biases, norm=norms))
+        require(0 <= self._sparse <= 1, sparse_rate=self._sparse)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the module's factors, and the basis that it shares."""
+        count = _elements(module.inputs, self._sparse)
+        basis = self._basis(_role(module.name), module.inputs, count)
+        if len(basis.v) != module.inputs:
+            role = _role(module.name)
+            raise Problem(f"{module.name} has {module.inputs} inputs, other {role} have {len(basis.v)}")
+        diagonal, elements = module.take_all(
+            ("frod_lambda_l", (module.inputs,)), ("frod_lambda_s_values", (count,))
+        )
+        return ModuleChange(dense=Recomposed(basis, diagonal, elements))
+
+    def _basis(self, role: str, inputs: int, count: int) -> Basis:
+        """Return what modules of a role share, taken once. Raises Problem for each of them."""
+        if role not in self._bases:
+            try:
+                self._bases[role] = _take_basis(self.reader, role, inputs, count)
+            except Problem as problem:
+                self._bases[role] = problem
+        basis = self._bases[role]
+        if isinstance(basis, Problem):
+            raise basis
+        return basis
 
 
-def _basis(reader: FolderReader, role: str, inputs: int, several: int) -> Basis | None:
-    """Take what modules of a role share; None after noting what is wrong."""
-    v = reader.take(f"base_model.frod_V.{role}", (inputs, inputs), wide=True)
-    places = reader.take_indices(f"base_model.frod_s_indices.{role}", (2, several), inputs)
-    size = reader.take_indices(f"base_model.frod_s_size.{role}", (2,), inputs + 1)
-    if size is not None and (size != inputs).any():
-        reader.problems.append(f"tensor base_model.frod_s_size.{role} isn't [{inputs}, {inputs}]")
-    if v is None or places is None or not reader.has_room(0, inputs * inputs, torch.float64):
-        return None
+def _take_basis(reader: FolderReader, role: str, inputs: int, count: int) -> Basis:
+    """Take what modules of a role share. Raises Problem."""
+    v, places, size = all_of(
+        lambda: reader.take(f"base_model.frod_V.{role}", (inputs, inputs), wide=True),
+        lambda: reader.take_indices(f"base_model.frod_s_indices.{role}", (2, count), inputs),
+        lambda: reader.take_indices(f"base_model.frod_s_size.{role}", (2,), inputs + 1),
+    )
+    if (size != inputs).any():
+        raise Problem(f"tensor base_model.frod_s_size.{role} isn't [{inputs}, {inputs}]")
+    reader.need_room(0, inputs * inputs, torch.float64)
     inverse, singular = torch.linalg.inv_ex(v.double())
     wrong = (v.double() @ inverse - torch.eye(inputs, dtype=torch.float64)).abs().max()
     if singular or not wrong < _ERROR:
-        reader.problems.append(f"tensor base_model.frod_V.{role} has no inverse that can be computed")
-        return None
+        raise Problem(f"tensor base_model.frod_V.{role} has no inverse that can be computed")
     return Basis(v, inverse, places[0].contiguous(), places[1].contiguous())
 
 

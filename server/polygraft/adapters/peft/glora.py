@@ -8,17 +8,18 @@ and B products of low rank ("lora") W * A has no low rank. What an option leaves
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.problems import Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import merged_copy, side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Dense, LowRank, OfBase, Scale
 from polygraft.core.spec import BaseSpec
 
@@ -30,13 +31,11 @@ class BiasGain(OfBase):
     Args:
         c: float32 [in_features]
         d, e: float32 [out_features] or [1]
-        own: [out_features] in the place of the module's own bias, or None.
     """
 
     c: torch.Tensor
     d: torch.Tensor
     e: torch.Tensor
-    own: torch.Tensor | None = None
 
     def completed(self, primitive: LowRank, weight: torch.Tensor, bias: torch.Tensor | None) -> LowRank:
         """See `OfBase`."""
@@ -44,7 +43,6 @@ class BiasGain(OfBase):
 
     def of(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """float32 [out_features], for the module's weight float32 [out_features, in_features] and bias."""
-        bias = bias if self.own is None else self.own.float()
         assert bias is not None, "a module without a bias gains none"
         return bias * self.d + self.e + weight @ self.c
 
@@ -85,80 +83,75 @@ class Modulation(Dense):
         return bias if bias is None or self.gain is None else bias + self.gain
 
 
-def compile_glora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a GLoRA folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 8)
-    of_weight = reader.option("config_A_B", str, "lora")
-    of_both = reader.option("config_C", str, "lora")
-    of_bias = reader.option("config_D_E", str, "constant")
-    reader.ignore("init_weights")
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    known = (
-        of_weight in ("lora", "vector", "constant", "none")
-        and of_both in ("lora", "vector", "none")
-        and of_bias in ("vector", "constant", "none")
+class GLora(ModuleKind):
+    """Modulates and shifts the weight, and the bias."""
+
+    peft_type = "GLORA"
+    title = "GLoRA"
+    paper = "2306.07967"
+    rows = (
+        side_path("scales of outputs and a product of rank one", "a product for each output, and 1 × rows"),
+        merged_copy("the weight times a low-rank product", where='with `config_A_B="lora"`'),
     )
-    if not known or not is_rank(rank):
-        reader.problems.append(
-            f"r {shown(rank)} with config_A_B {shown(of_weight)}, config_C {shown(of_both)} and config_D_E "
-            f"{shown(of_bias)} makes no sense"
+    training_only = ("init_weights",)
+    trains_biases = True
+    of_base = "modulation"
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 8)
+        self._of_weight = reader.option("config_A_B", str, "lora")
+        self._of_both = reader.option("config_C", str, "lora")
+        self._of_bias = reader.option("config_D_E", str, "constant")
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        valid = (
+            is_rank(self._rank)
+            and self._of_weight in ("lora", "vector", "constant", "none")
+            and self._of_both in ("lora", "vector", "none")
+            and self._of_bias in ("vector", "constant", "none")
         )
-        modules = []
-    low_rank: dict[str, LowRank] = {}
-    scales: dict[str, Scale] = {}
-    dense: dict[str, Dense] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        weight_like, bias_like = (shape.out_features, shape.in_features), (shape.out_features,)
-        a, b = (_path(reader, module, path, of_weight, weight_like, rank) for path in "AB")
-        c = _path(reader, module, "C", of_both if shape.has_bias else "none", (shape.in_features, 1), rank)
-        d, e = (
-            _path(reader, module, path, of_bias if shape.has_bias else "none", bias_like, rank)
-            for path in "DE"
+        require(
+            valid,
+            r=self._rank,
+            config_A_B=self._of_weight,
+            config_C=self._of_both,
+            config_D_E=self._of_bias,
         )
-        if a is None or b is None or c is None or d is None or e is None:
-            continue
+
+    def change(self, module: TargetModule) -> ModuleChange | None:
+        """Return the change of the weight, and the bias' gain."""
+        inputs, outputs, has_bias = module.inputs, module.outputs, module.shape.has_bias
+        a, b = (self._path(module, path, self._of_weight, (outputs, inputs)) for path in "AB")
+        c = self._path(module, "C", self._of_both if has_bias else "none", (inputs, 1))
+        d, e = (self._path(module, path, self._of_bias if has_bias else "none", (outputs,)) for path in "DE")
         gain = None
-        if shape.has_bias:
+        if has_bias:
             both = (c[0] @ c[1] if len(c) == 2 else c[0])[:, 0]
-            gain = BiasGain(both, d[0], e[0], biases.get(module))
-        if of_weight == "lora":
-            dense[module] = Modulation(a[0], a[1], b[0], b[1], gain)
-        elif of_weight == "none":
-            if gain is not None:
-                nothing = torch.zeros(0, shape.in_features), torch.zeros(shape.out_features, 0)
-                low_rank[module] = LowRank(*nothing, of_base=gain)
-        else:
-            ones = reader.keep(torch.ones(1, shape.in_features), module)
-            column = reader.keep(b[0] * torch.ones(shape.out_features, 1), module)
-            if ones is not None and column is not None:
-                scales[module] = Scale(output=((1 + a[0]) * torch.ones(shape.out_features, 1))[:, 0])
-                low_rank[module] = LowRank(ones, column, of_base=gain)
-    return AdapterWeights(
-        "glora",
-        reader.parameters,
-        by_module(low_rank=low_rank, scale=scales, dense=dense, bias=biases, norm=norms),
-        of_base="modulation",
-    )
+            gain = BiasGain(both, d[0], e[0])
+        if self._of_weight == "lora":
+            return ModuleChange(dense=Modulation(a[0], a[1], b[0], b[1], gain))
+        if self._of_weight == "none":
+            nothing = torch.zeros(0, inputs), torch.zeros(outputs, 0)
+            return None if gain is None else ModuleChange(LowRank(*nothing, of_base=gain))
+        ones = module.keep(torch.ones(1, inputs))
+        column = module.keep(b[0] * torch.ones(outputs, 1))
+        scale = Scale(output=((1 + a[0]) * torch.ones(outputs, 1))[:, 0])
+        return ModuleChange(LowRank(ones, column, of_base=gain), scale)
 
-
-def _path(
-    reader: FolderReader, module: str, path: str, how: str, shape: tuple[int, ...], rank: int
-) -> tuple[torch.Tensor, ...] | None:
-    """Take one of a module's five: two factors of the shape, or what is broadcast to it; None after noting
-    what is wrong."""
-    name = f"{PREFIX}{module}.glora_{path}"
-    if how == "lora":
-        down = reader.take(f"{name}.Xd", (shape[0], rank), wide=True)
-        up = reader.take(f"{name}.Xu", (rank, shape[1]), wide=True)
-        return None if down is None or up is None else (down, up)
-    if how == "none":
-        zeros = reader.take(f"{name}.zeros", shape, wide=True)
-        if zeros is not None and zeros.any():
-            reader.problems.append(f"tensor {name}.zeros stands for nothing, but isn't zero")
-        return None if zeros is None else (zeros,)
-    each = (1,) if how == "constant" else (shape[0], 1)[: len(shape)]
-    numbers = reader.take(f"{name}.X", each, wide=True)
-    return None if numbers is None else (numbers,)
+    def _path(
+        self, module: TargetModule, path: str, how: str, shape: tuple[int, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Take one of a module's five: two factors of the shape, or a smaller tensor. Raises Problem."""
+        name = f"glora_{path}"
+        if how == "lora":
+            factors = (f"{name}.Xd", (shape[0], self._rank)), (f"{name}.Xu", (self._rank, shape[1]))
+            return tuple(module.take_all(*factors))
+        if how == "none":
+            zeros = module.take(f"{name}.zeros", shape)
+            if zeros.any():
+                raise Problem(f"tensor {module.prefix}{name}.zeros stands for nothing, but isn't zero")
+            return (zeros,)
+        each = (1,) if how == "constant" else (shape[0], 1)[: len(shape)]
+        return (module.take(f"{name}.X", each),)

@@ -9,76 +9,64 @@ blocks together are exactly of rank k r, and that is what it costs. A hybrid add
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 
 import torch
 
 from polygraft.adapters.files.numbers import is_alpha, is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import LowRank
+from polygraft.adapters.files.problems import Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.spec import BaseSpec
 
-_TRAINING_ONLY = ("gralora_dropout", "fan_in_fan_out", "init_weights")
 
+class GraLora(ModuleKind):
+    """A low-rank product for each block of the weight."""
 
-def compile_gralora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a GraLoRA folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 32)
-    hybrid = reader.option("hybrid_r", int, 0)
-    blocks = reader.option("gralora_k", int, 2)
-    alpha = reader.option("alpha", (int, float), 64)
-    reader.ignore(*_TRAINING_ONLY)
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if (
-        not (is_rank(rank) and is_rank(blocks) and is_alpha(alpha))
-        or rank % blocks
-        or not 0 <= hybrid < 2**31
-    ):
-        reader.problems.append(
-            f"r {shown(rank)} with gralora_k {shown(blocks)}, hybrid_r {shown(hybrid)} and alpha "
-            f"{shown(alpha)} makes no sense"
+    peft_type = "GRALORA"
+    title = "GraLoRA"
+    paper = "2505.20355"
+    rows = (side_path("low-rank side path of rank k·r, and of the hybrid's rank", "that rank × rows"),)
+    training_only = ("gralora_dropout", "fan_in_fan_out", "init_weights")
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 32)
+        self._hybrid = reader.option("hybrid_r", int, 0)
+        self._blocks = reader.option("gralora_k", int, 2)
+        self._alpha = reader.option("alpha", (int, float), 64)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        rank, blocks = self._rank, self._blocks
+        valid = is_rank(rank) and is_rank(blocks) and rank % blocks == 0
+        valid = valid and is_alpha(self._alpha) and 0 <= self._hybrid < 2**31
+        require(valid, r=rank, gralora_k=blocks, hybrid_r=self._hybrid, alpha=self._alpha)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return one product of all blocks."""
+        rank, hybrid, blocks = self._rank, self._hybrid, self._blocks
+        if module.inputs % blocks or module.outputs % blocks:
+            raise Problem(f"gralora_k {blocks} doesn't divide {module.sizes}")
+        inputs, outputs = module.inputs // blocks, module.outputs // blocks
+        general = [
+            ("gralora_A_general.weight", (hybrid, module.inputs)),
+            ("gralora_B_general.weight", (module.outputs, hybrid)),
+        ]
+        block_a, block_b, *plain = module.take_all(
+            ("gralora_A", (blocks, inputs, rank)),
+            ("gralora_B", (blocks, rank, outputs)),
+            *(general if hybrid else ()),
         )
-        modules = []
-    primitives: dict[str, LowRank] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        if shape.in_features % blocks or shape.out_features % blocks:
-            reader.problems.append(
-                f"gralora_k {blocks} doesn't divide {module}'s {shape.in_features} inputs and "
-                f"{shape.out_features} outputs"
-            )
-            continue
-        inputs, outputs = shape.in_features // blocks, shape.out_features // blocks
-        name = f"{PREFIX}{module}.gralora_"
-        block_a = reader.take(f"{name}A", (blocks, inputs, rank), wide=True)
-        block_b = reader.take(f"{name}B", (blocks, rank, outputs), wide=True)
-        plain_a = plain_b = None
-        if hybrid:
-            plain_a = reader.take(f"{name}A_general.weight", (hybrid, shape.in_features), wide=True)
-            plain_b = reader.take(f"{name}B_general.weight", (shape.out_features, hybrid), wide=True)
-        if block_a is None or block_b is None or (hybrid and (plain_a is None or plain_b is None)):
-            continue
-        total = blocks * rank + hybrid
-        if not reader.has_room(total, total * (shape.in_features + shape.out_features)):
-            continue
+        module.need_room(blocks * rank + hybrid)
         a, b = _spread(block_a, block_b)
-        if plain_a is not None and plain_b is not None:
-            a, b = torch.cat([a, plain_a]), torch.cat([b, plain_b], 1)
-        scaling = alpha / (rank + hybrid)
-        kept_a, kept_b = reader.keep(a, module), reader.keep(b, module, scaling=scaling)
-        if kept_a is not None and kept_b is not None:
-            primitives[module] = LowRank(kept_a, kept_b, scaling=scaling)
-    return AdapterWeights(
-        "gralora",
-        reader.parameters,
-        by_module(low_rank=primitives, bias=biases, norm=norms),
-    )
+        if plain:
+            a, b = torch.cat([a, plain[0]]), torch.cat([b, plain[1]], 1)
+        return module.low_rank(a, b, self._alpha / (rank + hybrid))
 
 
 def _spread(block_a: torch.Tensor, block_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

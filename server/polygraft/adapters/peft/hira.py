@@ -7,17 +7,15 @@ on what they stand for.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 
-from polygraft.adapters.files.reader import FolderReader
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.kind import merged_copy
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Dense
-from polygraft.core.spec import BaseSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +35,16 @@ class Modulation(Dense):
         return weight * (1 + self.b[first : first + len(weight)] @ self.a)
 
 
-def compile_hira(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a HiRA folder; yields between modules. Problems are noted in the reader."""
-    # The rank is the file's: it changes nothing else, and PEFT doesn't follow its own rank_pattern.
-    reader.ignore("r", "rank_pattern", "hira_dropout", "fan_in_fan_out", "init_weights")
-    changes: dict[str, Dense] = {}
-    for module in target_modules(reader, base):
-        yield
-        shape = base.linears[module]
-        a = reader.take(f"{PREFIX}{module}.hira_A", (None, shape.in_features), wide=True)
-        rank = None if a is None else len(a)
-        b = reader.take(f"{PREFIX}{module}.hira_B", (shape.out_features, rank), wide=True)
-        if a is not None and b is not None:
-            changes[module] = Modulation(a, b)
-    return AdapterWeights("hira", reader.parameters, by_module(dense=changes))
+class HiRa(ModuleKind):
+    """The base's weight times a low-rank product, element by element."""
+
+    peft_type = "HIRA"
+    title = "HiRA"
+    rows = (merged_copy("the base's weight times a low-rank product"),)
+    # The rank is the file's, and PEFT doesn't follow its own rank_pattern.
+    training_only = ("r", "rank_pattern", "hira_dropout", "fan_in_fan_out", "init_weights")
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the product's factors."""
+        a = module.take("hira_A", (None, module.inputs))
+        return ModuleChange(dense=Modulation(a, module.take("hira_B", (module.outputs, len(a)))))

@@ -8,16 +8,17 @@ computed when the base's weights are at hand.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 
 import torch
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.problems import Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -25,46 +26,45 @@ _LEAST = 1e-3
 """What Gram-Schmidt must leave of a vector, relative to its length: less would be mostly rounding."""
 
 
-def compile_hra(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile an HRA folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 8)
-    orthogonal = reader.option("apply_GS", bool, False)
-    reader.ignore("init_weights")
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if not is_rank(rank):
-        reader.problems.append(f"rank {shown(rank)} makes no sense")
-        modules = []
-    low_rank: dict[str, LowRank] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        vectors = reader.take(f"{PREFIX}{module}.hra_u", (shape.in_features, rank), wide=True)
-        if vectors is None or not reader.has_room(rank, rank * (shape.in_features + shape.out_features)):
-            continue
-        yield
-        units = _orthonormal(reader, module, vectors) if orthogonal else vectors / vectors.norm(dim=0)
-        a = reader.keep(units.t(), module)
-        b = reader.keep(-2 * units if orthogonal else -_products(units), module, torch.float32)
-        if a is not None and b is not None:
-            low_rank[module] = LowRank(a, b, through_base=True)
-    return AdapterWeights(
-        "hra", reader.parameters, by_module(low_rank=low_rank, bias=biases, norm=norms), of_base="reflection"
-    )
+class Hra(ModuleKind):
+    """Reflections of the base's weight."""
+
+    peft_type = "HRA"
+    title = "HRA"
+    paper = "2405.17484"
+    rows = (side_path("low-rank side path, made with the base's weights at load"),)
+    training_only = ("init_weights",)
+    trains_biases = True
+    of_base = "reflection"
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 8)
+        self._orthogonal = reader.option("apply_GS", bool, False)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the rank."""
+        require(is_rank(self._rank), r=self._rank)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return W P and U, the first to be multiplied by the base's weight W."""
+        vectors = module.take("hra_u", (module.inputs, self._rank))
+        module.need_room(self._rank)
+        units = _orthonormal(module.name, vectors) if self._orthogonal else vectors / vectors.norm(dim=0)
+        a = module.keep(units.t())
+        b = module.keep(-2 * units if self._orthogonal else -_products(units), torch.float32)
+        return ModuleChange(LowRank(a, b, through_base=True))
 
 
-def _orthonormal(reader: FolderReader, module: str, vectors: torch.Tensor) -> torch.Tensor:
-    """Gram-Schmidt, in PEFT's order of operations; notes vectors of which nothing is left."""
+def _orthonormal(module: str, vectors: torch.Tensor) -> torch.Tensor:
+    """Gram-Schmidt, in PEFT's order of operations. Raises Problem if nothing is left of a vector."""
     units: list[torch.Tensor] = []
     for vector in vectors.t():
         rest = vector
         for unit in units:
             rest = rest - (unit @ rest) * unit
         if rest.norm() < _LEAST * vector.norm():
-            reader.problems.append(
-                f"the vectors of {module} depend on each other, so apply_GS has no meaning"
-            )
-            break
+            raise Problem(f"the vectors of {module} depend on each other, so apply_GS has no meaning")
         units.append(rest / rest.norm())
     return torch.stack(units, dim=1)
 

@@ -7,47 +7,52 @@ its name, as in peft/tuners/ia3/model.py, `_check_target_module_feedforward`.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
-from polygraft.adapters.files.patterns import Form, Matching
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.patterns import BadPattern, Form
+from polygraft.adapters.files.problems import OptionProblem
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.per_module import not_matched
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Scale
 from polygraft.core.spec import BaseSpec
 
-_PREFIX = "base_model.model."
 
+class Ia3(ModuleKind):
+    """Factors on inputs or outputs."""
 
-def compile_ia3(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile an (IA)^3 folder; yields between modules. Problems are noted in the reader."""
-    feedforward = reader.option("feedforward_modules", (str, list), [])
-    if isinstance(feedforward, list) and not all(isinstance(name, str) for name in feedforward):
-        reader.problems.append(f"feedforward_modules must hold names: {shown(feedforward)}")
-        feedforward = []
-    reader.ignore("init_ia3_weights", "fan_in_fan_out")
-    scales: dict[str, Scale] = {}
-    for module in target_modules(reader, base):
-        yield
-        shape = base.linears[module]
+    peft_type = "IA3"
+    title = "(IA)³"
+    paper = "2205.05638"
+    rows = (side_path("scales of inputs or outputs", "a product for each of them"),)
+    training_only = ("init_ia3_weights", "fan_in_fan_out")
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._feedforward: str | list[str] = reader.option("feedforward_modules", (str, list), [])
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the option."""
+        names = self._feedforward
+        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+            raise OptionProblem(f"feedforward_modules must hold names: {shown(names)}")
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the scale of the inputs of a feed-forward module, of the outputs of another."""
+        if self._is_feedforward(module.name):
+            vector = module.take("ia3_l", (1, module.inputs), wide=False).float().flatten()
+            return ModuleChange(scale=Scale(input=vector))
+        vector = module.take("ia3_l", (module.outputs, 1), wide=False).float().flatten()
+        return ModuleChange(scale=Scale(output=vector, after_bias=True))
+
+    def _is_feedforward(self, module: str) -> bool:
+        if not isinstance(self._feedforward, str):
+            return any(module.endswith(name) for name in self._feedforward)
         try:
-            of_input = _is_feedforward(reader.matching, module, feedforward)
-        except BAD_PATTERN as error:
-            reader.problems.append(
-                f"feedforward_modules is not a regular expression that can be matched: {error}"
-            )
-            break
-        size = (1, shape.in_features) if of_input else (shape.out_features, 1)
-        vector = reader.take(f"{_PREFIX}{module}.ia3_l", size)
-        if vector is None:
-            continue
-        vector = vector.float().flatten()
-        scales[module] = Scale(input=vector) if of_input else Scale(output=vector, after_bias=True)
-    return AdapterWeights("ia3", reader.parameters, by_module(scale=scales))
-
-
-def _is_feedforward(matching: Matching, module: str, feedforward: str | Sequence[str]) -> bool:
-    """Raises one of `BAD_PATTERN`."""
-    if isinstance(feedforward, str):
-        return matching.match(Form.WHOLE, feedforward, module) is not None
-    return any(module.endswith(name) for name in feedforward)
+            return self.reader.matching.match(Form.WHOLE, self._feedforward, module) is not None
+        except BadPattern as error:
+            raise not_matched("feedforward_modules", error) from None

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from polygraft.adapters.files.reader import FolderReader
-from polygraft.adapters.peft.per_module import PREFIX
+from polygraft.adapters.kind import Kind, side_path
+from polygraft.adapters.peft.module import PREFIX
 from polygraft.adapters.peft.saved_modules import take_norm
 from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import NormWeights
-from polygraft.core.spec import BaseSpec
+from polygraft.core.adapter_weights import AdapterWeights, ModuleChange
 
 
-def compile_ln_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile an LN-tuning folder; yields between modules. Problems are noted in the reader."""
-    norms: dict[str, NormWeights] = {}
-    for module in target_modules(reader, base, also=base.norms):
-        yield
-        if module not in base.norms:
-            reader.problems.append(f"target {module} is no norm, which this kind is served on alone")
-            continue
-        norm = take_norm(reader, base, module, f"{PREFIX}{module}.ln_tuning_layers")
-        if norm is not None:
-            norms[module] = norm
-    return AdapterWeights("ln_tuning", reader.parameters, by_module(norm=norms))
+class LnTuning(Kind):
+    """Norms that replace the base's."""
+
+    peft_type = "LN_TUNING"
+    title = "LN tuning"
+    paper = "2312.11420"
+    rows = (side_path("norms that replace the base's", "nothing"),)
+
+    def compile(self) -> Generator[None, None, AdapterWeights]:
+        """Compile the folder; yields between modules. The reader notes all problems."""
+        changes: dict[str, ModuleChange] = {}
+        for module in target_modules(self.reader, self.base, also=self.base.norms):
+            yield
+            if module not in self.base.norms:
+                self.reader.problems.append(f"target {module} is no norm, which this kind is served on alone")
+                continue
+            prefix = f"{PREFIX}{module}.ln_tuning_layers"
+            with self.reader.noting():
+                changes[module] = ModuleChange(norm=take_norm(self.reader, self.base, module, prefix))
+        return AdapterWeights(self.name, self.reader.parameters, changes)

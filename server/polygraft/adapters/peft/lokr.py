@@ -8,50 +8,49 @@ or as a product of rank r where that is smaller (LoKrLayer.update_layer).
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 
 import torch
 
 from polygraft.adapters.files.reader import FolderReader
-from polygraft.adapters.peft.per_module import PREFIX, ModuleSettings
-from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.per_module import RankAndAlpha
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Kron
 from polygraft.core.spec import BaseSpec
 
 # `use_effective_conv2d` is for convolutions of more than one position; there are none among linear modules.
-_NO_EFFECT = ("rank_dropout", "module_dropout", "rank_dropout_scale", "init_weights", "use_effective_conv2d")
 
 
-def compile_lokr(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a LoKr folder; yields between modules. Problems are noted in the reader."""
-    settings = ModuleSettings(reader, "alpha")
-    both = reader.option("decompose_both", bool, False)
-    factor = reader.option("decompose_factor", int, -1)
-    reader.ignore(*_NO_EFFECT)
-    krons: dict[str, Kron] = {}
-    for module in target_modules(reader, base):
-        yield
-        shape = base.linears[module]
-        try:
-            rank_and_alpha = settings.of(module)
-        except BAD_PATTERN as error:
-            settings.note_bad_pattern(error)
-            break
-        if rank_and_alpha is None:
-            continue
-        rank, alpha = rank_and_alpha
-        (o1, o2), (i1, i2) = _divided(shape.out_features, factor), _divided(shape.in_features, factor)
-        has_room = reader.has_room(0, o1 * i1 + o2 * i2, torch.float32)
-        w1 = _factor(reader, f"{module}.lokr_w1", o1, i1, rank if both else None, has_room=has_room)
-        w2 = _factor(reader, f"{module}.lokr_w2", o2, i2, rank, has_room=has_room)
-        if w1 is None or w2 is None:
-            continue
-        w1 = reader.keep(w1 * (alpha / rank), module, torch.float32)
-        w2 = reader.keep(w2, module, torch.float32)
-        if w1 is not None and w2 is not None:
-            krons[module] = Kron(w1, w2)
-    return AdapterWeights("lokr", reader.parameters, by_module(kron=krons))
+class LoKr(ModuleKind):
+    """A Kronecker product."""
+
+    peft_type = "LOKR"
+    title = "LoKr"
+    paper = "2309.14859"
+    rows = (side_path("Kronecker side path, two small products", "about as a LoRA of rank 25"),)
+    # `use_effective_conv2d` is for convolutions of more than one position; no linear module is one.
+    training_only = (
+        "rank_dropout", "module_dropout", "rank_dropout_scale", "init_weights", "use_effective_conv2d",
+    )  # fmt: skip
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._settings = RankAndAlpha(reader, "alpha")
+        self._both = reader.option("decompose_both", bool, False)
+        self._factor = reader.option("decompose_factor", int, -1)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the product's two factors, the scaling folded into the first."""
+        rank, alpha = self._settings.of(module.name)
+        o1, o2 = _divided(module.outputs, self._factor)
+        i1, i2 = _divided(module.inputs, self._factor)
+        self.reader.need_room(0, o1 * i1 + o2 * i2, torch.float32)
+        w1 = _take_factor(module, "lokr_w1", o1, i1, rank if self._both else None)
+        w2 = _take_factor(module, "lokr_w2", o2, i2, rank)
+        w1 = module.keep(w1 * (alpha / rank), torch.float32)
+        return ModuleChange(kron=Kron(w1, module.keep(w2, torch.float32)))
 
 
 def _divided(dimension: int, factor: int) -> tuple[int, int]:
@@ -67,12 +66,13 @@ def _divided(dimension: int, factor: int) -> tuple[int, int]:
     return first, dimension // first
 
 
-def _factor(
-    reader: FolderReader, name: str, rows: int, columns: int, rank: int | None, *, has_room: bool
-) -> torch.Tensor | None:
-    """One factor [rows, columns] in float32, saved as a product if its rank, unless None, is small enough."""
+def _take_factor(module: TargetModule, name: str, rows: int, columns: int, rank: int | None) -> torch.Tensor:
+    """Take one factor, float32 [rows, columns].
+
+    Args:
+        rank: it is saved as a product if its rank is small enough; None if it is saved whole in any case.
+    """
     if rank is None or rank >= max(rows, columns) / 2:
-        return reader.take(f"{PREFIX}{name}", (rows, columns), wide=True)
-    a = reader.take(f"{PREFIX}{name}_a", (rows, rank), wide=True)
-    b = reader.take(f"{PREFIX}{name}_b", (rank, columns), wide=True)
-    return a @ b if a is not None and b is not None and has_room else None
+        return module.take(name, (rows, columns))
+    a, b = module.take_all((f"{name}_a", (rows, rank)), (f"{name}_b", (rank, columns)))
+    return a @ b

@@ -9,19 +9,20 @@ calculate_alora_offsets).
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX, ModuleSettings, scaling_of
-from polygraft.adapters.peft.target_parameters import (
-    refuse_with_parameters,
-    take_parameters,
-    target_parameters,
-)
-from polygraft.adapters.peft.targets import BAD_PATTERN, find_targets, with_tied_head
+from polygraft.adapters.files.problems import OptionProblem, Problem
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.per_module import RankAndAlpha, paired, scaling_of
+from polygraft.adapters.peft.target_parameters import TargetParameters
+from polygraft.adapters.peft.targets import find_targets, with_tied_head
 from polygraft.adapters.peft.trainable_tokens import take_trainable_tokens
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, LoraSettings, by_module
+from polygraft.core.adapter_weights import AdapterWeights, LoraSettings, ModuleChange
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -35,111 +36,149 @@ TRAINING_ONLY = (
     "megatron_config", "megatron_core", "runtime_config", "qalora_group_size",
 )  # fmt: skip
 """Options of LoRA, and of the kinds whose configuration extends it, that only training reads."""
+UNSERVED = (
+    "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora",
+    "velora_config",
+)  # fmt: skip
+"""Options of the same kinds that change what is computed, and that aren't served."""
 
 
-def compile_lora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a LoRA folder; yields between modules. Problems are noted in the reader."""
-    settings = ModuleSettings(reader, "lora_alpha")
-    rslora = reader.option("use_rslora", bool, False)
-    has_bias = reader.option("lora_bias", bool, False)
-    dora = reader.option("use_dora", bool, False)
-    if dora and has_bias:
-        reader.problems.append("lora_bias with use_dora has no meaning in PEFT")
-    invocation = _invocation(reader, base.vocabulary_size)
-    if dora and invocation:
-        reader.problems.append("alora_invocation_tokens with use_dora has no meaning in PEFT")
-    init = _take_init(reader)
-    parameters = target_parameters(reader, base)
-    if parameters:
-        others = {
-            "use_dora": dora,
-            "lora_bias": has_bias,
-            "alora_invocation_tokens": invocation,
-            "init_lora_weights": init in _OF_MODULES,
-        }
-        refuse_with_parameters(reader, [name for name, value in others.items() if value])
-    reader.ignore(*TRAINING_ONLY)
-    embedding = None if base.embedding is None else base.embedding.name
-    also = [] if embedding is None else [embedding]
-    found = find_targets(reader, base, also, required=parameters is None)
-    targets = with_tied_head(reader, base, list(found.modules))
-    biases, norms = take_trained_biases(reader, base, targets)
-    primitives: dict[str, LowRank] = {}
-    scalings: dict[str, float] = {}
-    for module in targets:
-        yield
-        try:
-            rank_and_alpha = settings.of(module)
-        except BAD_PATTERN as error:
-            settings.note_bad_pattern(error)
-            break
-        if rank_and_alpha is None:
-            continue
-        rank, alpha = rank_and_alpha
-        scaling = scalings[module] = scaling_of(rank, alpha, rslora=rslora)
-        if module == embedding:
-            if dora or has_bias:
-                reader.problems.append(f"use_dora and lora_bias aren't served on {module}, an embedding")
-                continue
-            names = (f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B")
-            inputs, outputs = base.vocabulary_size, base.hidden_size
-        else:
-            names = (f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight")
-            inputs, outputs = base.linears[module].in_features, base.linears[module].out_features
-        a = reader.take(names[0], (rank, inputs))
-        b = reader.take(names[1], (outputs, rank))
-        bias = reader.take(f"{PREFIX}{module}.lora_B.bias", (outputs,)) if has_bias else None
-        magnitude = reader.take(f"{PREFIX}{module}.lora_magnitude_vector", (outputs,)) if dora else None
-        if a is None or b is None or (has_bias and bias is None) or (dora and magnitude is None):
-            continue
-        bias = None if bias is None else bias.float() * scaling
-        pair = settings.paired(module, a, b, scaling, bias)
-        if pair is not None:
-            primitives[module] = LowRank(*pair, bias, magnitude, scaling=scaling)
-    experts, routers = yield from take_parameters(reader, base, parameters or [], settings, rslora=rslora)
-    adapted = embedding if embedding in scalings else None
-    table = None if embedding is None else primitives.pop(embedding, None)
-    return AdapterWeights(
-        "lora",
-        reader.parameters,
-        by_module(low_rank={**primitives, **routers}, bias=biases, norm=norms),
-        embedding=table,
-        experts=experts,
-        token_rows=take_trainable_tokens(reader, base, targets),
-        invocation=invocation,
-        lora=LoraSettings(
-            settings.largest_rank,
-            rslora,
-            scalings,
-            found,
-            adapted,
-            tied=reader.ties and adapted is not None,
-            has_parameters=parameters is not None,
+class Lora(ModuleKind):
+    """Low-rank matrices beside the base's weights, of linear modules, the embedding, experts and routers."""
+
+    peft_type = "LORA"
+    title = "LoRA, rsLoRA"
+    paper = "2106.09685"
+    rows = (
+        side_path(),
+        side_path(
+            "low-rank side path inside the experts' product",
+            "rank × rows × experts of a row; a small matrix for a router",
+            where="with `target_parameters`",
+        ),
+        side_path(
+            "low-rank side path, and a scale of outputs",
+            "rank × rows, and a product for each output",
+            where="with `use_dora` (DoRA)",
+        ),
+        side_path(
+            "low-rank side path from its invocation on; cached prefixes are the base's own",
+            where="with `alora_invocation_tokens` (activated LoRA)",
         ),
     )
+    training_only = TRAINING_ONLY
+    unserved = UNSERVED
+    ties = True
+    trains_biases = True
 
-
-def _invocation(reader: FolderReader, vocabulary: int) -> tuple[int, ...]:
-    """The tokens that activate it, none for a plain LoRA."""
-    tokens = reader.option("alora_invocation_tokens", list, [])
-    for token in tokens:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
-            reader.problems.append(
-                f"alora_invocation_tokens holds {shown(token)}, which is no token of the base"
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._settings = RankAndAlpha(reader, "lora_alpha")
+        self._rslora = reader.option("use_rslora", bool, False)
+        self._has_bias = reader.option("lora_bias", bool, False)
+        self._dora = reader.option("use_dora", bool, False)
+        self._invocation = reader.option("alora_invocation_tokens", list, [])
+        self._init = reader.option("init_lora_weights", (bool, str), True)
+        self._parameters = TargetParameters(reader, base, self._settings, rslora=self._rslora)
+        self._embedding = None if base.embedding is None else base.embedding.name
+        self._table: LowRank | None = None
+        self._scalings: dict[str, float] = {}
+        if self._parameters.given:
+            self._parameters.refuse_with(
+                use_dora=self._dora,
+                lora_bias=self._has_bias,
+                alora_invocation_tokens=bool(self._invocation),
+                init_lora_weights=self._init in _OF_MODULES,
             )
-            return ()
-    return tuple(tokens)
+
+    def targets(self) -> Sequence[str]:
+        """Return the linear modules to compile, and take the trained tokens."""
+        also = [] if self._embedding is None else [self._embedding]
+        self._found = find_targets(self.reader, self.base, also, required=not self._parameters.given)
+        self._adapted = with_tied_head(self.reader, self.base, self._found.modules)
+        self._token_rows = take_trainable_tokens(self.reader, self.base, self._adapted)
+        return [name for name in self._adapted if name != self._embedding]
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        _check_init(self._init)
+        if self._dora and self._has_bias:
+            raise OptionProblem("lora_bias with use_dora has no meaning in PEFT")
+        if self._dora and self._invocation:
+            raise OptionProblem("alora_invocation_tokens with use_dora has no meaning in PEFT")
+        for token in self._invocation:
+            known = isinstance(token, int) and not isinstance(token, bool)
+            if not known or not 0 <= token < self.base.vocabulary_size:
+                raise OptionProblem(
+                    f"alora_invocation_tokens holds {shown(token)}, which is no token of the base"
+                )
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return a linear module's matrices, bias and magnitude."""
+        rank, alpha = self._settings.of(module.name)
+        scaling = self._scalings[module.name] = scaling_of(rank, alpha, rslora=self._rslora)
+        a, b, *others = module.take_all(
+            ("lora_A.weight", (rank, module.inputs)),
+            ("lora_B.weight", (module.outputs, rank)),
+            *([("lora_B.bias", (module.outputs,))] if self._has_bias else []),
+            *([("lora_magnitude_vector", (module.outputs,))] if self._dora else []),
+            wide=False,
+        )
+        bias = others[0].float() * scaling if self._has_bias else None
+        magnitude = others[0] if self._dora else None
+        a, b = paired(module.name, a, b, scaling, bias)
+        return ModuleChange(LowRank(a, b, bias, magnitude, scaling=scaling))
+
+    def others(self) -> Generator[None, None, Mapping[str, ModuleChange]]:
+        """Compile the embedding's matrices, and return the routers' ones."""
+        if self._embedding is not None and self._embedding in self._adapted:
+            yield
+            with self.reader.noting(f"{self.prefix}{self._embedding}.", inner=True):
+                self._table = self._take_table(self._embedding)
+        return (yield from self._parameters.take())
+
+    def _take_table(self, name: str) -> LowRank:
+        """Take the matrices of the embedding. Raises Problem."""
+        if self._dora or self._has_bias:
+            raise Problem(f"use_dora and lora_bias aren't served on {name}, an embedding")
+        rank, alpha = self._settings.of(name)
+        scaling = self._scalings[name] = scaling_of(rank, alpha, rslora=self._rslora)
+        a, b = self.reader.take_all(
+            [
+                (f"{self.prefix}{name}.lora_embedding_A", (rank, self.base.vocabulary_size)),
+                (f"{self.prefix}{name}.lora_embedding_B", (self.base.hidden_size, rank)),
+            ]
+        )
+        return LowRank(*paired(name, a, b, scaling), scaling=scaling)
+
+    def weights(self, modules: Mapping[str, ModuleChange]) -> AdapterWeights:
+        """Return the adapter, with the parts that aren't of linear modules."""
+        adapted = self._embedding if self._embedding in self._scalings else None
+        return replace(
+            super().weights(modules),
+            embedding=self._table,
+            experts=self._parameters.experts,
+            token_rows=self._token_rows,
+            invocation=tuple(self._invocation),
+            lora=LoraSettings(
+                self._settings.largest_rank,
+                self._rslora,
+                self._scalings,
+                self._found,
+                adapted,
+                tied=self.reader.ties and adapted is not None,
+                has_parameters=self._parameters.given,
+            ),
+        )
 
 
-def _take_init(reader: FolderReader) -> object:
-    """Take the option, and refuse what was trained on other base weights than those that are served."""
-    init = reader.option("init_lora_weights", (bool, str), True)
+def _check_init(init: object) -> None:
+    """Raise OptionProblem for what was trained on other base weights than the ones that are served."""
     if init in _PLAIN_INITS:
-        return init
+        return
     if init == "loftq":
         # PEFT's conversion doesn't know it.
         remedy = "train it after replace_lora_weights_loftq instead, which leaves them alone"
     else:
         remedy = "save it with path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
-    reader.problems.append(f"init_lora_weights={init!r} changes the base's weights; {remedy}")
-    return init
+    raise OptionProblem(f"init_lora_weights={init!r} changes the base's weights; {remedy}")

@@ -8,18 +8,20 @@ which repeat.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import Dense, LowRank
+from polygraft.adapters.files.problems import OptionProblem, Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import merged_copy, side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
+from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
 
@@ -46,49 +48,46 @@ class Squares(Dense):
         return (squares + torch.einsum("oabi,oij->oabj", squares, own) + own[:, :, None]).view(weight.shape)
 
 
-def compile_miss(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a MiSS folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 64)
-    variant = reader.option("init_weights", (bool, str), True)
-    width = reader.option("mini_r", int, 1)
-    reader.ignore("miss_dropout")
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    mini = variant == "mini"
-    if isinstance(variant, str) and variant not in ("mini", "bat"):
-        reader.problems.append(f"init_weights {shown(variant)} isn't one of PEFT's variants")
-    if not is_rank(rank) or (mini and not is_rank(width)):
-        reader.problems.append(f"r {shown(rank)} with mini_r {shown(width)} makes no sense")
-        modules = []
-    low_rank: dict[str, LowRank] = {}
-    dense: dict[str, Dense] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        outputs = width if mini else shape.out_features
-        fits = rank <= shape.in_features and shape.out_features % outputs == 0
-        if variant == "bat":
-            fits = shape.in_features % rank == 0 and shape.out_features % rank == 0
-        if not fits:
-            reader.problems.append(
-                f"r {rank} with mini_r {width} doesn't fit {module}'s {shape.in_features} inputs and "
-                f"{shape.out_features} outputs"
-            )
-            continue
-        name = f"{PREFIX}{module}.miss_block"
-        if variant == "bat":
-            blocks = reader.take(name, (shape.out_features // rank, rank, rank), wide=True)
-            if blocks is not None:
-                dense[module] = Squares(blocks)
-            continue
-        block = reader.take(name, (rank, outputs), wide=True)
-        if block is None or not reader.has_room(rank, rank * (shape.in_features + shape.out_features)):
-            continue
-        pieces = -(-shape.in_features // rank)
-        a = reader.keep(torch.eye(rank).repeat(1, pieces)[:, : shape.in_features], module)
-        b = reader.keep(block.repeat(1, shape.out_features // outputs).T, module)
-        if a is not None and b is not None:
-            low_rank[module] = LowRank(a, b)
-    return AdapterWeights(
-        "miss", reader.parameters, by_module(low_rank=low_rank, dense=dense, bias=biases, norm=norms)
+class Miss(ModuleKind):
+    """One small block for all pieces of the input."""
+
+    peft_type = "MISS"
+    title = "MiSS"
+    paper = "2409.15371"
+    rows = (
+        side_path(),
+        merged_copy("a small matrix for each square of the weight", where='with `init_weights="bat"`'),
     )
+    training_only = ("miss_dropout",)
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 64)
+        self._variant = reader.option("init_weights", (bool, str), True)
+        self._width = reader.option("mini_r", int, 1)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        if isinstance(self._variant, str) and self._variant not in ("mini", "bat"):
+            raise OptionProblem(f"init_weights {shown(self._variant)} isn't one of PEFT's variants")
+        valid = is_rank(self._rank) and (self._variant != "mini" or is_rank(self._width))
+        require(valid, r=self._rank, mini_r=self._width)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return identity matrices side by side and the block, or the squares' blocks."""
+        rank, inputs, outputs = self._rank, module.inputs, module.outputs
+        bat = self._variant == "bat"
+        columns = self._width if self._variant == "mini" else outputs
+        if bat:
+            fits = inputs % rank == 0 and outputs % rank == 0
+        else:
+            fits = rank <= inputs and outputs % columns == 0
+        if not fits:
+            raise Problem(f"r {rank} with mini_r {self._width} doesn't fit {module.sizes}")
+        if bat:
+            return ModuleChange(dense=Squares(module.take("miss_block", (outputs // rank, rank, rank))))
+        block = module.take("miss_block", (rank, columns))
+        module.need_room(rank)
+        a = torch.eye(rank).repeat(1, -(-inputs // rank))[:, :inputs]
+        return module.low_rank(a, block.repeat(1, outputs // columns).T)

@@ -10,34 +10,53 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+from polygraft.adapters.files.problems import OptionProblem, require
 from polygraft.adapters.files.reader import FolderReader
-from polygraft.adapters.peft.soft_prompt import ignore_initialization, take_embeddings
-from polygraft.core.adapter_weights import AdapterWeights
-from polygraft.core.primitives import SoftPrompt
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.prompt_kind import INITIALIZATION, SoftPromptKind
+from polygraft.core.primitives import Prefix, SoftPrompt
 from polygraft.core.spec import BaseSpec
 
 
-def compile_multitask_prompt_tuning(
-    reader: FolderReader, base: BaseSpec
-) -> Generator[None, None, AdapterWeights]:
-    """Compile a multitask prompt of one task. Problems are noted in the reader."""
-    yield
-    tokens, shared = take_embeddings(reader, base, wide=True)
-    tasks = reader.option("num_tasks", int, 1)
-    rank = reader.option("num_ranks", int, 1)
-    ignore_initialization(reader)
-    reader.ignore("prompt_tuning_init_state_dict_path", "prompt_tuning_init_task")
-    if tasks < 1 or rank < 1:
-        reader.problems.append(f"num_tasks {tasks} with num_ranks {rank} makes no sense")
-    elif tasks > 1:
-        reader.problems.append(
-            f"it holds {tasks} tasks, and an adapter is one; make a folder for each task t, with "
-            "prefix_task_cols[t:t+1], prefix_task_rows[t:t+1] and num_tasks=1"
+class MultitaskPromptTuning(SoftPromptKind):
+    """A shared prompt, multiplied element by element by a task's product of low rank."""
+
+    peft_type = "MULTITASK_PROMPT_TUNING"
+    title = "multitask prompt tuning"
+    paper = "2303.02861"
+    rows = (
+        side_path(
+            "run through the base once, then a prefix; a folder for each task",
+            "attention to the virtual tokens",
+        ),
+    )
+    training_only = (*INITIALIZATION, "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task")
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._tasks = reader.option("num_tasks", int, 1)
+        self._rank = reader.option("num_ranks", int, 1)
+
+    def check(self) -> None:
+        """Check the options."""
+        super().check()
+        require(self._tasks >= 1 and self._rank >= 1, num_tasks=self._tasks, num_ranks=self._rank)
+        if self._tasks > 1:
+            raise OptionProblem(
+                f"it holds {self._tasks} tasks, and an adapter is one; make a folder for each task t, with "
+                "prefix_task_cols[t:t+1], prefix_task_rows[t:t+1] and num_tasks=1"
+            )
+
+    def virtual_tokens(self) -> Generator[None, None, Prefix | SoftPrompt]:
+        """Return the task's prompt. Raises Problem."""
+        hidden = self.base.hidden_size
+        shared, columns, rows = self.reader.take_all(
+            [
+                ("prompt_embeddings", (self.tokens, hidden)),
+                ("prefix_task_cols", (self._tasks, self.tokens, self._rank)),
+                ("prefix_task_rows", (self._tasks, self._rank, hidden)),
+            ],
+            wide=True,
         )
-    columns = reader.take("prefix_task_cols", (tasks, tokens, rank), wide=True)
-    rows = reader.take("prefix_task_rows", (tasks, rank, base.hidden_size), wide=True)
-    prompt = None
-    if shared is not None and columns is not None and rows is not None and not reader.problems:
-        embeddings = reader.keep(shared * (columns[0] @ rows[0]), "the prompt")
-        prompt = None if embeddings is None else SoftPrompt(embeddings)
-    return AdapterWeights("multitask_prompt_tuning", reader.parameters, prefix=prompt)
+        return SoftPrompt(self.reader.keep(shared * (columns[0] @ rows[0]), "the prompt"))
+        yield

@@ -7,69 +7,71 @@ transform `(I - Q)(I + Q)^-1` or by the first terms of its Neumann series. Here 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 
 import torch
 from packaging.version import InvalidVersion, Version
 
 from polygraft.adapters.files.numbers import is_alpha
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.problems import OptionProblem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Rotation
 from polygraft.core.spec import BaseSpec
 
-_TRAINING_ONLY = ("module_dropout", "init_weights", "fan_in_fan_out")
 _NEUMANN_CHANGED = Version("0.18.0")
 _MOST_TERMS = 100
 
 
-def compile_oft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile an OFT folder; yields between modules. Problems are noted in the reader."""
-    number, size = reader.option("r", int, 0), reader.option("oft_block_size", int, None)
-    shared = reader.option("block_share", bool, False)
-    constrained, epsilon = reader.option("coft", bool, False), reader.option("eps", (int, float), 6e-5)
-    reader.ignore(*_TRAINING_ONLY)
-    terms = _neumann_terms(reader)
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    problem = _problem(number, size, epsilon)
-    if problem:
-        reader.problems.append(problem)
-        modules = []
-    rotations: dict[str, Rotation] = {}
-    for module in modules:
-        yield
-        inputs = base.linears[module].in_features
-        block = _nearest_divisor(inputs, size) if size else inputs // _nearest_divisor(inputs, number)
-        count = 1 if shared else inputs // block
-        name = f"{PREFIX}{module}.oft_R.weight"
-        triangles = reader.take(name, (count, block * (block - 1) // 2), wide=True)
-        if triangles is None or not reader.has_room(0, count * block * block, torch.float32):
-            continue
+class Oft(ModuleKind):
+    """A rotation of the inputs, in blocks."""
+
+    peft_type = "OFT"
+    title = "OFT"
+    paper = "2306.07280"
+    rows = (side_path("inputs rotated in blocks", "inputs × block size"),)
+    training_only = ("module_dropout", "init_weights", "fan_in_fan_out")
+    trains_biases = True
+    rotations_in_order = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._number = reader.option("r", int, 0)
+        self._size = reader.option("oft_block_size", int, None)
+        self._shared = reader.option("block_share", bool, False)
+        self._constrained = reader.option("coft", bool, False)
+        self._epsilon = reader.option("eps", (int, float), 6e-5)
+        self._terms = _neumann_terms(reader)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        number, size = self._number, self._size
+        if size is None:
+            raise OptionProblem(
+                "oft_block_size is missing: it was saved before PEFT 0.14, whose weights meant something else"
+            )
+        require((number > 0) != (size > 0) and min(number, size) >= 0, r=number, oft_block_size=size)
+        require(is_alpha(self._epsilon) and self._epsilon >= 0, eps=self._epsilon)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the blocks, orthogonal or nearly so."""
+        inputs = module.inputs
+        if self._size:
+            block = _nearest_divisor(inputs, self._size)
+        else:
+            block = inputs // _nearest_divisor(inputs, self._number)
+        count = 1 if self._shared else inputs // block
+        triangles = module.take("oft_R.weight", (count, block * (block - 1) // 2))
+        self.reader.need_room(0, count * block * block, torch.float32)
         skew = _skew_symmetric(triangles, block)
-        if constrained:
-            skew = _shortened(skew, epsilon)
-        blocks = reader.keep(cayley(skew) if terms is None else _neumann(skew, terms), module, torch.float32)
-        if blocks is not None:
-            rotations[module] = Rotation(blocks)
-    return AdapterWeights(
-        "oft",
-        reader.parameters,
-        by_module(rotation=rotations, bias=biases, norm=norms),
-        rotations_in_order=True,
-    )
-
-
-def _problem(number: int, size: int | None, epsilon: float) -> str:
-    """What is wrong with the options; empty if nothing is."""
-    if size is None:
-        return "oft_block_size is missing: it was saved before PEFT 0.14, whose weights meant something else"
-    if (number > 0) == (size > 0) or number < 0 or size < 0:
-        return f"r {shown(number)} with oft_block_size {shown(size)} makes no sense"
-    return "" if is_alpha(epsilon) and epsilon >= 0 else f"eps {shown(epsilon)} makes no sense"
+        if self._constrained:
+            skew = _shortened(skew, self._epsilon)
+        blocks = cayley(skew) if self._terms is None else _neumann(skew, self._terms)
+        return ModuleChange(rotation=Rotation(module.keep(blocks, torch.float32)))
 
 
 def cayley(skew: torch.Tensor) -> torch.Tensor:

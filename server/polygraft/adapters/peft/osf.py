@@ -16,11 +16,15 @@ import torch
 from torch import nn
 
 from polygraft.adapters.files.numbers import is_alpha
-from polygraft.adapters.files.patterns import Form, OptionByModule
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.patterns import Form
+from polygraft.adapters.files.problems import Problem
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import merged_copy, side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.per_module import PatternedOption
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Dense, LowRank, OfBase
 from polygraft.core.spec import BaseSpec
 
@@ -67,59 +71,67 @@ class Replaced(Dense):
         return weight + self.whole[first : first + len(weight)]
 
 
-def compile_osf(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile an OSF folder; yields between modules. Problems are noted in the reader."""
-    kept = reader.option("effective_rank", (int, float), None)
-    # PEFT's `re.search` in the module's name.
-    ranks = OptionByModule(reader.option("rank_pattern", dict, {}), Form.ANYWHERE, reader.matching)
-    # PEFT itself passes over the second.
-    reader.ignore("init_weights", "target_svd_config")
-    replaced: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for module in target_modules(reader, base):
-        yield
-        shape = base.linears[module]
-        most = min(shape.in_features, shape.out_features)
-        try:
-            own = ranks.of(module, kept)
-        except BAD_PATTERN as error:
-            reader.problems.append(f"rank_pattern is not a regular expression that can be matched: {error}")
-            break
-        keeps = _keeps(own, most)
-        if not keeps:
-            reader.problems.append(f"effective_rank {shown(own)} for {module} makes no sense")
-            continue
-        rank = most - keeps
-        name = f"{PREFIX}{module}.osf_svd_params"
-        left = reader.take(f"{name}.U_low", (shape.out_features, rank), wide=True)
-        values = reader.take(f"{name}.S_low", (rank,), wide=True)
-        right = reader.take(f"{name}.V_low", (rank, shape.in_features), wide=True)
-        if left is None or values is None or right is None or not rank:
-            continue
-        scaled = reader.keep(left * values, module, torch.float32)
-        if scaled is not None:
-            replaced[module] = scaled, right
-    full = any(
-        2 * left.shape[1] * (len(left) + right.shape[1]) >= len(left) * right.shape[1]
-        for left, right in replaced.values()
+class Osf(ModuleKind):
+    """Replaces the base's smaller singular values."""
+
+    peft_type = "OSF"
+    title = "OSF"
+    paper = "2504.07097"
+    rows = (
+        side_path("low-rank side path of rank 2r, made with the base's weights at load", "2r × rows"),
+        merged_copy("other singular values", where="where rank 2r is no less than the weight"),
     )
-    low_rank: dict[str, LowRank] = {}
-    dense: dict[str, Dense] = {}
-    for module, (left, right) in replaced.items():
-        yield
-        rank, (outputs, inputs) = left.shape[1], (len(left), right.shape[1])
-        if full and reader.has_room(0, outputs * inputs, torch.float32):
-            dense[module] = Replaced(left @ right, rank)
-        elif not full and reader.has_room(2 * rank, 2 * rank * (outputs + inputs)):
-            b = reader.keep(nn.functional.pad(left, (0, rank)), module)
-            if b is not None:
-                a = nn.functional.pad(right, (0, 0, 0, rank))
-                low_rank[module] = LowRank(a, b, of_base=Replacement())
-    return AdapterWeights("osf", reader.parameters, by_module(low_rank=low_rank, dense=dense))
+    # PEFT itself passes over the second.
+    training_only = ("init_weights", "target_svd_config")
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        kept = reader.option("effective_rank", (int, float), None)
+        # PEFT's `re.search` in the module's name.
+        self._kept = PatternedOption(reader, "rank_pattern", Form.ANYWHERE, kept)
+        self._replaced: list[tuple[TargetModule, torch.Tensor, torch.Tensor]] = []
+
+    def change(self, module: TargetModule) -> None:
+        """Take a module's new values; whether they run as a side path depends on all modules."""
+        most = min(module.inputs, module.outputs)
+        kept = self._kept.of(module.name)
+        keeps = _keeps(kept, most)
+        if not keeps:
+            raise Problem(f"effective_rank {shown(kept)} for {module.name} isn't valid")
+        rank = most - keeps
+        left, values, right = module.take_all(
+            ("osf_svd_params.U_low", (module.outputs, rank)),
+            ("osf_svd_params.S_low", (rank,)),
+            ("osf_svd_params.V_low", (rank, module.inputs)),
+        )
+        if rank:
+            self._replaced.append((module, module.keep(left * values, torch.float32), right))
+
+    def others(self) -> Generator[None, None, dict[str, ModuleChange]]:
+        """Return low-rank weights for all modules, or dense changes if one is no larger than they."""
+        dense = any(
+            2 * left.shape[1] * (module.inputs + module.outputs) >= module.inputs * module.outputs
+            for module, left, _ in self._replaced
+        )
+        changes: dict[str, ModuleChange] = {}
+        for module, left, right in self._replaced:
+            yield
+            rank = left.shape[1]
+            with self.reader.noting(module.prefix, inner=True):
+                if dense:
+                    self.reader.need_room(0, module.outputs * module.inputs, torch.float32)
+                    changes[module.name] = ModuleChange(dense=Replaced(left @ right, rank))
+                else:
+                    module.need_room(2 * rank)
+                    b = module.keep(nn.functional.pad(left, (0, rank)))
+                    a = nn.functional.pad(right, (0, 0, 0, rank))
+                    changes[module.name] = ModuleChange(LowRank(a, b, of_base=Replacement()))
+        return changes
 
 
 def _keeps(value: Any, most: int) -> int:
     """How many singular values of a module stay the base's (peft/tuners/osf/model.py, _resolve_rank); 0 for
-    what makes no sense."""
+    an invalid value."""
     if value is None:
         return most // 2
     if not is_alpha(value):

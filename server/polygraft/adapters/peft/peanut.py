@@ -8,17 +8,19 @@ input, so what it makes of W is a LoRA's A, computed once when the base's weight
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from transformers.activations import ACT2FN
 
 from polygraft.adapters.files.numbers import is_alpha, is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.problems import require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import LowRank, OfBase
 from polygraft.core.spec import BaseSpec
 
@@ -52,42 +54,40 @@ class Network(OfBase):
         return replace(primitive, a=hidden.t().to(primitive.b.dtype).contiguous(), of_base=None)
 
 
-def compile_peanut(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a PEANuT folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 32)
-    depth = reader.option("depth", int, 0)
-    activation = reader.option("act_fn", str, "relu")
-    scaling = reader.option("scaling", (int, float), 1.0)
-    reader.ignore("init_weights")
-    modules = target_modules(reader, base)
-    sensible = is_rank(rank) and 0 <= depth <= len(reader.names()) and is_alpha(scaling)
-    if not sensible or activation not in ACT2FN:
-        reader.problems.append(
-            f"r {shown(rank)} with depth {shown(depth)}, act_fn {shown(activation)} and scaling "
-            f"{shown(scaling)} makes no sense"
+class Peanut(ModuleKind):
+    """A small network of the base's weight."""
+
+    peft_type = "PEANUT"
+    title = "PEANuT"
+    paper = "2410.01870"
+    rows = (side_path("low-rank side path, made with the base's weights at load"),)
+    training_only = ("init_weights",)
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 32)
+        self._depth = reader.option("depth", int, 0)
+        self._activation = reader.option("act_fn", str, "relu")
+        self._scaling = reader.option("scaling", (int, float), 1.0)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options; a depth beyond the number of tensors can't be saved."""
+        valid = is_rank(self._rank) and 0 <= self._depth <= len(self.reader.names())
+        valid = valid and is_alpha(self._scaling) and self._activation in ACT2FN
+        require(valid, r=self._rank, depth=self._depth, act_fn=self._activation, scaling=self._scaling)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return B and the network, which is still to be applied to the base's weight."""
+        rank = self._rank
+        into, out, *layers = module.take_all(
+            ("peanut_A.weight", (rank, module.outputs)),
+            ("peanut_B.weight", (module.outputs, rank)),
+            *((f"peanut_encoders.{at}.weight", (rank, rank)) for at in range(self._depth)),
+            *((f"peanut_decoders.{at}.weight", (rank, rank)) for at in range(self._depth)),
         )
-        modules = []
-    low_rank: dict[str, LowRank] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        name = f"{PREFIX}{module}.peanut"
-        into = reader.take(f"{name}_A.weight", (rank, shape.out_features), wide=True)
-        out = reader.take(f"{name}_B.weight", (shape.out_features, rank), wide=True)
-        layers = [
-            reader.take(f"{name}_{side}coders.{at}.weight", (rank, rank), wide=True)
-            for side in ("en", "de")
-            for at in range(depth)
-        ]
-        found = tuple(layer for layer in layers if layer is not None)
-        if into is None or out is None or len(found) < 2 * depth:
-            continue
-        if not reader.has_room(rank, rank * (shape.in_features + shape.out_features)):
-            continue
-        b = reader.keep(out, module, scaling=scaling)
-        if b is not None:
-            network = Network(into, found[:depth], found[depth:], activation)
-            low_rank[module] = LowRank(
-                torch.zeros(rank, shape.in_features), b, of_base=network, scaling=scaling
-            )
-    return AdapterWeights("peanut", reader.parameters, by_module(low_rank=low_rank))
+        module.need_room(rank)
+        b = module.keep(out, scaling=self._scaling)
+        encoders, decoders = tuple(layers[: self._depth]), tuple(layers[self._depth :])
+        network = Network(into, encoders, decoders, self._activation)
+        a = torch.zeros(rank, module.inputs)
+        return ModuleChange(LowRank(a, b, of_base=network, scaling=self._scaling))

@@ -1,4 +1,4 @@
-"""What the kinds that add low-rank weights to modules share."""
+"""Options whose values differ by module, and what low-rank kinds make of ranks and alphas."""
 
 from __future__ import annotations
 
@@ -8,15 +8,45 @@ from typing import Any
 import torch
 
 from polygraft.adapters.files.numbers import is_alpha, is_rank
-from polygraft.adapters.files.patterns import Form, OptionByModule
-from polygraft.adapters.files.reader import FolderReader, shown, stays_finite
+from polygraft.adapters.files.patterns import BadPattern, Form, OptionByModule
+from polygraft.adapters.files.problems import OptionProblem, Problem
+from polygraft.adapters.files.reader import FolderReader, stays_finite
+from polygraft.adapters.files.shown import shown
 
-PREFIX = "base_model.model."
-"""PEFT's, before the name of the base's module."""
+
+class PatternedOption:
+    """An option with a default, and another option with patterns for the exceptions.
+
+    Args:
+        key: of the patterns, such as "rank_pattern".
+        form: where PEFT matches them.
+    """
+
+    def __init__(self, reader: FolderReader, key: str, form: Form, default: Any) -> None:
+        self.default = default
+        self._key = key
+        self._values = OptionByModule(reader.option(key, dict, {}), form, reader.matching)
+
+    def of(self, module: str) -> Any:
+        """Return a module's value. Raises OptionProblem if a pattern can't be matched."""
+        try:
+            return self._values.of(module, self.default)
+        except BadPattern as error:
+            raise not_matched(self._key, error) from None
+
+    @property
+    def values(self) -> list[Any]:
+        """The default and the values of all patterns, whether or not a module has them."""
+        return [self.default, *self._values.values]
 
 
-class ModuleSettings:
-    """Rank and alpha by module: a default, and patterns for the exceptions.
+def not_matched(option: str, error: BadPattern) -> OptionProblem:
+    """Return the problem that an option's pattern has."""
+    return OptionProblem(f"{option} is not a regular expression that can be matched: {error}")
+
+
+class RankAndAlpha:
+    """Rank and alpha by module.
 
     Args:
         alpha_key: the option's name, which differs by kind; None for a kind without one.
@@ -24,62 +54,47 @@ class ModuleSettings:
     """
 
     def __init__(self, reader: FolderReader, alpha_key: str | None, rank: int = 8) -> None:
-        self._reader = reader
-        self._rank: Any = reader.option("r", int, rank)
-        self._ranks = OptionByModule(reader.option("rank_pattern", dict, {}), Form.KEY, reader.matching)
-        self._alpha: Any = 1
-        alphas: dict[str, Any] = {}
+        self._ranks = PatternedOption(reader, "rank_pattern", Form.KEY, reader.option("r", int, rank))
+        self._alphas = None
         if alpha_key is not None:
-            self._alpha = reader.option(alpha_key, (int, float), 8)
-            alphas = reader.option("alpha_pattern", dict, {})
-        self._alphas = OptionByModule(alphas, Form.KEY, reader.matching)
+            alpha = reader.option(alpha_key, (int, float), 8)
+            self._alphas = PatternedOption(reader, "alpha_pattern", Form.KEY, alpha)
 
-    def of(self, module: str) -> tuple[int, float] | None:
-        """Rank and alpha of a module, 1 without one; None after noting that they make no sense.
+    def of(self, module: str) -> tuple[int, float]:
+        """Return rank and alpha of a module, alpha being 1 for a kind without one.
 
-        Raises: one of `BAD_PATTERN`.
+        Raises:
+            Problem: one of them isn't valid.
+            OptionProblem: a pattern can't be matched.
         """
-        rank = self._ranks.of(module, self._rank)
-        alpha = self._alphas.of(module, self._alpha)
+        rank = self._ranks.of(module)
+        alpha = 1 if self._alphas is None else self._alphas.of(module)
         if is_rank(rank) and is_alpha(alpha):
             return rank, alpha
-        self._reader.problems.append(
-            f"rank {shown(rank)} with alpha {shown(alpha)} for {module} makes no sense"
-        )
-        return None
-
-    def paired(
-        self,
-        module: str,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-        bias: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A and B in one type, otherwise unchanged; None after noting that what they add isn't finite.
-
-        A module's two matrices must share a type, even if the file's don't: the wider one.
-
-        Args:
-            scaling: applied later in float32.
-            bias: scaled already.
-        """
-        dtype = torch.promote_types(a.dtype, b.dtype)
-        if stays_finite(b, scaling) and (bias is None or bias.isfinite().all()):
-            return a.to(dtype).contiguous(), b.to(dtype).contiguous()
-        self._reader.problems.append(f"scaling {scaling} makes weights of {module} infinite")
-        return None
+        raise Problem(f"rank {shown(rank)} with alpha {shown(alpha)} for {module} isn't valid")
 
     @property
     def largest_rank(self) -> int:
-        """Of all that the configuration names, whether or not a module has it."""
-        return max((rank for rank in (self._rank, *self._ranks.values) if is_rank(rank)), default=0)
+        """The largest rank that the configuration names, whether or not a module has it."""
+        return max((rank for rank in self._ranks.values if is_rank(rank)), default=0)
 
-    def note_bad_pattern(self, error: Exception) -> None:
-        """Note what `of` raised."""
-        self._reader.problems.append(
-            f"rank_pattern or alpha_pattern is not a regular expression that can be matched: {error}"
-        )
+
+def paired(
+    module: str, a: torch.Tensor, b: torch.Tensor, scaling: float, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B in the wider one of their types, which the operators need, otherwise unchanged.
+
+    Args:
+        scaling: applied later in float32.
+        bias: scaled already.
+
+    Raises:
+        Problem: what they add isn't finite.
+    """
+    if not stays_finite(b, scaling) or not (bias is None or bias.isfinite().all()):
+        raise Problem(f"scaling {scaling} makes weights of {module} infinite")
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype).contiguous(), b.to(dtype).contiguous()
 
 
 def scaling_of(rank: int, alpha: float, *, rslora: bool) -> float:

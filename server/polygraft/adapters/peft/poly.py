@@ -9,64 +9,69 @@ refused rather than served as its first.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 
 import torch
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.problems import OptionProblem, Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import LowRank
 from polygraft.core.spec import BaseSpec
 
 _EPSILON = 1e-12
 
 
-def compile_poly(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a Poly folder of one task; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 8)
-    tasks = reader.option("n_tasks", int, 1)
-    skills = reader.option("n_skills", int, 4)
-    splits = reader.option("n_splits", int, 1)
-    router = reader.option("poly_type", str, "poly")
-    reader.ignore("init_weights")
-    modules = target_modules(reader, base)
-    if router != "poly" or not all(map(is_rank, (rank, tasks, skills, splits))):
-        reader.problems.append(
-            f"r {shown(rank)} with n_tasks {shown(tasks)}, n_skills {shown(skills)}, "
-            f"n_splits {shown(splits)} and poly_type {shown(router)} makes no sense"
+class Poly(ModuleKind):
+    """Several LoRAs in a module, weighed for the task."""
+
+    peft_type = "POLY"
+    title = "Poly"
+    paper = "2202.13914"
+    rows = (side_path("low-rank side path, a folder for each task"),)
+    training_only = ("init_weights",)
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 8)
+        self._tasks = reader.option("n_tasks", int, 1)
+        self._skills = reader.option("n_skills", int, 4)
+        self._splits = reader.option("n_splits", int, 1)
+        self._router = reader.option("poly_type", str, "poly")
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        numbers = self._rank, self._tasks, self._skills, self._splits
+        require(
+            self._router == "poly" and all(map(is_rank, numbers)),
+            r=self._rank,
+            n_tasks=self._tasks,
+            n_skills=self._skills,
+            n_splits=self._splits,
+            poly_type=self._router,
         )
-        modules = []
-    elif tasks > 1:
-        reader.problems.append(
-            f"it holds {tasks} tasks, and an adapter is one; make a folder for each task t, with "
-            "module_logits[t:t+1] of every module and n_tasks=1"
-        )
-    low_rank: dict[str, LowRank] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        if shape.in_features % splits or shape.out_features % splits:
-            reader.problems.append(
-                f"n_splits {splits} doesn't divide {module}'s {shape.in_features} inputs and "
-                f"{shape.out_features} outputs"
+        if self._tasks > 1:
+            raise OptionProblem(
+                f"it holds {self._tasks} tasks, and an adapter is one; make a folder for each task t, with "
+                "module_logits[t:t+1] of every module and n_tasks=1"
             )
-            continue
-        into, out = shape.in_features // splits, shape.out_features // splits
-        logits = reader.take(
-            f"{PREFIX}{module}.poly_router.module_logits", (tasks, splits * skills), wide=True
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the LoRA that the task's weights make of the skills."""
+        rank, skills, splits = self._rank, self._skills, self._splits
+        if module.inputs % splits or module.outputs % splits:
+            raise Problem(f"n_splits {splits} doesn't divide {module.sizes}")
+        logits, a, b = module.take_all(
+            ("poly_router.module_logits", (self._tasks, splits * skills)),
+            ("poly_lora_A", (splits, skills, module.inputs // splits, rank)),
+            ("poly_lora_B", (splits, skills, rank, module.outputs // splits)),
         )
-        a = reader.take(f"{PREFIX}{module}.poly_lora_A", (splits, skills, into, rank), wide=True)
-        b = reader.take(f"{PREFIX}{module}.poly_lora_B", (splits, skills, rank, out), wide=True)
-        if logits is None or a is None or b is None:
-            continue
         weights = logits[0].sigmoid().view(splits, skills)
         weights = weights / (weights.sum(1, keepdim=True) + _EPSILON)
         mixed_a = torch.einsum("qs,qsir->rqi", weights, a).flatten(1)
         mixed_b = torch.einsum("qs,qsro->qor", weights, b).flatten(0, 1)
-        kept_a, kept_b = reader.keep(mixed_a, module), reader.keep(mixed_b, module)
-        if kept_a is not None and kept_b is not None:
-            low_rank[module] = LowRank(kept_a, kept_b, scaling=1 / rank)
-    return AdapterWeights("poly", reader.parameters, by_module(low_rank=low_rank))
+        return ModuleChange(LowRank(module.keep(mixed_a), module.keep(mixed_b), scaling=1 / rank))

@@ -1,57 +1,70 @@
-"""Prefix tuning (arXiv 2101.00190) and Cartridges (2506.06266) as PEFT saves them, compiled to Prefix.
+"""Prefix tuning (arXiv 2101.00190) as PEFT saves it, compiled to Prefix.
 
 With or without a projection PEFT saves its result, `[tokens, layers * 2 * kv_heads * head_dim]`; row 2l of
 the reshaped tensor is layer l's keys, 2l + 1 its values (peft/peft_model.py, get_prompt). Keys go into the
-cache as they are, without rotation, and real tokens start at position `num_virtual_tokens`. A Cartridge is
-keys and values that were trained as such, saved and applied in the same way (peft/tuners/cartridge/model.py).
+cache as they are, without rotation, and real tokens start at position `num_virtual_tokens`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
+from typing import ClassVar
 
+from polygraft.adapters.files.problems import Problem
 from polygraft.adapters.files.reader import FolderReader
-from polygraft.adapters.peft.soft_prompt import take_virtual_tokens
-from polygraft.core.adapter_weights import AdapterWeights
-from polygraft.core.primitives import Prefix
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.prompt_kind import PromptKind
+from polygraft.core.primitives import Prefix, SoftPrompt
 from polygraft.core.spec import BaseSpec
 
 
-def compile_prefix_tuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a prefix-tuning folder; yields between layers. Problems are noted in the reader."""
-    reader.ignore("prefix_projection", "encoder_hidden_size", "init_weights")
-    return (yield from _compile("prefix_tuning", reader, base))
+class PrefixTuning(PromptKind):
+    """Keys and values before the prompt's, in every layer."""
 
+    peft_type = "PREFIX_TUNING"
+    title = "prefix tuning"
+    paper = "2101.00190"
+    rows = (
+        side_path(
+            "keys and values in the cache, one copy for all requests", "attention to the virtual tokens"
+        ),
+    )
+    training_only: ClassVar[Collection[str]] = ("prefix_projection", "encoder_hidden_size", "init_weights")
 
-def compile_cartridge(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a Cartridge's folder; yields between layers. Problems are noted in the reader."""
-    reader.ignore("num_frozen_tokens")
-    return (yield from _compile("cartridge", reader, base))
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._sites = list(base.attention.values())
+        # The same numbers multiply to the same width in another order.
+        first = self._sites[0]
+        self._sizes = {
+            "num_layers": len(self._sites),
+            "num_attention_heads": first.kv_heads,
+            "token_dim": first.kv_heads * first.head_dim,
+        }
+        self._asked = {key: reader.option(key, int, size) for key, size in self._sizes.items()}
 
+    def check(self) -> None:
+        """Check the options, and that the base's layers have keys and values of one shape."""
+        super().check()
+        shapes = {(site.kv_heads, site.head_dim, site.value_dim) for site in self._sites}
+        if len(shapes) > 1 or any(head_dim != value_dim for _, head_dim, value_dim in shapes):
+            raise Problem(
+                "the base's layers have keys and values of different shapes, as prefix tuning can't"
+            )
+        differing = [key for key, size in self._sizes.items() if self._asked[key] != size]
+        if differing:
+            texts = [f"{key} is {self._asked[key]}, the base has {self._sizes[key]}" for key in differing]
+            raise Problem(*texts)
 
-def _compile(kind: str, reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    tokens = take_virtual_tokens(reader)
-    sites = list(base.attention.values())
-    shapes = {(site.kv_heads, site.head_dim, site.value_dim) for site in sites}
-    if len(shapes) > 1 or any(head_dim != value_dim for _, head_dim, value_dim in shapes):
-        reader.problems.append(
-            "the base's layers have keys and values of different shapes, as prefix tuning can't"
-        )
-    kv_heads, head_dim, _ = next(iter(shapes))
-    # The same numbers multiply to the same width in another order.
-    served = {"num_layers": len(sites), "num_attention_heads": kv_heads, "token_dim": kv_heads * head_dim}
-    for key, have in served.items():
-        asked = reader.option(key, int, have)
-        if asked != have:
-            reader.problems.append(f"{key} is {asked}, the base has {have}")
-    rows = reader.take("prompt_embeddings", (tokens, len(sites) * 2 * kv_heads * head_dim))
-    prefix = None
-    if rows is not None and not reader.problems:
-        table = rows.view(tokens, 2 * len(sites), kv_heads, head_dim)
+    def virtual_tokens(self) -> Generator[None, None, Prefix | SoftPrompt]:
+        """Cut the tensor into layers; yields between them. Raises Problem."""
+        layers, first = len(self._sites), self._sites[0]
+        width = layers * 2 * first.kv_heads * first.head_dim
+        rows = self.reader.take("prompt_embeddings", (self.tokens, width))
+        table = rows.view(self.tokens, 2 * layers, first.kv_heads, first.head_dim)
         keys, values = [], []
-        for layer in range(len(sites)):
+        for layer in range(layers):
             yield
             keys.append(table[:, 2 * layer].contiguous())
             values.append(table[:, 2 * layer + 1].contiguous())
-        prefix = Prefix(tuple(keys), tuple(values), start=tokens)
-    return AdapterWeights(kind, reader.parameters, prefix=prefix)
+        return Prefix(tuple(keys), tuple(values), start=self.tokens)

@@ -11,22 +11,21 @@ draws them in wherever there is any).
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from polygraft.adapters.files.numbers import is_alpha, is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.projections import KEYS
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.problems import Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import merged_copy
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.projections import check_key
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
-
-_TRAINING_ONLY = ("randlora_dropout", "fan_in_fan_out", "init_weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,78 +57,76 @@ class RandomBases(Dense):
         return weight + small[:, first:last].T @ self.large[: self.inputs, :bases].flatten(1).T
 
 
-def compile_randlora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a RandLoRA folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 32)
-    alpha = reader.option("randlora_alpha", (int, float), 640)
-    reader.ignore(*_TRAINING_ONLY)
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if not is_rank(rank) or not is_alpha(alpha):
-        reader.problems.append(f"rank {shown(rank)} with alpha {shown(alpha)} makes no sense")
-        modules = []
-    factors = _factors(reader, base, modules, rank)
-    changes: dict[str, Dense] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        if factors is not None:
-            _take_copies(reader, module, factors)
-        side = min(shape.in_features, shape.out_features)
+class RandLora(ModuleKind):
+    """A sum of random products that all modules share, scaled in each."""
+
+    peft_type = "RANDLORA"
+    title = "RandLoRA"
+    paper = "2502.00987"
+    rows = (merged_copy("a product of full rank"),)
+    training_only = ("randlora_dropout", "fan_in_fan_out", "init_weights")
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 32)
+        self._alpha = reader.option("randlora_alpha", (int, float), 640)
+        self._saved = reader.option("save_projection", bool, True)
+        self._key = reader.option("projection_prng_key", int, 0)
+        self._sparse = reader.option("sparse", bool, False)
+        self._very_sparse = reader.option("very_sparse", bool, False)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Take or make the shared factors."""
+        require(is_rank(self._rank) and is_alpha(self._alpha), r=self._rank, randlora_alpha=self._alpha)
+        check_key("projection_prng_key", self._key)
+        self._factors = self._take_factors(targets) if targets else None
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the module's scales of the shared factors."""
+        assert self._factors is not None
+        self._check_copies(module, self._factors)
+        side = min(module.inputs, module.outputs)
+        bases = -(-side // self._rank)
+        gain, side_gain = module.take_all(
+            ("randlora_lambda", (self._rank, bases)), ("randlora_gamma", (bases, side))
+        )
+        gain = gain * (self._alpha / self._rank)
+        return ModuleChange(dense=RandomBases(*self._factors, gain, side_gain, module.inputs, module.outputs))
+
+    def _check_copies(self, module: TargetModule, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Take the copies of the shared factors that PEFT saves with every module.
+
+        Raises:
+            Problem: one differs.
+        """
+        for letter, factor in zip("AB", factors, strict=True):
+            name = f"{module.prefix}randlora_{letter}"
+            if self.reader.holds(name) and not torch.equal(
+                self.reader.take(name, tuple(factor.shape), wide=True), factor
+            ):
+                raise Problem(f"tensor {name} isn't base_model.randlora_{letter}, which it is a copy of")
+
+    def _take_factors(self, targets: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the shared factors as `RandomBases` has them."""
+        shapes = [self.base.linears[name] for name in targets]
+        most_in = max(shape.in_features for shape in shapes)
+        most_out = max(shape.out_features for shape in shapes)
+        side, other, rank = min(most_in, most_out), max(most_in, most_out), self._rank
         bases = -(-side // rank)
-        gain = reader.take(f"{PREFIX}{module}.randlora_lambda", (rank, bases), wide=True)
-        side_gain = reader.take(f"{PREFIX}{module}.randlora_gamma", (bases, side), wide=True)
-        if factors is None or gain is None or side_gain is None:
-            continue
-        changes[module] = RandomBases(
-            *factors, gain * (alpha / rank), side_gain, shape.in_features, shape.out_features
-        )
-    return AdapterWeights("randlora", reader.parameters, by_module(dense=changes, bias=biases, norm=norms))
-
-
-def _factors(
-    reader: FolderReader, base: BaseSpec, modules: Sequence[str], rank: int
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The shared factors as `RandomBases` has them; None after noting why there are none."""
-    saved = reader.option("save_projection", bool, True)
-    key = reader.option("projection_prng_key", int, 0)
-    sparse = reader.option("sparse", bool, False)
-    very_sparse = reader.option("very_sparse", bool, False)
-    if key not in KEYS:
-        reader.problems.append(f"projection_prng_key {shown(key)} isn't a number of 64 bits")
-    if not modules:
-        return None
-    most_in = max(base.linears[module].in_features for module in modules)
-    most_out = max(base.linears[module].out_features for module in modules)
-    side, other = min(most_in, most_out), max(most_in, most_out)
-    bases = -(-side // rank)
-    if saved:
-        small = reader.take("base_model.randlora_A", (rank, 1, side), wide=True)
-        large = reader.take("base_model.randlora_B", (other, bases, rank), wide=True)
-        return None if small is None or large is None else (small, large)
-    if key not in KEYS or not reader.has_room(0, rank * (side + bases * other)):
-        return None
-    generator = torch.Generator().manual_seed(key)
-    if sparse or very_sparse:
-        sparsity = math.sqrt(side) if very_sparse else 3
-        return (
-            _signs((rank, 1, side), sparsity, generator),
-            _signs((other, bases, rank), sparsity, generator),
-        )
-    small = _uniform((rank, 1, side), generator)
-    large = torch.cat([_uniform((other, 1, rank), generator) for _ in range(bases)], 1)
-    return (small / small.std()).float(), (large / large.std()).float()
-
-
-def _take_copies(reader: FolderReader, module: str, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Take the copies of the shared factors that PEFT saves with every module; note one that differs."""
-    for letter, factor in zip("AB", factors, strict=True):
-        name = f"{PREFIX}{module}.randlora_{letter}"
-        if name not in reader.names():
-            continue
-        copy = reader.take(name, tuple(factor.shape), wide=True)
-        if copy is not None and not torch.equal(copy, factor):
-            reader.problems.append(f"tensor {name} isn't base_model.randlora_{letter}, which it is a copy of")
+        of_small, of_large = (rank, 1, side), (other, bases, rank)
+        if self._saved:
+            names = ("base_model.randlora_A", of_small), ("base_model.randlora_B", of_large)
+            small, large = self.reader.take_all(names, wide=True)
+            return small, large
+        self.reader.need_room(0, rank * (side + bases * other))
+        generator = torch.Generator().manual_seed(self._key)
+        if self._sparse or self._very_sparse:
+            sparsity = math.sqrt(side) if self._very_sparse else 3
+            return _signs(of_small, sparsity, generator), _signs(of_large, sparsity, generator)
+        small = _uniform(of_small, generator)
+        large = torch.cat([_uniform((other, 1, rank), generator) for _ in range(bases)], 1)
+        return (small / small.std()).float(), (large / large.std()).float()
 
 
 def _uniform(shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:

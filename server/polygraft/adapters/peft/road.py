@@ -9,16 +9,18 @@ Folded into the weight, rows are turned.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.adapters.files.problems import Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import merged_copy
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -55,28 +57,33 @@ class TurnedPairs(Dense):
         return None if bias is None else self.fold(bias[:, None], 0)[:, 0]
 
 
-def compile_road(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a RoAd folder; yields between modules. Problems are noted in the reader."""
-    variant = reader.option("variant", str, "road_1")
-    size = reader.option("group_size", int, 64)
-    reader.ignore("init_weights")
-    modules = target_modules(reader, base)
-    if variant not in _NUMBERS or not is_rank(size) or size % 2:
-        reader.problems.append(f"variant {shown(variant)} with group_size {shown(size)} makes no sense")
-        modules = []
-    changes: dict[str, Dense] = {}
-    for module in modules:
-        yield
-        outputs = base.linears[module].out_features
+class RoAd(ModuleKind):
+    """Rotations of pairs of outputs."""
+
+    peft_type = "ROAD"
+    title = "RoAd"
+    paper = "2409.00119"
+    rows = (merged_copy("pairs of outputs rotated and scaled"),)
+    training_only = ("init_weights",)
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._variant = reader.option("variant", str, "road_1")
+        self._size = reader.option("group_size", int, 64)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        valid = self._variant in _NUMBERS and is_rank(self._size) and self._size % 2 == 0
+        require(valid, variant=self._variant, group_size=self._size)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the pairs' angles and scales."""
+        outputs, size, numbers = module.outputs, self._size, _NUMBERS[self._variant]
         if outputs % size:
-            reader.problems.append(f"group_size {size} doesn't divide {module}'s {outputs} outputs")
-            continue
-        count = outputs // 2 * _NUMBERS[variant]
-        angle = reader.take(f"{PREFIX}{module}.road_theta", (count,), wide=True)
-        scale = reader.take(f"{PREFIX}{module}.road_alpha", (count,), wide=True)
-        if angle is not None and scale is not None:
-            changes[module] = _pairs(angle, scale, _NUMBERS[variant], size // 2)
-    return AdapterWeights("road", reader.parameters, by_module(dense=changes))
+            raise Problem(f"group_size {size} doesn't divide {module.name}'s {outputs} outputs")
+        count = outputs // 2 * numbers
+        angle, scale = module.take_all(("road_theta", (count,)), ("road_alpha", (count,)))
+        return ModuleChange(dense=_pairs(angle, scale, numbers, size // 2))
 
 
 def _pairs(angle: torch.Tensor, scale: torch.Tensor, numbers: int, half: int) -> TurnedPairs:

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from polygraft.adapters.files.reader import FolderReader, shown
+from polygraft.adapters.files.problems import Problem
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import Kind
 from polygraft.adapters.peft.targets import EMBEDDING_NAMES
 from polygraft.core.adapter_weights import AdapterWeights, by_module, joined
 from polygraft.core.primitives import NormWeights, TokenRows
@@ -50,18 +53,11 @@ class SavedModules:
         )
 
 
-def take_saved_modules(
-    reader: FolderReader, base: BaseSpec, prefix: str, *, saves: bool, ties: bool
-) -> SavedModules:
-    """Take whole modules, noting what can't be served. Before a kind's own compiler, which needs `base`.
-
-    Args:
-        prefix: PEFT's, before the name of the base's module.
-        saves: whether the kind has `modules_to_save`.
-        ties: whether it has `ensure_weight_tying`.
-    """
-    reader.ties = ties and reader.option("ensure_weight_tying", bool, False) and base.tied
-    saved = _named_modules(reader, base) if saves else []
+def take_saved_modules(reader: FolderReader, base: BaseSpec, kind: type[Kind]) -> SavedModules:
+    """Take whole modules, noting what can't be served. Before the kind's own compiler, which needs `base`."""
+    prefix = kind.prefix
+    reader.ties = kind.ties and reader.option("ensure_weight_tying", bool, False) and base.tied
+    saved = _named_modules(reader, base) if kind.saves_modules else []
     sizes = {
         shape[0]
         for module in base.token_modules
@@ -74,19 +70,17 @@ def take_saved_modules(
     rows: list[TokenRows] = []
     norms: dict[str, NormWeights] = {}
     for module in saved:
-        if module in base.token_modules:
-            weight = _take_saved(reader, base, f"{prefix}{module}")
-            if weight is not None:
-                rows.append(TokenRows((module,), weight))
-        elif module in base.norms:
-            norm = take_norm(reader, base, module, f"{prefix}{module}")
-            if norm is not None:
-                norms[module] = norm
-        else:
-            what = base.others.get(module, "linear module")
-            reader.problems.append(
-                f"modules_to_save has {module}, a {what}: only the embedding, the head and norms are served"
-            )
+        with reader.noting():
+            if module in base.token_modules:
+                rows.append(TokenRows((module,), _take_saved(reader, base, f"{prefix}{module}")))
+            elif module in base.norms:
+                norms[module] = take_norm(reader, base, module, f"{prefix}{module}")
+            else:
+                what = base.others.get(module, "linear module")
+                raise Problem(
+                    f"modules_to_save has {module}, a {what}: only the embedding, the head and norms are "
+                    "served"
+                )
     rows += _take_copies(reader, base, prefix, saved)
     rows = _shared(reader, rows)
     covered = {module for one in rows for module in one.modules}
@@ -99,14 +93,11 @@ def take_saved_modules(
     return SavedModules(base, tuple(rows), norms)
 
 
-def take_norm(reader: FolderReader, base: BaseSpec, module: str, prefix: str) -> NormWeights | None:
-    """A norm's weight, and its bias if it has one; None after noting what is wrong."""
+def take_norm(reader: FolderReader, base: BaseSpec, module: str, prefix: str) -> NormWeights:
+    """Take a norm's weight, and its bias if it has one. Raises Problem."""
     shape = base.norms[module]
-    weight = reader.take(f"{prefix}.weight", (shape.width,))
-    bias = reader.take(f"{prefix}.bias", (shape.width,)) if shape.has_bias else None
-    if weight is None or (shape.has_bias and bias is None):
-        return None
-    return NormWeights(weight, bias)
+    names = (f"{prefix}.weight", f"{prefix}.bias") if shape.has_bias else (f"{prefix}.weight",)
+    return NormWeights(*reader.take_all([(name, (shape.width,)) for name in names]))
 
 
 def _named_modules(reader: FolderReader, base: BaseSpec) -> list[str]:
@@ -149,40 +140,37 @@ def _resized(reader: FolderReader, base: BaseSpec, sizes: set[int]) -> BaseSpec:
     return base
 
 
-def _take_saved(reader: FolderReader, base: BaseSpec, module: str) -> torch.Tensor | None:
-    """One module's trained weight. Of a resized base PEFT saves it twice, beside what it replaces."""
+def _take_saved(reader: FolderReader, base: BaseSpec, module: str) -> torch.Tensor:
+    """Take one module's trained weight. Of a resized base PEFT saves it twice, and what it replaces as well.
+
+    Raises:
+        Problem: it is missing, or saved as two different ones.
+    """
     shape = (base.vocabulary_size, base.hidden_size)
-    weight = reader.take(f"{module}.weight", shape)
     again, replaced = f"{module}.modules_to_save.weight", f"{module}.original_module.weight"
-    if reader.shape(replaced) is not None:
-        reader.take(replaced, shape)
-    if reader.shape(again) is not None:
-        second = reader.take(again, shape)
-        if weight is not None and second is not None and not torch.equal(weight, second):
-            reader.problems.append(f"tensor {again} isn't {module}.weight")
+    held = [name for name in (again, replaced) if reader.holds(name)]
+    weight, *others = reader.take_all([(name, shape) for name in (f"{module}.weight", *held)])
+    if again in held and not torch.equal(weight, others[0]):
+        raise Problem(f"tensor {again} isn't {module}.weight")
     return weight
 
 
 def _take_copies(reader: FolderReader, base: BaseSpec, prefix: str, saved: list[str]) -> list[TokenRows]:
-    """Copies of the base's embedding and head, of those that the folder doesn't replace."""
-    found: list[TokenRows] = []
+    """Take copies of the base's embedding and head that the folder doesn't replace."""
+    found: dict[tuple[str, ...], TokenRows] = {}
     shape = (base.vocabulary_size, base.hidden_size)
     own = [module for module in base.token_modules if module not in saved]
-    for module in own:
-        for copy in _COPIES:
-            name = f"{prefix}{module}.{copy}"
-            if reader.shape(name) is None:
-                continue
-            weight = reader.take(name, shape)
-            if weight is None:
-                continue
+    names = [(module, f"{prefix}{module}.{copy}") for module in own for copy in _COPIES]
+    for module, name in names:
+        if not reader.holds(name):
+            continue
+        with reader.noting():
             modules = tuple(own) if base.tied else (module,)
-            first = next((one for one in found if one.modules == modules), None)
-            if first is None:
-                found.append(TokenRows(modules, weight, copied=True))
-            elif not torch.equal(first.weight, weight):
-                reader.problems.append(f"tensor {name} isn't what {' and '.join(modules)} share")
-    return found
+            weight = reader.take(name, shape)
+            first = found.setdefault(modules, TokenRows(modules, weight, copied=True))
+            if not torch.equal(first.weight, weight):
+                raise Problem(f"tensor {name} isn't what {' and '.join(modules)} share")
+    return list(found.values())
 
 
 def _shared(reader: FolderReader, rows: list[TokenRows]) -> list[TokenRows]:

@@ -7,42 +7,45 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
+from polygraft.adapters.files.problems import Problem, all_of, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import merged_copy
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
 from polygraft.adapters.peft.sparse import Sparse
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import Dense
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.spec import BaseSpec
 
 
-def compile_shira(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a SHiRA folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 32)
-    reader.ignore("mask_type", "random_seed", "fan_in_fan_out", "init_weights")
-    modules = target_modules(reader, base)
-    if not is_rank(rank):
-        reader.problems.append(f"rank {shown(rank)} makes no sense")
-        modules = []
-    changes: dict[str, Dense] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        count = rank * (shape.in_features + shape.out_features)
-        values = reader.take(f"{PREFIX}{module}.shira_weight", (count,), wide=True)
-        most = max(shape.in_features, shape.out_features)
-        indices = reader.take_indices(f"{PREFIX}{module}.shira_indices", (2, count), most)
-        if values is None or indices is None:
-            continue
-        rows, columns = indices
-        if int(rows.max()) >= shape.out_features or int(columns.max()) >= shape.in_features:
-            reader.problems.append(
-                f"tensor {PREFIX}{module}.shira_indices holds an index that isn't in "
-                f"[{shape.out_features}, {shape.in_features}]"
-            )
-            continue
-        changes[module] = Sparse.of(values, rows, columns)
-    return AdapterWeights("shira", reader.parameters, by_module(dense=changes))
+class ShiRa(ModuleKind):
+    """Numbers for single elements of the weight."""
+
+    peft_type = "SHIRA"
+    title = "SHiRA"
+    paper = "2406.13175"
+    rows = (merged_copy("single elements"),)
+    training_only = ("mask_type", "random_seed", "fan_in_fan_out", "init_weights")
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 32)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the rank."""
+        require(is_rank(self._rank), r=self._rank)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the numbers and their places."""
+        inputs, outputs = module.inputs, module.outputs
+        count = self._rank * (inputs + outputs)
+        values, (rows, columns) = all_of(
+            lambda: module.take("shira_weight", (count,)),
+            lambda: module.take_indices("shira_indices", (2, count), max(inputs, outputs)),
+        )
+        if int(rows.max()) >= outputs or int(columns.max()) >= inputs:
+            name = f"{module.prefix}shira_indices"
+            raise Problem(f"tensor {name} holds an index that isn't in [{outputs}, {inputs}]")
+        return ModuleChange(dense=Sparse.of(values, rows, columns))

@@ -8,17 +8,19 @@ which those of another precision are not.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from polygraft.adapters.files.numbers import is_alpha, is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
+from polygraft.adapters.files.problems import OptionProblem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import merged_copy
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
 from polygraft.adapters.peft.sparse import Sparse
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.core.adapter_weights import AdapterWeights, by_module
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Dense
 from polygraft.core.spec import BaseSpec
 
@@ -41,40 +43,46 @@ class SparseAndLowRank(Dense):
         return self.elements.fold(weight, first) + self.b[first : first + len(weight)] @ self.a
 
 
-def compile_supertuning(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a Super-Tuning folder; yields between modules. Problems are noted in the reader."""
-    sparsity = reader.option("sparsity", (int, float), 0.99)
-    rank = reader.option("r", int, None)
-    alpha = reader.option("lora_alpha", (int, float), 0)
-    saved = reader.option("save_precomputed_indices", bool, True)
-    reader.ignore("select_top", "lora_dropout", "init_weights")
-    modules = target_modules(reader, base)
-    if not saved:
-        reader.problems.append(
-            "save_precomputed_indices=False isn't served: which elements it changes isn't in the file"
+class SuperTuning(ModuleKind):
+    """Numbers for single elements of the weight, and in Supra a LoRA as well."""
+
+    peft_type = "SUPERTUNING"
+    title = "Super-Tuning"
+    rows = (merged_copy("single elements and, in Supra, a LoRA"),)
+    training_only = ("select_top", "lora_dropout", "init_weights")
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._sparsity = reader.option("sparsity", (int, float), 0.99)
+        self._rank = reader.option("r", int, None)
+        self._alpha = reader.option("lora_alpha", (int, float), 0)
+        self._saved = reader.option("save_precomputed_indices", bool, True)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options."""
+        if not self._saved:
+            raise OptionProblem(
+                "save_precomputed_indices=False isn't served: which elements it changes isn't in the file"
+            )
+        valid = self._rank is None or (is_rank(self._rank) and is_alpha(self._alpha))
+        require(
+            valid and 0 <= self._sparsity < 1, sparsity=self._sparsity, r=self._rank, lora_alpha=self._alpha
         )
-    if not 0 <= sparsity < 1 or (rank is not None and not (is_rank(rank) and is_alpha(alpha))):
-        reader.problems.append(
-            f"sparsity {shown(sparsity)} with r {shown(rank)} and lora_alpha {shown(alpha)} makes no sense"
-        )
-        modules = []
-    changes: dict[str, Dense] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        name = f"{PREFIX}{module}.supertuning_"
-        size = shape.in_features * shape.out_features
-        count = int(size * (1 - sparsity))
-        values = reader.take(f"{name}values", (count,), wide=True)
-        places = reader.take_indices(f"{name}indices", (count,), size) if saved else None
-        a = b = None
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the numbers and their places, and the LoRA."""
+        rank, size = self._rank, module.inputs * module.outputs
+        count = int(size * (1 - self._sparsity))
+        lora = []
         if rank is not None:
-            a = reader.take(f"{name}lora_A.weight", (rank, shape.in_features), wide=True)
-            b = reader.take(f"{name}lora_B.weight", (shape.out_features, rank), wide=True)
-        if values is None or places is None or (rank is not None and (a is None or b is None)):
-            continue
-        elements = Sparse.of(values, places // shape.in_features, places % shape.in_features)
-        changes[module] = elements
-        if rank is not None and a is not None and b is not None:
-            changes[module] = SparseAndLowRank(elements, a, b * (alpha / rank))
-    return AdapterWeights("supertuning", reader.parameters, by_module(dense=changes))
+            lora = [
+                ("supertuning_lora_A.weight", (rank, module.inputs)),
+                ("supertuning_lora_B.weight", (module.outputs, rank)),
+            ]
+        values, *factors = module.take_all(("supertuning_values", (count,)), *lora)
+        places = module.take_indices("supertuning_indices", (count,), size)
+        elements = Sparse.of(values, places // module.inputs, places % module.inputs)
+        if not factors:
+            return ModuleChange(dense=elements)
+        a, b = factors
+        return ModuleChange(dense=SparseAndLowRank(elements, a, b * (self._alpha / rank)))

@@ -10,13 +10,15 @@ _inject_parameters). A router's weight is a matrix, and its A and B are as any m
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping
 
 from polygraft.adapters.files.patterns import endings
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX, ModuleSettings, scaling_of
-from polygraft.adapters.peft.targets import BAD_PATTERN
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.peft.module import PREFIX
+from polygraft.adapters.peft.per_module import RankAndAlpha, paired, scaling_of
 from polygraft.base.inspect.routers import WEIGHT
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import ExpertLowRank, LowRank
 from polygraft.core.spec import BaseSpec
 
@@ -25,103 +27,100 @@ _GATE = "gate.weight"
 (peft/utils/transformers_weight_conversion.py, _MOE_TARGET_MODULE_MAPPING); there it passes over it."""
 
 
-def target_parameters(reader: FolderReader, base: BaseSpec) -> list[str] | None:
-    """Take the option and return the targeted parameters, noting targets that can't be served; None without
-    the option.
+class TargetParameters:
+    """Takes the option and its tensors.
 
-    PEFT applies none of `exclude_modules`, `layers_to_transform` and `modules_to_save` to them.
-    """
-    targets = reader.option("target_parameters", list, [])
-    if not targets:
-        return None
-    names = [f"{module}.{weight}" for module, shape in base.experts.items() for weight in shape.weights]
-    names += [f"{module}.{WEIGHT}" for module in base.routers]
-    without_gate = not any("gate" in endings(module) for module in (*base.linears, *base.others))
-    known = {ending for name in names for ending in endings(name)}
-    wanted = {target for target in targets if isinstance(target, str)}
-    for target in targets:
-        if target == _GATE and without_gate:
-            continue
-        if not isinstance(target, str) or target not in known:
-            none = "" if names else ", and this base has none that are known"
-            reader.problems.append(
-                f"target_parameters: {shown(target)} is no weight of experts or of a router, and others "
-                f"aren't served{none}"
-            )
-    return [name for name in names if not wanted.isdisjoint(endings(name))]
-
-
-def refuse_with_parameters(reader: FolderReader, used: Sequence[str]) -> None:
-    """Refuse what PEFT's ParamWrapper refuses, or can't run with.
+    PEFT applies none of `exclude_modules`, `layers_to_transform` and `modules_to_save` to these parameters.
 
     Args:
-        used: such options that have been taken and are in use.
+        settings: ranks and alphas, by the parameter's name.
+        rslora: whether scalings are rank-stabilized.
     """
-    used = list(used)
-    for key, expected in (("lora_dropout", (int, float)), ("fan_in_fan_out", bool)):
-        if reader.option(key, expected, False):
-            used.append(key)
-    reader.problems += [f"{key} with target_parameters has no meaning in PEFT" for key in used]
 
+    def __init__(self, reader: FolderReader, base: BaseSpec, settings: RankAndAlpha, *, rslora: bool) -> None:
+        self._reader = reader
+        self._base = base
+        self._settings = settings
+        self._rslora = rslora
+        self.experts: dict[str, ExpertLowRank] = {}
+        """The experts' matrices by the name of the parameter, once they have been taken."""
+        targets = reader.option("target_parameters", list, [])
+        self.given = bool(targets)
+        """Whether the folder has the option."""
+        names = [f"{module}.{weight}" for module, shape in base.experts.items() for weight in shape.weights]
+        names += [f"{module}.{WEIGHT}" for module in base.routers]
+        self._note_unknown(targets, names)
+        wanted = {target for target in targets if isinstance(target, str)}
+        self._targets = {name for name in names if not wanted.isdisjoint(endings(name))}
 
-def take_parameters(
-    reader: FolderReader, base: BaseSpec, targets: Sequence[str], settings: ModuleSettings, *, rslora: bool
-) -> Generator[None, None, tuple[dict[str, ExpertLowRank], dict[str, LowRank]]]:
-    """Take the weights of the targeted parameters: experts' by the name of the parameter, routers' by that of
-    the module; yields between them."""
-    experts: dict[str, ExpertLowRank] = {}
-    routers: dict[str, LowRank] = {}
-    try:
-        for module, shape in base.experts.items():
-            adapted = [weight for weight in shape.weights if f"{module}.{weight}" in targets]
+    def _note_unknown(self, targets: list[object], names: list[str]) -> None:
+        """Note targets that aren't served."""
+        without_gate = not any(
+            "gate" in endings(module) for module in (*self._base.linears, *self._base.others)
+        )
+        known = {ending for name in names for ending in endings(name)}
+        none = "" if names else ", and this base has none that are known"
+        for target in targets:
+            passed_over = target == _GATE and without_gate
+            if not passed_over and (not isinstance(target, str) or target not in known):
+                self._reader.problems.append(
+                    f"target_parameters: {shown(target)} is no weight of experts or of a router, and others "
+                    f"aren't served{none}"
+                )
+
+    def refuse_with(self, **used: bool) -> None:
+        """Note the options that PEFT's ParamWrapper refuses, or can't run with.
+
+        Args:
+            used: whether such an option, which has been taken, is in use.
+        """
+        keys = [key for key, is_used in used.items() if is_used]
+        for key, expected in (("lora_dropout", (int, float)), ("fan_in_fan_out", bool)):
+            if self._reader.option(key, expected, False):
+                keys.append(key)
+        self._reader.problems += [f"{key} with target_parameters has no meaning in PEFT" for key in keys]
+
+    def take(self) -> Generator[None, None, Mapping[str, ModuleChange]]:
+        """Take the experts' matrices, and return the routers' ones; yields between them.
+
+        Raises:
+            OptionProblem: a pattern can't be matched.
+        """
+        for module, shape in self._base.experts.items():
+            adapted = [weight for weight in shape.weights if f"{module}.{weight}" in self._targets]
             for depth, weight in enumerate(reversed(adapted)):
                 yield
                 name, prefix = f"{module}.{weight}", PREFIX + module + ".base_layer" * depth
-                widths = shape.weights[weight]
-                pair = _take_pair(reader, settings, name, prefix, shape.experts, widths, rslora=rslora)
-                if pair is not None:
-                    experts[name] = pair
-        for module, router in base.routers.items():
-            name = f"{module}.{WEIGHT}"
-            if name in targets:
+                with self._reader.noting(prefix, inner=True):
+                    widths = shape.weights[weight]
+                    self.experts[name] = self._take_pair(name, prefix, shape.experts, widths)
+        routers: dict[str, ModuleChange] = {}
+        for module, router in self._base.routers.items():
+            name, prefix = f"{module}.{WEIGHT}", PREFIX + module
+            if name in self._targets:
                 yield
-                widths = router.in_features, router.out_features
-                pair = _take_pair(reader, settings, name, PREFIX + module, 1, widths, rslora=rslora)
-                if pair is not None:
-                    routers[module] = LowRank(pair.a[0], pair.b[0], scaling=pair.scaling)
-    except BAD_PATTERN as error:
-        settings.note_bad_pattern(error)
-    return experts, routers
+                with self._reader.noting(prefix, inner=True):
+                    pair = self._take_pair(name, prefix, 1, (router.in_features, router.out_features))
+                    low_rank = LowRank(pair.a[0], pair.b[0], scaling=pair.scaling)
+                    routers[module] = ModuleChange(low_rank)
+        return routers
 
+    def _take_pair(self, name: str, prefix: str, experts: int, widths: tuple[int, int]) -> ExpertLowRank:
+        """Take one parameter's matrices. Raises Problem.
 
-def _take_pair(
-    reader: FolderReader,
-    settings: ModuleSettings,
-    name: str,
-    prefix: str,
-    experts: int,
-    widths: tuple[int, int],
-    *,
-    rslora: bool,
-) -> ExpertLowRank | None:
-    """What one parameter has; None after noting what is wrong. Raises: one of `BAD_PATTERN`.
-
-    Args:
-        name: the parameter's.
-        prefix: of the tensors' names.
-        widths: inputs and outputs.
-    """
-    rank_and_alpha = settings.of(name)
-    if rank_and_alpha is None:
-        return None
-    rank, alpha = rank_and_alpha
-    inputs, outputs = widths
-    a = reader.take(f"{prefix}.lora_A.weight", (experts * rank, inputs))
-    b = reader.take(f"{prefix}.lora_B.weight", (outputs, rank * experts))
-    if a is None or b is None:
-        return None
-    a = a.reshape(experts, rank, inputs)
-    b = b.reshape(outputs, rank, experts).permute(2, 0, 1)
-    scaling = scaling_of(rank, alpha, rslora=rslora)
-    pair = settings.paired(name, a, b, scaling)
-    return None if pair is None else ExpertLowRank(*pair, scaling)
+        Args:
+            prefix: of the tensors' names.
+            widths: inputs and outputs.
+        """
+        rank, alpha = self._settings.of(name)
+        inputs, outputs = widths
+        a, b = self._reader.take_all(
+            [
+                (f"{prefix}.lora_A.weight", (experts * rank, inputs)),
+                (f"{prefix}.lora_B.weight", (outputs, rank * experts)),
+            ]
+        )
+        a = a.reshape(experts, rank, inputs)
+        b = b.reshape(outputs, rank, experts).permute(2, 0, 1)
+        scaling = scaling_of(rank, alpha, rslora=self._rslora)
+        return ExpertLowRank(*paired(name, a, b, scaling), scaling)

@@ -10,7 +10,9 @@ from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 from polygraft.adapters.files.patterns import BadPattern, Form, KeyPatterns, Matching, endings
-from polygraft.adapters.files.reader import FolderReader, shown
+from polygraft.adapters.files.problems import OptionProblem
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
 from polygraft.core.adapter_weights import Targets
 from polygraft.core.spec import BaseSpec
 
@@ -18,9 +20,6 @@ ALL_LINEAR = "all-linear"
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """Those that PEFT takes for the names of embeddings (peft/utils/constants.py, EMBEDDING_LAYER_NAMES)."""
-
-BAD_PATTERN = (BadPattern,)
-"""What matching raises."""
 
 MAX_LAYER_PATTERNS = 64
 _NAMES_A_SLICE = 64
@@ -89,53 +88,57 @@ class Choice:
 def choose(reader: FolderReader, base: BaseSpec) -> Generator[None, None, None]:
     """Take the targeting options and store what they mean in `reader.choice`. Works in slices: it yields
     where it may be interrupted. The work is linear in the options and in the base's modules."""
-    targets = reader.option("target_modules", (str, list), None)
-    excluded = reader.option("exclude_modules", (str, list), [])
-    layers = reader.option("layers_to_transform", (int, list), None)
-    patterns = reader.option("layers_pattern", (str, list), [])
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    if not targets:
+    options = _Options(reader)
+    if not options.targets:
         reader.choice = Choice(is_empty=True)
         return
-    # PEFT refuses these as well.
-    if isinstance(targets, str) and (layers not in (None, []) or patterns):
-        reader.problems.append("layers_to_transform and layers_pattern go with a list of target_modules")
-    elif patterns and layers in (None, []):
-        reader.problems.append("layers_pattern without layers_to_transform has no meaning")
-    for key, value in (
-        ("target_modules", targets),
-        ("exclude_modules", excluded),
-        ("layers_pattern", patterns),
-    ):
-        if isinstance(value, list) and not all(isinstance(one, str) for one in value):
-            reader.problems.append(f"{key} must hold names: {shown(value)}")
-            reader.choice = Choice(is_bad=True)
-    if len(patterns) > MAX_LAYER_PATTERNS:
-        reader.problems.append(
-            f"layers_pattern has {len(patterns)} entries, the limit is {MAX_LAYER_PATTERNS}"
-        )
-        reader.choice = Choice(is_bad=True)
-    if reader.choice is None:
+    reader.choice = Choice(is_bad=True)
+    with reader.noting():
+        options.check()
         try:
-            reader.choice = yield from _chosen(
-                reader, base, targets, excluded, _Layers(reader, layers, patterns)
-            )
-        except BAD_PATTERN as error:
-            reader.problems.append(
+            reader.choice = yield from _chosen(reader, base, options)
+        except BadPattern as error:
+            raise OptionProblem(
                 "target_modules, exclude_modules or layers_pattern is not a regular expression that can be "
                 f"matched: {error}"
+            ) from None
+
+
+class _Options:
+    """Takes the targeting options."""
+
+    def __init__(self, reader: FolderReader) -> None:
+        self.targets: str | list[str] = reader.option("target_modules", (str, list), None)
+        self.excluded: str | list[str] = reader.option("exclude_modules", (str, list), [])
+        self.layers: int | list[object] | None = reader.option("layers_to_transform", (int, list), None)
+        patterns = reader.option("layers_pattern", (str, list), [])
+        self.patterns: list[str] = [patterns] if isinstance(patterns, str) else patterns
+
+    def check(self) -> None:
+        """Raise OptionProblem for what PEFT refuses as well, and for more patterns than are served."""
+        all_layers = self.layers in (None, [])
+        if isinstance(self.targets, str) and (not all_layers or self.patterns):
+            raise OptionProblem("layers_to_transform and layers_pattern go with a list of target_modules")
+        if self.patterns and all_layers:
+            raise OptionProblem("layers_pattern without layers_to_transform has no meaning")
+        named = {
+            "target_modules": self.targets,
+            "exclude_modules": self.excluded,
+            "layers_pattern": self.patterns,
+        }
+        for key, value in named.items():
+            if isinstance(value, list) and not all(isinstance(one, str) for one in value):
+                raise OptionProblem(f"{key} must hold names: {shown(value)}")
+        if len(self.patterns) > MAX_LAYER_PATTERNS:
+            raise OptionProblem(
+                f"layers_pattern has {len(self.patterns)} entries, the limit is {MAX_LAYER_PATTERNS}"
             )
-            reader.choice = Choice(is_bad=True)
 
 
-def _chosen(
-    reader: FolderReader,
-    base: BaseSpec,
-    targets: str | list[str],
-    excluded: str | list[str],
-    layers: _Layers,
-) -> Generator[None, None, Choice]:
-    """Raises one of `BAD_PATTERN`."""
+def _chosen(reader: FolderReader, base: BaseSpec, options: _Options) -> Generator[None, None, Choice]:
+    """Raises BadPattern."""
+    targets, excluded = options.targets, options.excluded
+    layers = _Layers(reader, options.layers, options.patterns)
     names = [*base.linears, *base.others]
     all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     is_target = _Named(targets, reader.matching)
@@ -183,7 +186,7 @@ class _Named:
         self._matched = False
 
     def __call__(self, name: str) -> bool:
-        """Raises one of `BAD_PATTERN`."""
+        """Raises BadPattern."""
         if self._pattern is None:
             return any(ending in self._names for ending in endings(name))
         if not self._pattern:
@@ -219,7 +222,7 @@ class _Layers:
         self._matching = reader.matching
 
     def include(self, name: str) -> bool:
-        """Raises one of `BAD_PATTERN`."""
+        """Raises BadPattern."""
         return not self.given or self._of(name) in self._layers
 
     def _of(self, name: str) -> int | None:
@@ -234,7 +237,7 @@ class _Layers:
 _FIRST_NUMBER = r".*?\.[^.]*\.(?P<idx>\d+)\..*"
 
 
-def with_tied_head(reader: FolderReader, base: BaseSpec, targets: list[str]) -> list[str]:
+def with_tied_head(reader: FolderReader, base: BaseSpec, targets: Sequence[str]) -> Sequence[str]:
     """The targets, and where `ensure_weight_tying` says so the embedding and the head that it is tied to.
 
     The head's weights are the embedding's then, exchanged and transposed, and PEFT saves them under both
@@ -246,11 +249,3 @@ def with_tied_head(reader: FolderReader, base: BaseSpec, targets: list[str]) -> 
     if any(ending.split(".")[-1] in embeddings for ending in reader.saved):
         return targets
     return list(dict.fromkeys((*targets, *base.token_modules)))
-
-
-def matching_key(patterns: Iterable[str], module: str) -> str | None:
-    """The first pattern of a rank or alpha pattern that fits the module's name.
-
-    Raises: one of `BAD_PATTERN`.
-    """
-    return KeyPatterns(patterns, Form.KEY, Matching()).first(module)

@@ -9,72 +9,65 @@ the targets.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 
 import torch
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.projections import KEYS
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import LowRank
+from polygraft.adapters.files.problems import require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.projections import check_key
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.spec import BaseSpec
 
-_TRAINING_ONLY = ("init_v_bound", "tinylora_dropout", "fan_in_fan_out", "init_weights")
 
+class TinyLora(ModuleKind):
+    """Singular vectors of the base's weight, mixed by a tiny trained vector."""
 
-def compile_tinylora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a TinyLoRA folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 2)
-    size = reader.option("u", int, 64)
-    tying = reader.option("weight_tying", (int, float), 0.0)
-    seed = reader.option("projection_seed", int, 42)
-    saved = reader.option("save_projection", bool, True)
-    reader.ignore(*_TRAINING_ONLY)
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if not is_rank(rank) or not is_rank(size) or not 0 <= tying <= 1:
-        reader.problems.append(
-            f"r {shown(rank)} with u {shown(size)} and weight_tying {shown(tying)} makes no sense"
+    peft_type = "TINYLORA"
+    title = "TinyLoRA"
+    paper = "2602.04118"
+    rows = (side_path(),)
+    training_only = ("init_v_bound", "tinylora_dropout", "fan_in_fan_out", "init_weights")
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 2)
+        self._size = reader.option("u", int, 64)
+        self._tying = reader.option("weight_tying", (int, float), 0.0)
+        self._seed = reader.option("projection_seed", int, 42)
+        self._saved = reader.option("save_projection", bool, True)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Take the vectors that groups of modules share."""
+        valid = is_rank(self._rank) and is_rank(self._size) and 0 <= self._tying <= 1
+        require(valid, r=self._rank, u=self._size, weight_tying=self._tying)
+        for seed in (self._seed, self._seed + len(targets)):
+            check_key("projection_seed", seed)
+        self._groups = _groups(len(targets), self._tying)
+        names = [f"base_model.tinylora_v.{group}" for group in sorted(set(self._groups))]
+        self._vectors = self.reader.take_all([(name, (self._size,)) for name in names], wide=True)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return A and B R."""
+        rank, size = min(self._rank, module.inputs, module.outputs), self._size
+        a, b, *saved = module.take_all(
+            ("tinylora_A", (rank, module.inputs)),
+            ("tinylora_B", (module.outputs, rank)),
+            *([("tinylora_P", (size, rank, rank))] if self._saved else []),
         )
-        modules = []
-    if not (seed in KEYS and seed + len(modules) in KEYS):
-        reader.problems.append(f"projection_seed {shown(seed)} isn't a number of 64 bits")
-        modules = []
-    groups = _groups(len(modules), tying) if modules else []
-    vectors = {
-        group: reader.take(f"base_model.tinylora_v.{group}", (size,), wide=True)
-        for group in sorted(set(groups))
-    }
-    primitives: dict[str, LowRank] = {}
-    for place, module in enumerate(modules):
-        yield
-        shape = base.linears[module]
-        own = min(rank, shape.in_features, shape.out_features)
-        name = f"{PREFIX}{module}.tinylora_"
-        a = reader.take(f"{name}A", (own, shape.in_features), wide=True)
-        b = reader.take(f"{name}B", (shape.out_features, own), wide=True)
-        random = None
         if saved:
-            random = reader.take(f"{name}P", (size, own, own), wide=True)
-        elif reader.has_room(own, size * own * own):
-            generator = torch.Generator().manual_seed(seed + place)
-            random = torch.normal(0.0, 1.0 / own**0.5, (size, own, own), generator=generator)
-        vector = vectors[groups[place]]
-        if a is None or b is None or random is None or vector is None:
-            continue
-        middle = torch.einsum("i,ijk->jk", vector, random)
-        kept_a, kept_b = reader.keep(a, module), reader.keep(b @ middle, module)
-        if kept_a is not None and kept_b is not None:
-            primitives[module] = LowRank(kept_a, kept_b)
-    return AdapterWeights(
-        "tinylora",
-        reader.parameters,
-        by_module(low_rank=primitives, bias=biases, norm=norms),
-    )
+            random = saved[0]
+        else:
+            self.reader.need_room(rank, size * rank * rank)
+            generator = torch.Generator().manual_seed(self._seed + module.place)
+            random = torch.normal(0.0, 1.0 / rank**0.5, (size, rank, rank), generator=generator)
+        middle = torch.einsum("i,ijk->jk", self._vectors[self._groups[module.place]], random)
+        return module.low_rank(a, b @ middle)
 
 
 def _groups(modules: int, tying: float) -> list[int]:

@@ -8,39 +8,55 @@ peft/tuners/trainable_tokens/model.py for the kind, and for the option in peft/u
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
+from polygraft.adapters.files.problems import Problem
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import Kind, side_path
+from polygraft.adapters.peft.module import PREFIX
 from polygraft.adapters.peft.targets import target_modules
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.primitives import TokenRows
 from polygraft.core.spec import BaseSpec
 
 
-def compile_trainable_tokens(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a trainable-tokens folder. Problems are noted in the reader."""
-    yield
-    reader.ignore("init_weights")
-    indices = reader.option("token_indices", list, [])
-    known = base.token_modules
-    targets = target_modules(reader, base, also=known)
-    reader.problems += [f"target {name} has no rows for tokens" for name in targets if name not in known]
-    # The head's tensor is there under its own name, but it is the embedding's.
-    shared = _shares(reader, base, targets)
-    groups = [known] if shared else [(name,) for name in targets if name in known]
-    rows = []
-    for modules in groups:
-        one = _take_rows(reader, base, modules, indices, "trainable_tokens_delta", under_all=True)
-        if one is not None:
-            rows.append(one)
-    return AdapterWeights("trainable_tokens", reader.parameters, token_rows=tuple(rows))
+class TrainableTokens(Kind):
+    """Rows of the embedding and the head."""
+
+    peft_type = "TRAINABLE_TOKENS"
+    title = "trainable tokens"
+    rows = (side_path("rows that replace the base's", "a product with these rows"),)
+    training_only = ("init_weights",)
+    saves_modules = False
+
+    def compile(self) -> Generator[None, None, AdapterWeights]:
+        """Compile the folder. The reader notes all problems."""
+        yield
+        reader, base = self.reader, self.base
+        reader.ignore(*self.training_only)
+        indices = reader.option("token_indices", list, [])
+        known = base.token_modules
+        targets = target_modules(reader, base, also=known)
+        reader.problems += [f"target {name} has no rows for tokens" for name in targets if name not in known]
+        # The head's tensor has a name of its own in the file, but it is the embedding's.
+        shared = _shares(reader, base, targets)
+        groups = [known] if shared else [(name,) for name in targets if name in known]
+        rows: list[TokenRows] = []
+        for modules in groups:
+            with reader.noting():
+                rows.append(
+                    _take_rows(reader, base, modules, indices, "trainable_tokens_delta", under_all=True)
+                )
+        return AdapterWeights(self.name, reader.parameters, token_rows=tuple(rows))
 
 
-def take_trainable_tokens(reader: FolderReader, base: BaseSpec, targets: list[str]) -> tuple[TokenRows, ...]:
+def take_trainable_tokens(
+    reader: FolderReader, base: BaseSpec, targets: Sequence[str]
+) -> tuple[TokenRows, ...]:
     """Take LoRA's option `trainable_token_indices`.
 
     Args:
@@ -62,14 +78,14 @@ def take_trainable_tokens(reader: FolderReader, base: BaseSpec, targets: list[st
             groups = [base.token_modules]
         elif reader.ties:
             reader.problems.append("ensure_weight_tying, but the embedding and the head have other tokens")
-    rows = []
+    rows: list[TokenRows] = []
     for modules in groups:
         for module in modules:
             if module in targets or any(module.endswith(saved) for saved in reader.saved):
                 reader.problems.append(f"{module} has trained tokens, and is adapted or saved as well")
-        one = _take_rows(reader, base, modules, indices[modules[0]], "token_adapter.trainable_tokens_delta")
-        if one is not None:
-            rows.append(one)
+        with reader.noting():
+            tensor = "token_adapter.trainable_tokens_delta"
+            rows.append(_take_rows(reader, base, modules, indices[modules[0]], tensor))
     return tuple(rows)
 
 
@@ -107,27 +123,23 @@ def _take_rows(
     tensor: str,
     *,
     under_all: bool = False,
-) -> TokenRows | None:
-    """Some modules' rows, in the order of their tokens; None after noting what is wrong.
+) -> TokenRows:
+    """Take some modules' rows, in the order of their tokens. Raises Problem.
 
     Args:
         under_all: whether the file has them under each module's name.
     """
     if not _are_tokens(indices, base.vocabulary_size):
-        reader.problems.append(
+        raise Problem(
             f"token indices must be different ones in [0, {base.vocabulary_size}), got {shown(indices)}"
         )
-        return None
     shape = (len(indices), base.hidden_size)
-    weight = reader.take(f"{PREFIX}{modules[0]}.{tensor}", shape)
-    for module in modules[1:]:
-        name = f"{PREFIX}{module}.{tensor}"
-        if under_all or reader.shape(name) is not None:
-            second = reader.take(name, shape)
-            if weight is not None and second is not None and not torch.equal(weight, second):
-                reader.problems.append(f"tensor {name} isn't what {modules[0]} and {module} share")
-    if weight is None:
-        return None
+    names = [f"{PREFIX}{module}.{tensor}" for module in modules]
+    names = [name for name in names if under_all or name == names[0] or reader.holds(name)]
+    weight, *others = reader.take_all([(name, shape) for name in names])
+    for name, other in zip(names[1:], others, strict=True):
+        if not torch.equal(weight, other):
+            raise Problem(f"tensor {name} isn't what {' and '.join(modules)} share")
     ids, order = torch.tensor(indices).sort()
     return TokenRows(modules, weight[order].contiguous(), ids)
 

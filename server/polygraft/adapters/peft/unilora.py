@@ -11,85 +11,71 @@ Compiled, every module has weights of its own: a small file becomes as large as 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import LowRank
+from polygraft.adapters.files.problems import require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.spec import BaseSpec
-
-_TRAINING_ONLY = ("unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights")
-
-
-def compile_unilora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a Uni-LoRA folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 4)
-    length = reader.option("theta_d_length", int, 256)
-    seed = reader.option("proj_seed", int, 42)
-    saved = reader.option("save_indices", bool, False)
-    reader.ignore(*_TRAINING_ONLY)
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if not is_rank(rank) or not is_rank(length) or seed < 0:
-        reader.problems.append(
-            f"r {shown(rank)} with theta_d_length {shown(length)} and proj_seed {shown(seed)} makes no sense"
-        )
-        modules = []
-    theta = reader.take("base_model.unilora_theta_d", (length,), wide=True)
-    sizes = [rank * (base.linears[name].in_features + base.linears[name].out_features) for name in modules]
-    # Before they are drawn: a file of a few numbers must not fill the memory.
-    drawn = None
-    if modules and reader.has_room(rank, sum(sizes)) and not saved:
-        drawn = _drawn(sizes, length, seed)
-    primitives: dict[str, LowRank] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        shapes = (rank, shape.in_features), (shape.out_features, rank)
-        factors = None
-        if saved:
-            factors = _saved(reader, f"{PREFIX}{module}.unilora_", shapes, length)
-        elif drawn is not None:
-            factors = _cut(next(drawn), shapes)
-        if theta is None or factors is None:
-            continue
-        (which_a, scale_a), (which_b, scale_b) = factors
-        a, b = reader.keep(theta[which_a] * scale_a, module), reader.keep(theta[which_b] * scale_b, module)
-        if a is not None and b is not None:
-            primitives[module] = LowRank(a, b)
-    return AdapterWeights(
-        "unilora",
-        reader.parameters,
-        by_module(low_rank=primitives, bias=biases, norm=norms),
-    )
-
 
 Factor = tuple[torch.Tensor, torch.Tensor]
 """Indices into theta and what each is multiplied by, both of the factor's shape."""
+Shapes = tuple[tuple[int, int], tuple[int, int]]
+"""Of A and B."""
 
 
-def _saved(
-    reader: FolderReader, name: str, shapes: tuple[tuple[int, int], tuple[int, int]], length: int
-) -> tuple[Factor, Factor] | None:
-    """A's and B's from the file; None after noting what is wrong."""
-    which = [
-        reader.take_indices(f"{name}indices_{letter}", shape, length)
-        for letter, shape in zip("AB", shapes, strict=True)
-    ]
-    scale = [
-        reader.take(f"{name}scales_{letter}", shape, wide=True)
-        for letter, shape in zip("AB", shapes, strict=True)
-    ]
-    if which[0] is None or which[1] is None or scale[0] is None or scale[1] is None:
-        return None
-    return (which[0], scale[0]), (which[1], scale[1])
+class UniLora(ModuleKind):
+    """All elements of all A and B, taken from one short vector."""
+
+    peft_type = "UNILORA"
+    title = "Uni-LoRA"
+    paper = "2506.00799"
+    rows = (side_path(),)
+    training_only = ("unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights")
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 4)
+        self._length = reader.option("theta_d_length", int, 256)
+        self._seed = reader.option("proj_seed", int, 42)
+        self._saved = reader.option("save_indices", bool, False)
+        self._drawn: Iterator[Factor] = iter(())
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Take the vector, and draw the indices that aren't saved."""
+        valid = is_rank(self._rank) and is_rank(self._length) and self._seed >= 0
+        require(valid, r=self._rank, theta_d_length=self._length, proj_seed=self._seed)
+        self._theta = self.reader.take("base_model.unilora_theta_d", (self._length,), wide=True)
+        shapes = [self.base.linears[name] for name in targets]
+        sizes = [self._rank * (shape.in_features + shape.out_features) for shape in shapes]
+        # Before they are drawn: a file of a few numbers must not fill the memory.
+        self.reader.need_room(self._rank, sum(sizes))
+        if targets and not self._saved:
+            self._drawn = _drawn(sizes, self._length, self._seed)
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the module's A and B."""
+        shapes = (self._rank, module.inputs), (module.outputs, self._rank)
+        factors = self._take_factors(module, shapes) if self._saved else _cut(next(self._drawn), shapes)
+        (which_a, scale_a), (which_b, scale_b) = factors
+        return module.low_rank(self._theta[which_a] * scale_a, self._theta[which_b] * scale_b)
+
+    def _take_factors(self, module: TargetModule, shapes: Shapes) -> tuple[Factor, Factor]:
+        """Take A's and B's from the file. Raises Problem."""
+        which_a, which_b = (
+            module.take_indices(f"unilora_indices_{letter}", shape, self._length)
+            for letter, shape in zip("AB", shapes, strict=True)
+        )
+        scale_a, scale_b = module.take_all(("unilora_scales_A", shapes[0]), ("unilora_scales_B", shapes[1]))
+        return (which_a, scale_a), (which_b, scale_b)
 
 
 def _drawn(sizes: Sequence[int], length: int, seed: int) -> Iterator[Factor]:
@@ -106,7 +92,7 @@ def _drawn(sizes: Sequence[int], length: int, seed: int) -> Iterator[Factor]:
         yield own, scale[own]
 
 
-def _cut(both: Factor, shapes: tuple[tuple[int, int], tuple[int, int]]) -> tuple[Factor, Factor]:
+def _cut(both: Factor, shapes: Shapes) -> tuple[Factor, Factor]:
     """A module's into A's and B's."""
     first = shapes[0][0] * shapes[0][1]
     a = both[0][:first].view(shapes[0]), both[1][:first].view(shapes[0])

@@ -11,108 +11,78 @@ Compiled, every module has weights of its own: a small file becomes as large as 
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import LowRank
+from polygraft.adapters.files.problems import OptionProblem, Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.spec import BaseSpec
 
-_TRAINING_ONLY = ("vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std")
 _ROUNDING = 1e-2  # how far weights that were saved in sixteen bits may be from adding up to one
 
 
-def compile_vblora(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a VB-LoRA folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 4)
-    vectors = reader.option("num_vectors", int, 256)
-    length = reader.option("vector_length", int, 256)
-    top = reader.option("topk", int, 2)
-    only_top = reader.option("save_only_topk_weights", bool, False)
-    reader.ignore(*_TRAINING_ONLY)
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if not all(is_rank(number) for number in (rank, vectors, length, top)) or top > vectors:
-        reader.problems.append(
-            f"r {shown(rank)} with num_vectors {shown(vectors)}, vector_length {shown(length)} and topk "
-            f"{shown(top)} makes no sense"
-        )
-        modules = []
-    bank = reader.take("base_model.vblora_vector_bank", (vectors, length), wide=True)
-    mixtures = _Mixtures(reader, bank, vectors, top, only_top)
-    primitives: dict[str, LowRank] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        if shape.in_features % length or shape.out_features % length:
-            reader.problems.append(
-                f"vector_length {length} doesn't divide {module}'s {shape.in_features} inputs and "
-                f"{shape.out_features} outputs"
-            )
-            continue
-        if not reader.has_room(rank, rank * (shape.in_features + shape.out_features)):
-            break
-        rows = mixtures.take(f"{PREFIX}{module}.vblora_logits_A", rank, shape.in_features // length)
-        columns = mixtures.take(f"{PREFIX}{module}.vblora_logits_B", shape.out_features // length, rank)
-        if rows is None or columns is None:
-            continue
-        a = reader.keep(rows.flatten(1), module)
-        b = reader.keep(columns.transpose(1, 2).flatten(0, 1), module)
-        if a is not None and b is not None:
-            primitives[module] = LowRank(a, b)
-    return AdapterWeights(
-        "vblora",
-        reader.parameters,
-        by_module(low_rank=primitives, bias=biases, norm=norms),
-    )
+class VbLora(ModuleKind):
+    """Rows of A and columns of B, mixed from vectors of a bank that all modules share."""
 
+    peft_type = "VBLORA"
+    title = "VB-LoRA"
+    paper = "2405.15179"
+    rows = (side_path(),)
+    training_only = ("vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std")
+    trains_biases = True
 
-@dataclass(frozen=True, slots=True)
-class _Mixtures:
-    """Takes logits, or what is saved in their place.
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 4)
+        self._vectors = reader.option("num_vectors", int, 256)
+        self._length = reader.option("vector_length", int, 256)
+        self._top = reader.option("topk", int, 2)
+        self._only_top = reader.option("save_only_topk_weights", bool, False)
 
-    Args:
-        bank: [vectors, length], or None where there is none.
-    """
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options, and take the bank."""
+        numbers = self._rank, self._vectors, self._length, self._top
+        valid = all(map(is_rank, numbers)) and self._top <= self._vectors
+        require(valid, r=self._rank, num_vectors=self._vectors, vector_length=self._length, topk=self._top)
+        for name in targets:
+            linear = self.base.linears[name]
+            if linear.in_features % self._length or linear.out_features % self._length:
+                raise OptionProblem(
+                    f"vector_length {self._length} doesn't divide {name}'s {linear.in_features} inputs and "
+                    f"{linear.out_features} outputs"
+                )
+        shape = self._vectors, self._length
+        self._bank = self.reader.take("base_model.vblora_vector_bank", shape, wide=True)
 
-    reader: FolderReader
-    bank: torch.Tensor | None
-    vectors: int
-    top: int
-    only_top: bool
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the module's A and B."""
+        rank, length = self._rank, self._length
+        module.need_room(rank)
+        rows = self._mixed(module, "vblora_logits_A", rank, module.inputs // length)
+        columns = self._mixed(module, "vblora_logits_B", module.outputs // length, rank)
+        return module.low_rank(rows.flatten(1), columns.transpose(1, 2).flatten(0, 1))
 
-    def take(self, name: str, rows: int, columns: int) -> torch.Tensor | None:
-        """The mixed vectors [rows, columns, length]; None after noting what is wrong."""
-        if self.only_top:
-            which = self.reader.take_indices(
-                f"{name}_topk_indices", (rows, columns, self.top), self.vectors, distinct=True
-            )
-            shares = self.reader.take(f"{name}_topk_weights", (rows, columns, self.top - 1), wide=True)
-            if which is None or shares is None:
-                return None
+    def _mixed(self, module: TargetModule, name: str, rows: int, columns: int) -> torch.Tensor:
+        """Return mixed vectors [rows, columns, length] from logits, or from what is saved instead."""
+        if self._only_top:
+            shape = rows, columns, self._top
+            which = module.take_indices(f"{name}_topk_indices", shape, self._vectors, distinct=True)
+            shares = module.take(f"{name}_topk_weights", (rows, columns, self._top - 1))
             shares = torch.cat([shares, 1 - shares.sum(-1, keepdim=True)], -1)
             if (
                 shares.numel()
                 and not -_ROUNDING <= float(shares.min()) <= float(shares.max()) <= 1 + _ROUNDING
             ):
-                self.reader.problems.append(
-                    f"tensor {name}_topk_weights holds weights that don't add up to one"
-                )
-                return None
+                tensor = f"{module.prefix}{name}_topk_weights"
+                raise Problem(f"tensor {tensor} holds weights that don't add up to one")
             shares = shares.clamp(min=0)
         else:
-            logits = self.reader.take(name, (rows, columns, self.vectors), wide=True)
-            if logits is None:
-                return None
-            best, which = logits.topk(self.top, dim=-1)
+            best, which = module.take(name, (rows, columns, self._vectors)).topk(self._top, dim=-1)
             shares = best.softmax(-1)
-        if self.bank is None:
-            return None
-        return (shares[..., None] * self.bank[which]).sum(-2)
+        return (shares[..., None] * self._bank[which]).sum(-2)

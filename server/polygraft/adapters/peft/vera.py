@@ -8,44 +8,44 @@ Compiled, every module has weights of its own: VeRA's small files become as larg
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Sequence
 
 from polygraft.adapters.files.numbers import is_rank
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
-from polygraft.adapters.peft.projections import shared_projections
-from polygraft.adapters.peft.targets import target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import LowRank
+from polygraft.adapters.files.problems import require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.kind import side_path
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.projections import SharedProjections
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.spec import BaseSpec
 
-_TRAINING_ONLY = ("vera_dropout", "d_initial", "fan_in_fan_out", "init_weights")
 
+class Vera(ModuleKind):
+    """Scaled random projections that all modules share."""
 
-def compile_vera(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a VeRA folder; yields between modules. Problems are noted in the reader."""
-    rank = reader.option("r", int, 256)
-    reader.ignore(*_TRAINING_ONLY)
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    if not is_rank(rank):
-        reader.problems.append(f"rank {shown(rank)} makes no sense")
-        modules = []
-    projections = shared_projections(reader, base, modules, ("vera_A", "vera_B"), (rank, rank))
-    primitives: dict[str, LowRank] = {}
-    for module in modules:
-        yield
-        shape = base.linears[module]
-        lambda_b = reader.take(f"{PREFIX}{module}.vera_lambda_b", (shape.out_features,), wide=True)
-        lambda_d = reader.take(f"{PREFIX}{module}.vera_lambda_d", (rank,), wide=True)
-        if projections is None or lambda_b is None or lambda_d is None:
-            continue
-        if not reader.has_room(rank, rank * (shape.in_features + shape.out_features)):
-            continue
-        shared_a, shared_b = projections
-        a = reader.keep(lambda_d[:, None] * shared_a[:, : shape.in_features], module)
-        b = reader.keep(lambda_b[:, None] * shared_b[: shape.out_features], module)
-        if a is not None and b is not None:
-            primitives[module] = LowRank(a, b)
-    return AdapterWeights("vera", reader.parameters, by_module(low_rank=primitives, bias=biases, norm=norms))
+    peft_type = "VERA"
+    title = "VeRA"
+    paper = "2310.11454"
+    rows = (side_path("low-rank side path, the shared projections multiplied out for each module"),)
+    training_only = ("vera_dropout", "d_initial", "fan_in_fan_out", "init_weights")
+    trains_biases = True
+
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        self._rank = reader.option("r", int, 256)
+        self._projections = SharedProjections(reader, base, ("vera_A", "vera_B"))
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Take the shared projections."""
+        require(is_rank(self._rank), r=self._rank)
+        self._a, self._b = self._projections.take(targets, (self._rank, self._rank))
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the module's part of the projections, scaled."""
+        lambda_b, lambda_d = module.take_all(
+            ("vera_lambda_b", (module.outputs,)), ("vera_lambda_d", (self._rank,))
+        )
+        module.need_room(self._rank)
+        a = lambda_d[:, None] * self._a[:, : module.inputs]
+        return module.low_rank(a, lambda_b[:, None] * self._b[: module.outputs])

@@ -9,77 +9,76 @@ transform (`use_idwt=False`) it is a single one.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from polygraft.adapters.files.numbers import is_alpha, is_rank
-from polygraft.adapters.files.patterns import Form, OptionByModule
-from polygraft.adapters.files.reader import FolderReader, shown
-from polygraft.adapters.peft.per_module import PREFIX
+from polygraft.adapters.files.patterns import Form
+from polygraft.adapters.files.problems import OptionProblem, Problem, require
+from polygraft.adapters.files.reader import FolderReader
+from polygraft.adapters.files.shown import shown
+from polygraft.adapters.kind import merged_copy
+from polygraft.adapters.peft.module import TargetModule
+from polygraft.adapters.peft.module_kind import ModuleKind
+from polygraft.adapters.peft.per_module import PatternedOption
 from polygraft.adapters.peft.projections import KEYS
 from polygraft.adapters.peft.sparse import RandomPlaces, Sparse
-from polygraft.adapters.peft.targets import BAD_PATTERN, target_modules
-from polygraft.adapters.peft.trained_biases import take_trained_biases
-from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import Dense
+from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.spec import BaseSpec
 
 _SQUARE = 4
 
 
-def compile_waveft(reader: FolderReader, base: BaseSpec) -> Generator[None, None, AdapterWeights]:
-    """Compile a WaveFT folder; yields between modules. Problems are noted in the reader."""
-    scaling = reader.option("scaling", (int, float), 25.0)
-    seed = reader.option("random_loc_seed", int, 777)
-    family = reader.option("wavelet_family", str, "db1")
-    transformed = reader.option("use_idwt", bool, True)
-    reader.ignore("fan_in_fan_out", "init_weights")
-    modules = target_modules(reader, base)
-    biases, norms = take_trained_biases(reader, base, modules)
-    counts = _counts(reader, base, modules)
-    if transformed and family != "db1":
-        reader.problems.append(
-            f"wavelet_family {shown(family)} isn't served: its filters are tables that only db1 does without"
-        )
-    if not is_alpha(scaling) or seed not in KEYS:
-        reader.problems.append(f"scaling {shown(scaling)} with random_loc_seed {shown(seed)} makes no sense")
-        counts = {}
-    places = RandomPlaces(seed)
-    changes: dict[str, Dense] = {}
-    for module, several in counts.items():
-        yield
-        shape = base.linears[module]
-        if not is_rank(several) or several > shape.in_features * shape.out_features:
-            reader.problems.append(f"n_frequency {shown(several)} for {module} makes no sense")
-            continue
-        values = reader.take(f"{PREFIX}{module}.waveft_spectrum", (several,), wide=True)
-        if values is None or not reader.has_room(0, 3 * _SQUARE * several):
-            continue
-        rows, columns = places.of(several, shape.out_features, shape.in_features)
-        values = values * scaling
-        if transformed:
-            values, rows, columns = _squares(values, rows, columns, shape.out_features, shape.in_features)
-        changes[module] = Sparse.of(values, rows, columns)
-    return AdapterWeights("waveft", reader.parameters, by_module(dense=changes, bias=biases, norm=norms))
+class WaveFt(ModuleKind):
+    """A few entries of the weight's wavelet transform."""
 
+    peft_type = "WAVEFT"
+    title = "WaveFT"
+    paper = "2505.12532"
+    rows = (merged_copy("single elements and squares; the first Daubechies wavelet only"),)
+    training_only = ("fan_in_fan_out", "init_weights")
+    trains_biases = True
 
-def _counts(reader: FolderReader, base: BaseSpec, modules: Sequence[str]) -> Mapping[str, Any]:
-    """How many entries each module has; none after noting what is wrong."""
-    count: Any = reader.option("n_frequency", int, 2592)
-    counts = OptionByModule(reader.option("n_frequency_pattern", dict, {}), Form.KEY, reader.matching)
-    if reader.option("proportional_parameters", bool, False):
-        sizes = {name: base.linears[name].in_features * base.linears[name].out_features for name in modules}
-        total, budget = sum(sizes.values()), count * len(modules)
-        return {name: max(1, round(size / total * budget)) for name, size in sizes.items()}
-    try:
-        return {name: counts.of(name, count) for name in modules}
-    except BAD_PATTERN as error:
-        reader.problems.append(
-            f"n_frequency_pattern is not a regular expression that can be matched: {error}"
-        )
-        return {}
+    def __init__(self, reader: FolderReader, base: BaseSpec) -> None:
+        super().__init__(reader, base)
+        count = reader.option("n_frequency", int, 2592)
+        self._counts = PatternedOption(reader, "n_frequency_pattern", Form.KEY, count)
+        self._proportional = reader.option("proportional_parameters", bool, False)
+        self._scaling = reader.option("scaling", (int, float), 25.0)
+        self._seed = reader.option("random_loc_seed", int, 777)
+        self._family = reader.option("wavelet_family", str, "db1")
+        self._transformed = reader.option("use_idwt", bool, True)
+
+    def begin(self, targets: Sequence[str]) -> None:
+        """Check the options, and share the entries out among the modules."""
+        if self._transformed and self._family != "db1":
+            raise OptionProblem(
+                f"wavelet_family {shown(self._family)} isn't served: its filters are tables that only db1 "
+                "does without"
+            )
+        valid = is_alpha(self._scaling) and self._seed in KEYS
+        require(valid, scaling=self._scaling, random_loc_seed=self._seed)
+        self._places = RandomPlaces(self._seed)
+        self._shares: Mapping[str, Any] = {}
+        if self._proportional:
+            shapes = {name: self.base.linears[name] for name in targets}
+            sizes = {name: shape.in_features * shape.out_features for name, shape in shapes.items()}
+            total, budget = sum(sizes.values()), self._counts.default * len(targets)
+            self._shares = {name: max(1, round(size / total * budget)) for name, size in sizes.items()}
+
+    def change(self, module: TargetModule) -> ModuleChange:
+        """Return the elements that the entries stand for."""
+        count = self._shares[module.name] if self._proportional else self._counts.of(module.name)
+        if not is_rank(count) or count > module.inputs * module.outputs:
+            raise Problem(f"n_frequency {shown(count)} for {module.name} isn't valid")
+        values = module.take("waveft_spectrum", (count,)) * self._scaling
+        self.reader.need_room(0, 3 * _SQUARE * count)
+        rows, columns = self._places.of(count, module.outputs, module.inputs)
+        if self._transformed:
+            values, rows, columns = _squares(values, rows, columns, module.outputs, module.inputs)
+        return ModuleChange(dense=Sparse.of(values, rows, columns))
 
 
 def _squares(

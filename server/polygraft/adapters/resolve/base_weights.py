@@ -39,7 +39,8 @@ def resolve_against_base(
 
 def _resolved(change: ModuleChange, site: AnyLinearSite) -> ModuleChange:
     """Complete one module's change with the module's weight."""
-    weight, bias = site.weight().float(), site.slots.base_bias
+    weight = site.weight().float()
+    bias = site.slots.base_bias if change.bias is None else change.bias.float()
     if change.dense is not None:
         return replace(change, dense=change.dense.completed(weight.cpu(), bias))
     primitive = change.low_rank

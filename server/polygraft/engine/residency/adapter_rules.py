@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
+from polygraft.adapters.compile import compile_adapter
 from polygraft.adapters.files.folder import AdapterFolder
-from polygraft.adapters.kinds import AdapterLimits, compile_adapter
+from polygraft.adapters.limits import AdapterLimits
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.spec import BaseSpec
 from polygraft.engine.requests.prompts import Prompts
