@@ -21,6 +21,7 @@ CODES: dict[type[errors.PolygraftError], grpc.StatusCode] = {
     errors.PolygraftError: grpc.StatusCode.INTERNAL,
     errors.ConfigError: grpc.StatusCode.INTERNAL,
     errors.BaseModelError: grpc.StatusCode.INTERNAL,
+    errors.LayoutMismatch: grpc.StatusCode.INTERNAL,
     errors.UnsupportedArchitecture: grpc.StatusCode.INTERNAL,
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ContextLengthExceeded: grpc.StatusCode.INVALID_ARGUMENT,
