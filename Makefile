@@ -16,7 +16,7 @@ PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10
 # is configured to find a CPU build.
 OLDEST := build/oldest
 
-.PHONY: help setup model demo serve test test-full test-oldest attacks check format protos adapters bench bench-w bench-compare bench-peers bench-boundary clean
+.PHONY: help setup model demo serve test test-full test-oldest attacks check format docs-tables protos adapters bench bench-w bench-compare bench-peers bench-boundary clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -73,6 +73,7 @@ check: setup  ## Lint, format, types, imports, protos and their stubs
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint
+	$(BIN)/python -m tools.docs_tables --check
 	rm -rf build/stubs && mkdir -p build/stubs && $(call PROTOC,build/stubs)
 	diff -r -x '*.proto' -x __init__.py -x __pycache__ build/stubs/polygraft_api/v1 protos/polygraft_api/v1
 
@@ -80,6 +81,9 @@ format: setup  ## Mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+docs-tables: setup  ## Write the tables of kinds into docs/reference/kinds.md
+	$(BIN)/python -m tools.docs_tables
 
 protos: setup  ## Generate the stubs
 	$(call PROTOC,protos)

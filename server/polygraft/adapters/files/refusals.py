@@ -30,8 +30,7 @@ _OPTIONS: Mapping[str, str] = {
     "lora_bias": "this kind has no bias of its own, in PEFT it has no effect; remove it",
 }
 
-
-_KINDS: Mapping[str, str] = {
+WHY_NOT_KINDS: Mapping[str, str] = {
     "ADAMSS": "it groups outputs by a clustering of the base's weights, which isn't in the file and comes "
     "out otherwise where rounding does",
     "ADAPTION_PROMPT": "it gates attention to a prompt inside some layers, which no primitive does",
@@ -43,6 +42,7 @@ _KINDS: Mapping[str, str] = {
     "XLORA": "it weighs several LoRAs for each token by what a first run of the base makes of it, which no "
     "primitive does; its LoRAs can be served one by one",
 }
+"""By `peft_type`: why PEFT's other kinds aren't served."""
 
 
 _CHANGES: Mapping[str, str] = {
@@ -74,4 +74,4 @@ def judge_option(unserved: Collection[str] | None, key: str) -> tuple[bool, str]
 
 def why_not_kind(peft_type: object) -> str:
     """The reason why a peft_type without a compiler isn't served; empty for an unknown one."""
-    return _KINDS.get(peft_type, "") if isinstance(peft_type, str) else ""
+    return WHY_NOT_KINDS.get(peft_type, "") if isinstance(peft_type, str) else ""
