@@ -18,7 +18,7 @@ from polygraft.core.request import (
     StoppingParams,
 )
 from polygraft.engine.engine import Engine
-from polygraft.engine.schedule.sequence import CanarySequence
+from polygraft.engine.sequences.sequence import CanarySequence
 
 
 def make_engine(

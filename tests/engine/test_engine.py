@@ -26,7 +26,7 @@ from polygraft.engine import engine as engine_module
 from polygraft.engine.engine import Engine
 from polygraft.engine.model_info import default_sampling
 from polygraft.engine.requests import generations as generations_module
-from polygraft.engine.schedule import sequence as sequence_module
+from polygraft.engine.sequences import sequence as sequence_module
 from tests.engine.asking import PROMPT, check_clean, request, run, text_of, tokens_of
 from tests.engine.stores import copy_of, poison
 from tests.engines import greedy, make_engine, run_greedy

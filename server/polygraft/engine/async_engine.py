@@ -22,9 +22,9 @@ from polygraft.engine.commands import Commands
 from polygraft.engine.engine import Engine
 from polygraft.engine.engine_loop import EngineLoop
 from polygraft.engine.engine_thread import EngineThread
-from polygraft.engine.requests.preparation import Preparation
+from polygraft.engine.loading.load_memory import LoadQueue, Ticket
+from polygraft.engine.preparation import Preparation
 from polygraft.engine.residency.background import Job
-from polygraft.engine.residency.load_memory import LoadQueue, Ticket
 from polygraft.engine.step_result import StepResult
 from polygraft.engine.streams import Streams
 from polygraft.engine.watchdog import Watchdog

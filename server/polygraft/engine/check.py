@@ -20,8 +20,8 @@ from polygraft.base.tokenizer import TextTokenizer, load_tokenizer
 from polygraft.config import ServerConfig
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.spec import BaseSpec
-from polygraft.engine.requests.adapter_prompts import AdapterPrompts
-from polygraft.engine.residency.adapter_rules import AdapterRules, Room
+from polygraft.engine.loading.adapter_rules import AdapterRules, Room
+from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.errors import AdapterInvalid, InvalidRequest
 
 

@@ -22,29 +22,29 @@ from polygraft.engine.cache.kv_cache import KVCache
 from polygraft.engine.cache.prefix_cache import PrefixCache
 from polygraft.engine.cache.shared_prefix import SharedPrefixes
 from polygraft.engine.client import Occupancy
+from polygraft.engine.loading.adapter_manager import AdapterChange, AdapterManager
+from polygraft.engine.loading.adapter_rules import AdapterRules, Room
+from polygraft.engine.loading.load_memory import LoadMemory
+from polygraft.engine.loading.merge_commands import DEVIATION_TEXTS, MergeCommands
+from polygraft.engine.loading.smoke_tests import Canaries
 from polygraft.engine.machine.garbage import keep_for_good
 from polygraft.engine.machine.machine import Machine
 from polygraft.engine.machine.memory_plan import plan_for, size
 from polygraft.engine.machine.threads import set_threads
 from polygraft.engine.model_info import model_info
 from polygraft.engine.model_runner import ModelRunner
-from polygraft.engine.requests.adapter_prompts import AdapterPrompts
+from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.engine.requests.generations import Generations
 from polygraft.engine.requests.input_processor import Intake
 from polygraft.engine.requests.output_processor import Answers
 from polygraft.engine.requests.scoring import ScoreJob, ScoreSequence, Scoring
-from polygraft.engine.residency.adapter_manager import AdapterChange, AdapterManager
-from polygraft.engine.residency.adapter_rules import AdapterRules, Room
 from polygraft.engine.residency.background import BackgroundWork
 from polygraft.engine.residency.linear_combinations import LinearCombinations
-from polygraft.engine.residency.load_memory import LoadMemory
-from polygraft.engine.residency.merge_commands import DEVIATION_TEXTS, MergeCommands
 from polygraft.engine.residency.merged_copies import MergedCopies
-from polygraft.engine.residency.smoke_tests import Canaries
 from polygraft.engine.schedule.paths import Paths
 from polygraft.engine.schedule.scheduler import Batch, Scheduler
-from polygraft.engine.schedule.sequence import CanarySequence, Generation, Sequence, SoftPromptSequence
 from polygraft.engine.schedule.step_cost import StepCost
+from polygraft.engine.sequences.sequence import CanarySequence, Generation, Sequence, SoftPromptSequence
 from polygraft.engine.step_result import StepResult, step_stats
 from polygraft.errors import InvalidRequest
 from polygraft.layers.adapter_bank import AdapterBank

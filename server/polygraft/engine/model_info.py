@@ -6,7 +6,7 @@ from polygraft.base.loader import Base
 from polygraft.config import ServerConfig
 from polygraft.core.request import LoraPath, SamplingParams
 from polygraft.engine.client import ModelInfo
-from polygraft.engine.requests.prompts import Prompts
+from polygraft.engine.prompts.prompts import Prompts
 
 
 def model_info(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from polygraft.core.adapter_info import MergeEvent
 from polygraft.core.request import LoraPath, RequestOutput
 from polygraft.engine.client import Occupancy, StepStats
-from polygraft.engine.residency.adapter_manager import AdapterEvent
+from polygraft.engine.loading.adapter_manager import AdapterEvent
 from polygraft.engine.schedule.scheduler import Batch
-from polygraft.engine.schedule.sequence import Generation
+from polygraft.engine.sequences.sequence import Generation
 
 
 @dataclass(slots=True)

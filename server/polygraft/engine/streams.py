@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from polygraft.adapters.stack import Stack
 from polygraft.core.request import RequestOutput
 from polygraft.engine.client import Observer
-from polygraft.engine.residency.adapter_manager import AdapterChange
+from polygraft.engine.loading.adapter_manager import AdapterChange
 from polygraft.engine.step_result import StepResult
 from polygraft.engine.unread import Unread
 from polygraft.errors import OutputUnread, PolygraftError

@@ -17,7 +17,7 @@ from polygraft.config import ServerConfig
 from polygraft.core.request import LoraPath, Request
 from polygraft.engine import engine as engine_module
 from polygraft.engine.engine import Engine
-from polygraft.engine.schedule.sequence import CanarySequence
+from polygraft.engine.sequences.sequence import CanarySequence
 from polygraft.layers.native.kernels import load_kernels
 from tests.architectures import MATRIX
 from tests.base.optimize.test_layer_fusing import fused_layers

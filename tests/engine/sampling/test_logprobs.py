@@ -27,7 +27,7 @@ from polygraft.engine import engine as engine_module
 from polygraft.engine.engine import Engine
 from polygraft.engine.sampling import logprobs as logprobs_module
 from polygraft.engine.sampling.logprobs import TokenTexts, likelihoods
-from polygraft.engine.schedule import sequence as sequence_module
+from polygraft.engine.sequences import sequence as sequence_module
 from tests.engine.asking import PROMPT, check_clean, text_of, tokens_of
 from tests.engine.stores import copy_of, poison
 from tests.engines import greedy, make_engine

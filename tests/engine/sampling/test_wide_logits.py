@@ -17,7 +17,7 @@ from polygraft.config import ServerConfig
 from polygraft.core.request import AdapterRef, LoraPath, Request, ResponseParams, ScoreRequest, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.engine.sampling import sampler
-from polygraft.engine.schedule.sequence import CanarySequence
+from polygraft.engine.sequences.sequence import CanarySequence
 from polygraft.layers.linear.wide_head import WideLinear
 from polygraft.layers.native import kernels as native
 from tests.architectures import MATRIX, SMOKE

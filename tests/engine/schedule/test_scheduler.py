@@ -20,7 +20,7 @@ from polygraft.engine.cache.kv_cache import KVCache
 from polygraft.engine.cache.prefix_cache import PrefixCache
 from polygraft.engine.cache.shared_prefix import SharedPrefixes
 from polygraft.engine.schedule.scheduler import Batch, Scheduler
-from polygraft.engine.schedule.sequence import Sequence, SoftPromptSequence
+from polygraft.engine.sequences.sequence import Sequence, SoftPromptSequence
 
 BLOCKS, SIZE, MAX_SEQS, BUDGET = 12, 4, 4, 8
 

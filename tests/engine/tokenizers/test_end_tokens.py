@@ -12,8 +12,8 @@ import pytest
 from polygraft.adapters.files.folder import AdapterFolder
 from polygraft.base.loader import load_base
 from polygraft.core.request import AdapterRef, FinishReason, Request, SamplingParams, StoppingParams
-from polygraft.engine.requests.adapter_prompts import AdapterPrompts
-from polygraft.engine.requests.prompts import Prompts
+from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
+from polygraft.engine.prompts.prompts import Prompts
 from polygraft.errors import AdapterInvalid
 from tests.engines import make_engine
 from tests.tiny import EOS, VOCABULARY, byte_tokenizer

@@ -17,7 +17,7 @@ from polygraft.adapters.stack import Stack, check_stack
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.primitives import Bottleneck, Coupling, CouplingLayers, NormAfter
 from polygraft.engine.engine import Engine
-from polygraft.engine.schedule.sequence import CanarySequence
+from polygraft.engine.sequences.sequence import CanarySequence
 from polygraft.layers.decoder_layer import FusedDecoderLayer
 from polygraft.layers.linear.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import DTYPES, load_kernels

@@ -14,7 +14,7 @@ import struct
 from array import array
 
 from polygraft.engine.cache.block_pool import BlockPool
-from polygraft.engine.schedule.sequence import Sequence
+from polygraft.engine.sequences.sequence import Sequence
 
 
 class PrefixCache:

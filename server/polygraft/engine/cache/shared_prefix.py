@@ -15,8 +15,8 @@ from polygraft.adapters.stack import Stack
 from polygraft.core.primitives import Prefix, SoftPrompt
 from polygraft.engine.cache.block_pool import BlockPool
 from polygraft.engine.cache.kv_cache import KVCache
-from polygraft.engine.schedule.prefix import SharedPrefix
-from polygraft.engine.schedule.sequence import SoftPromptSequence
+from polygraft.engine.sequences.prefix import SharedPrefix
+from polygraft.engine.sequences.sequence import SoftPromptSequence
 
 
 class SharedPrefixes:

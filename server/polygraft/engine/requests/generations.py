@@ -13,7 +13,7 @@ from polygraft.engine.sampling.logprobs import likelihoods
 from polygraft.engine.sampling.penalties import adjust
 from polygraft.engine.sampling.sampler import sample
 from polygraft.engine.schedule.scheduler import Scheduler
-from polygraft.engine.schedule.sequence import Generation
+from polygraft.engine.sequences.sequence import Generation
 from polygraft.errors import PolygraftError
 
 

@@ -18,11 +18,11 @@ from polygraft.core.request import (
     ScoreRequest,
 )
 from polygraft.engine.cache.block_pool import BlockPool
-from polygraft.engine.requests.adapter_prompts import AdapterPrompts
+from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.engine.requests.scoring import ScoreJob
 from polygraft.engine.residency.linear_combinations import LinearCombinations
 from polygraft.engine.residency.merged_copies import MergedCopies
-from polygraft.engine.schedule.sequence import Generation
+from polygraft.engine.sequences.sequence import Generation
 from polygraft.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest
 
 

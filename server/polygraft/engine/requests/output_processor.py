@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from polygraft.core.request import RequestOutput, TokenLogprob
-from polygraft.engine.requests.adapter_prompts import AdapterPrompts
-from polygraft.engine.schedule.sequence import Generation
+from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
+from polygraft.engine.sequences.sequence import Generation
 
 
 class Answers:

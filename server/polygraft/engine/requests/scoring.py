@@ -20,11 +20,11 @@ from polygraft.core.request import (
     TokenLogprob,
     Usage,
 )
-from polygraft.engine.requests.adapter_prompts import AdapterPrompts
+from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.engine.sampling.logprobs import TokenTexts, likelihoods
 from polygraft.engine.schedule.paths import Paths
 from polygraft.engine.schedule.scheduler import Scheduler
-from polygraft.engine.schedule.sequence import NEVER, Sequence
+from polygraft.engine.sequences.sequence import NEVER, Sequence
 from polygraft.errors import PolygraftError
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""Loading, unloading and merging adapters between steps."""
+"""What is made of adapters between steps and kept: merged copies and linear combinations."""

@@ -14,10 +14,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from polygraft.base.tokenizer import TextTokenizer, contained
-from polygraft.engine.requests.text_stream import TextStream
 from polygraft.engine.sandbox.frames import Frame
 from polygraft.engine.sandbox.parts import needs_worker, parts_of, problems_of
 from polygraft.engine.tokenizers.adapter_tokenizer import read_tokenizer
+from polygraft.engine.tokenizers.text_stream import TextStream
 from polygraft.errors import AdapterInvalid
 from polygraft.printable import printable
 

@@ -11,7 +11,7 @@ from polygraft.engine.residency.linear_combinations import LinearCombinations
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.schedule.path_policy import PathPolicy
 from polygraft.engine.schedule.scheduler import Scheduler
-from polygraft.engine.schedule.sequence import Generation, Sequence
+from polygraft.engine.sequences.sequence import Generation, Sequence
 
 log = logging.getLogger(__name__)
 

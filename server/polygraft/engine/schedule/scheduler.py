@@ -14,9 +14,9 @@ from polygraft.engine.cache.block_pool import BlockPool
 from polygraft.engine.cache.prefix_cache import PrefixCache
 from polygraft.engine.cache.shared_prefix import SharedPrefixes
 from polygraft.engine.residency.merged_copies import MergedCopy
-from polygraft.engine.schedule.prefix import SharedPrefix
-from polygraft.engine.schedule.sequence import Generation, Sequence, SoftPromptSequence
 from polygraft.engine.schedule.step_cost import StepBudget, StepCost, Work
+from polygraft.engine.sequences.prefix import SharedPrefix
+from polygraft.engine.sequences.sequence import Generation, Sequence, SoftPromptSequence
 
 if TYPE_CHECKING:
     from polygraft.adapters.stack import Runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polygraft.core.spec import BaseSpec
-from polygraft.engine.schedule.sequence import Sequence
+from polygraft.engine.sequences.sequence import Sequence
 
 _UP, _DOWN = 0.3, 0.5
 """How far one step's time moves the costs up or down. Less upwards, since other load on the machine makes

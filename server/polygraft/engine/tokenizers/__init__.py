@@ -1,1 +1,1 @@
-"""Tokenizers and chat templates that adapters bring."""
+"""Reading the tokenizers of adapters, and turning tokens into text."""

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from polygraft.core.request import AdapterRef, Chat, Request, ScoreRequest
 from polygraft.engine.engine import Engine
-from polygraft.engine.requests.prompts import Prompts
+from polygraft.engine.prompts.prompts import Prompts
 from polygraft.engine.requests.scoring import ScoreJob
-from polygraft.engine.schedule.sequence import Generation
+from polygraft.engine.sequences.sequence import Generation
 from polygraft.engine.workers.fair_workers import FairWorkers
 from polygraft.engine.workers.worker import Worker
 from polygraft.errors import AdapterNotFound, InvalidRequest

@@ -12,7 +12,7 @@ import pytest
 
 from polygraft.core.request import AdapterRef, Chat, ChatMessage, Request, ScoreRequest
 from polygraft.engine.engine import Engine
-from polygraft.engine.requests.preparation import LARGE, QUICK, Preparation
+from polygraft.engine.preparation import LARGE, QUICK, Preparation
 from polygraft.errors import AdapterNotFound, InvalidRequest
 from tests.engine.asking import check_clean
 

@@ -17,8 +17,8 @@ from polygraft.config import ServerConfig
 from polygraft.core.adapter_info import AdapterState
 from polygraft.core.request import AdapterRef, Request, StoppingParams
 from polygraft.engine.engine import Engine
-from polygraft.engine.residency.adapter_manager import AdapterChange
-from polygraft.engine.residency.load_memory import LOADS_AT_ONCE
+from polygraft.engine.loading.adapter_manager import AdapterChange
+from polygraft.engine.loading.load_memory import LOADS_AT_ONCE
 from polygraft.engine.step_result import StepResult
 from polygraft.errors import (
     AdapterExists,

@@ -12,7 +12,7 @@ import pytest
 
 from polygraft.base.loader import load_base
 from polygraft.core.request import Chat, ChatMessage
-from polygraft.engine.requests.prompts import Prompts
+from polygraft.engine.prompts.prompts import Prompts
 from polygraft.errors import ChatTemplateFailed, ContextLengthExceeded, InvalidRequest
 from tests.tiny import EOS, VOCABULARY, byte_tokenizer
 

@@ -19,12 +19,12 @@ from polygraft.core.adapter_info import AdapterInfo, AdapterState
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.names import NOT_A_NAME, is_name
 from polygraft.core.spec import BaseSpec
-from polygraft.engine.requests.adapter_prompts import AdapterPrompts
-from polygraft.engine.residency.adapter_rules import CANARY_TOKENS, AdapterRules
+from polygraft.engine.loading.adapter_rules import CANARY_TOKENS, AdapterRules
+from polygraft.engine.loading.load_memory import LOADS_AT_ONCE, LoadMemory
+from polygraft.engine.loading.smoke_tests import Canaries
+from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.engine.residency.background import BackgroundWork, Job
-from polygraft.engine.residency.load_memory import LOADS_AT_ONCE, LoadMemory
 from polygraft.engine.residency.merged_copies import MergedCopies
-from polygraft.engine.residency.smoke_tests import Canaries
 from polygraft.engine.schedule.scheduler import Scheduler
 from polygraft.errors import (
     AdapterError,

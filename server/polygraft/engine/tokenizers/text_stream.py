@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers.decoders import DecodeStream
 
 from polygraft.base.tokenizer import TextTokenizer, contained
-from polygraft.engine.requests.stop_sequences import StopSequences
+from polygraft.engine.tokenizers.stop_sequences import StopSequences
 from polygraft.errors import TokenizerFailed
 
 _CONTEXT = 8

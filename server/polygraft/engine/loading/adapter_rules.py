@@ -15,7 +15,7 @@ from polygraft.adapters.files.folder import AdapterFolder
 from polygraft.adapters.limits import AdapterLimits
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.spec import BaseSpec
-from polygraft.engine.requests.prompts import Prompts
+from polygraft.engine.prompts.prompts import Prompts
 from polygraft.errors import AdapterInvalid
 
 CANARY_TOKENS = 8

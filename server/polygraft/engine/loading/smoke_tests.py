@@ -13,7 +13,7 @@ from polygraft.core.adapter_info import MergeState
 from polygraft.core.request import LoraPath
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.schedule.scheduler import Scheduler
-from polygraft.engine.schedule.sequence import CanarySequence
+from polygraft.engine.sequences.sequence import CanarySequence
 from polygraft.errors import ResourceExhausted
 
 

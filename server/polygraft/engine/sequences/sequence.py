@@ -11,15 +11,15 @@ import torch
 
 from polygraft.core.adapter_info import MergeState
 from polygraft.core.request import FinishReason, LoraPath, Request, TokenLogprob
-from polygraft.engine.requests.text_stream import TextStream
 from polygraft.engine.sampling.logprobs import Likelihood, likelihoods
+from polygraft.engine.tokenizers.text_stream import TextStream
 from polygraft.errors import PolygraftError, ResourceExhausted
 
 if TYPE_CHECKING:
     from polygraft.adapters.stack import Runs, Stack
     from polygraft.engine.residency.linear_combinations import LinearCombination
     from polygraft.engine.residency.merged_copies import MergedCopy
-    from polygraft.engine.schedule.prefix import SharedPrefix
+    from polygraft.engine.sequences.prefix import SharedPrefix
 
 
 NEVER = sys.maxsize

@@ -13,12 +13,12 @@ from polygraft.adapters.files.folder import AdapterFolder
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
 from polygraft.base.tokenizer import TextTokenizer
-from polygraft.engine.requests.prompts import Prompts, TextBase
+from polygraft.engine.prompts.prompts import Prompts, TextBase
+from polygraft.engine.sandbox.chat_template import ChatTemplate, LocalTemplate
 from polygraft.engine.sandbox.pool import Workers
 from polygraft.engine.sandbox.reader import TokenizerReader
 from polygraft.engine.sandbox.serving import WorkerTemplate
 from polygraft.engine.sandbox.template_trials import TemplateTrials
-from polygraft.engine.tokenizers.chat_template import ChatTemplate, LocalTemplate
 from polygraft.engine.tokenizers.prompt_files import EndTokens, chat_template, end_tokens
 from polygraft.engine.tokenizers.shared_tokenizers import SharedTokenizers
 from polygraft.engine.workers.aside import aside

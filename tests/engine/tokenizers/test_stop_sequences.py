@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from polygraft.base.tokenizer import text_tokenizer
 from polygraft.core.request import AdapterRef, Finished, FinishReason, Request, SamplingParams, StoppingParams
 from polygraft.engine.engine import Engine
-from polygraft.engine.requests.stop_sequences import StopSequences
-from polygraft.engine.requests.text_stream import TextStream
+from polygraft.engine.tokenizers.stop_sequences import StopSequences
+from polygraft.engine.tokenizers.text_stream import TextStream
 from tests.engines import make_engine
 from tests.tiny import EOS, byte_tokenizer
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polygraft.base.tokenizer import text_tokenizer
-from polygraft.engine.requests.text_stream import TextStream
+from polygraft.engine.tokenizers.text_stream import TextStream
 from tests.tiny import byte_tokenizer
 
 FAST = byte_tokenizer()

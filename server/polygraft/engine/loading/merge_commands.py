@@ -7,9 +7,9 @@ from concurrent.futures import Future
 
 from polygraft.adapters.registry import AdapterRegistry
 from polygraft.core.adapter_info import AdapterInfo, Deviation, MergeState
+from polygraft.engine.loading.smoke_tests import Canaries
 from polygraft.engine.residency.background import BackgroundWork, Job
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
-from polygraft.engine.residency.smoke_tests import Canaries
 from polygraft.errors import AdapterUnavailable, PolygraftError, ResourceExhausted
 
 DEVIATION_TEXTS = (

@@ -13,8 +13,8 @@ from polygraft.adapters.files.folder import AdapterFolder
 from polygraft.adapters.files.store import AdapterStore
 from polygraft.core.adapter_info import AdapterState
 from polygraft.engine.async_engine import AsyncEngine
-from polygraft.engine.residency import load_memory
-from polygraft.engine.residency.load_memory import LOADS_AT_ONCE, LoadMemory, LoadQueue
+from polygraft.engine.loading import load_memory
+from polygraft.engine.loading.load_memory import LOADS_AT_ONCE, LoadMemory, LoadQueue
 from polygraft.errors import AdapterInvalid, PolygraftError, ResourceExhausted
 from polygraft.telemetry.metrics import Metrics
 from tests.engine.stores import change, copy_of, load
@@ -141,10 +141,10 @@ def test_what_was_freed_is_given_back(
     llama: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[bool] = []
-    monkeypatch.setattr("polygraft.engine.residency.adapter_manager.give_back", lambda: given.append(True))
+    monkeypatch.setattr("polygraft.engine.loading.adapter_manager.give_back", lambda: given.append(True))
     engine = make_engine(llama, store)
     assert given == []  # not for a few kilobytes
-    monkeypatch.setattr("polygraft.engine.residency.adapter_manager._WORTH_GIVING_BACK", 1)
+    monkeypatch.setattr("polygraft.engine.loading.adapter_manager._WORTH_GIVING_BACK", 1)
     (tmp_path / "more" / "copy-1").rename(store / "copy-1")
     load(engine, "copy-1")
     assert given == [True]

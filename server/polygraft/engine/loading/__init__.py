@@ -1,0 +1,1 @@
+"""Loading, checking, unloading and merging adapters between steps."""

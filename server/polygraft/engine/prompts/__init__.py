@@ -1,0 +1,1 @@
+"""Each tokenizer and chat template that requests are read with: the base's and adapters' own."""

@@ -1,0 +1,1 @@
+"""What the scheduler runs: sequences, and the prefixes that they share."""
