@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from polygraft.base.loader import resolve_model
+from polygraft.base.model_folder import resolve_model
 from polygraft.config import ServerConfig
 from polygraft.core.request import Request, SamplingParams, StoppingParams
 from polygraft.engine.engine import Engine

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from polygraft.base import loader
+from polygraft.base import weights
 from polygraft.base.context_limit import context_limit
 from polygraft.base.loader import inspect_without_weights, load_base
 from polygraft.base.optimize import fusing, packing
@@ -151,7 +151,7 @@ def test_without_operators_others_quantize_to_the_same(
     llama: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
     ours = load_base(str(llama), quantization=quantization, dtype="bfloat16")
-    for module in (loader, packing, fusing):
+    for module in (weights, packing, fusing):
         monkeypatch.setattr(module, "load_kernels", lambda: None)
     theirs = load_base(str(llama), quantization=quantization, dtype="bfloat16")
     assert ours.notes == theirs.notes

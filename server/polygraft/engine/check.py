@@ -14,9 +14,10 @@ from polygraft.adapters.files.store import read_folder
 from polygraft.adapters.limits import AdapterLimits, adapter_limits
 from polygraft.base.context_limit import context_limit
 from polygraft.base.default_model import fetched_default_model
-from polygraft.base.loader import base_config, compute_dtype, inspect_without_weights
+from polygraft.base.loader import base_config, inspect_without_weights
 from polygraft.base.model_folder import DEFAULT, locate
 from polygraft.base.tokenizer import TextTokenizer, load_tokenizer
+from polygraft.base.weights import compute_dtype
 from polygraft.config import ServerConfig
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.spec import BaseSpec
@@ -64,8 +65,9 @@ def check_folder(folder: Path, config: ServerConfig) -> CheckReport:
         BaseModelError: the base can't be found or isn't served.
     """
     base = inspect_without_weights(config.model)
-    dtype = compute_dtype(config.model, config.dtype, config.device)
-    limit, _ = context_limit(base_config(config.model))
+    base_settings = base_config(config.model)
+    dtype = compute_dtype(base_settings, config.dtype, config.device)
+    limit, _ = context_limit(base_settings)
     merged = config.merged_bytes if config.quantization == "none" else None
     room = Room(min(limit, config.max_context_length or limit), config.block_size, None, merged)
     return check_against(

@@ -164,32 +164,43 @@ def _recognise(
     layers = [call for call in trace.calls if call.module in fused]
     if not _form_a_chain(layers, fused):
         return None
-    x, positions, last = layers[0].args[0], layers[0].kwargs.get("position_embeddings"), layers[-1].out
+    x, positions = layers[0].args[0], layers[0].kwargs["position_embeddings"]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    # A wrapper's call comes after the call of the module that it wraps, so the last one is the outermost.
-    norms = [call.module for call in trace.calls if len(call.args) == 1 and call.args[0] is last]
-    rotaries = [
-        call.module
-        for call in trace.calls
-        if call.out is positions and _are_same((*call.args, *call.kwargs.values()), (x, position_ids))
-    ]
-    outer = trace.calls[-1]  # the model's own
-    if (
-        not norms
-        or not rotaries
-        or not any(call.out is x for call in trace.calls_of(embedding)[-1:])
-        or not any(call.out is outer.out.logits for call in trace.calls_of(head)[-1:])
-    ):
+    rotary = _rotary(trace, positions, x, position_ids)
+    norm = _reader(trace, layers[-1].out)
+    logits = trace.calls[-1].out.logits  # the outermost call is the model's own
+    if rotary is None or norm is None or not _gave(trace, embedding, x) or not _gave(trace, head, logits):
         return None
     modules = {call.module: fused[call.module] for call in layers}
     return FusedModel(
         embedding=embedding,
-        rotary=PositionTable(rotaries[-1], context_limit(model.config)[0]),
+        rotary=PositionTable(rotary, context_limit(model.config)[0]),
         modules=modules,
         layers=FusedLayers(list(modules.values()), step, kernels),
-        norm=norms[-1],
+        norm=norm,
         head=head,
     )
+
+
+def _rotary(trace: Trace, positions: object, x: torch.Tensor, position_ids: torch.Tensor) -> nn.Module | None:
+    """Return the module that made the layers' positions of nothing but x and the position ids."""
+    for call in reversed(trace.calls):
+        given = (*call.args, *call.kwargs.values())
+        if call.out is positions and len(given) == 2 and given[0] is x and given[1] is position_ids:
+            return call.module
+    return None
+
+
+def _reader(trace: Trace, x: torch.Tensor) -> nn.Module | None:
+    """Return the module that was called with x alone; of a wrapper and what it wraps, the wrapper."""
+    # A wrapper's call returns after the call of the module that it wraps.
+    calls = (call for call in reversed(trace.calls) if len(call.args) == 1 and call.args[0] is x)
+    return next((call.module for call in calls), None)
+
+
+def _gave(trace: Trace, module: nn.Module, out: torch.Tensor) -> bool:
+    """Whether a module's last call returned this object."""
+    return any(call.out is out for call in trace.calls_of(module)[-1:])
 
 
 def _form_a_chain(calls: Sequence[Call], fused: Mapping[nn.Module, FusedDecoderLayer]) -> bool:
@@ -206,7 +217,3 @@ def _form_a_chain(calls: Sequence[Call], fused: Mapping[nn.Module, FusedDecoderL
         and all(len(call.args) == 1 for call in calls)
         and all(call.args[0] is before.out for before, call in itertools.pairwise(calls))
     )
-
-
-def _are_same(mine: Sequence[object], theirs: Sequence[object]) -> bool:
-    return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
