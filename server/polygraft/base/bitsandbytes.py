@@ -1,4 +1,4 @@
-"""Bases quantized by bitsandbytes: on other devices, and where our own operators can't hold the weights."""
+"""Lets bitsandbytes quantize a base on other devices, and where our operators can't hold the weights."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 from polygraft.layers.linear.four_bit_panels import BLOCK
 
 _PACKED_OUTPUTS = 32
-"""Columns in a block of the form that bitsandbytes packs 4-bit weights in."""
+"""How many columns a block has in bitsandbytes' packed form of 4-bit weights."""
 
 
 def options(quantization: str, compute: torch.dtype, double: bool) -> dict[str, Any]:
-    """Options for transformers."""
-    # Imported here: it costs seconds, and an unquantized base doesn't need it.
+    """Return the options for transformers' `from_pretrained`."""
+    # Imported here because it takes seconds, and an unquantized base doesn't need it.
     from transformers import BitsAndBytesConfig
 
     # With `kernels` installed, bitsandbytes would ask a hub for one at import.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if quantization == "int8":
-        # With its default threshold, rows would depend on their neighbours.
+        # With the default threshold, rows would depend on other rows.
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)}
     return {
         "quantization_config": BitsAndBytesConfig(
@@ -35,10 +35,10 @@ def options(quantization: str, compute: torch.dtype, double: bool) -> dict[str, 
 
 
 def leave_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing what its packed form can't hold, on CPUs with products of bfloat16.
+    """Keep bitsandbytes from packing weights that its packed form can't hold, on CPUs with AVX512-BF16.
 
-    At the first forward its 4-bit modules pack their weights (`_convert_weight_packed_for_cpu` of 0.50.2),
-    which fails where blocks of a scale don't divide the inputs, or blocks of columns the outputs.
+    Its 4-bit modules pack their weights in the first forward (`_convert_weight_packed_for_cpu` of 0.50.2).
+    That fails if the inputs aren't a multiple of a scale's block, or the outputs of a block of columns.
     """
     for module in model.modules():
         if not isinstance(module, nn.Linear) or not getattr(module, "support_avx512bf16_for_cpu", False):

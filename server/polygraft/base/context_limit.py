@@ -1,4 +1,4 @@
-"""How long a sequence of a base model may be."""
+"""Finds how long a base model's sequences may be."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def context_limit(config: Any) -> tuple[int, tuple[str, ...]]:
-    """Most positions that are exact, and why if that is less than the model's own.
+    """Return how many positions are exact, and a note if that is less than the model's own limit.
 
-    `longrope` and `dynamic` RoPE in transformers look at the longest position of the whole call, so in a
-    packed step a long neighbour would change a short request. Up to the original length both are plain.
+    Transformers' `longrope` and `dynamic` RoPE depend on the longest position of the whole call, so in a
+    packed step a long request would change a short one. Up to the original length they don't.
     """
     text = config.get_text_config()
     limit = int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", 0) or 2048)

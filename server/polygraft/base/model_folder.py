@@ -1,4 +1,4 @@
-"""What `--model` names: the default model, a folder on this machine, or a model on the hub."""
+"""Finds the model that `--model` names: the default model, a local folder, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CONFIGURATION = "config.json"
 
 
 def resolve_model(model: str) -> str:
-    """The folder of what `--model` names. Makes the default model on first use, and fetches one from the hub.
+    """Return the model's folder; make the default model or fetch one from the hub if necessary.
 
     Raises:
-        BaseModelError: as `locate` and `hub_folder`, or the default model can't be fetched or converted.
+        BaseModelError: there is no such model, or it can't be read, fetched or converted.
     """
     if model == DEFAULT:
         return str(ensure_default_model())
@@ -27,7 +27,7 @@ def resolve_model(model: str) -> str:
 
 
 def locate(model: str) -> str:
-    """The folder, or the hub id if there is no such folder and the name could be one.
+    """Return the local folder, or the name itself if there is no such folder and it could be a hub id.
 
     Raises:
         BaseModelError: it can only be a path, and there is no model there.
@@ -52,13 +52,13 @@ def locate(model: str) -> str:
 
 
 def could_be_hub_id(model: str) -> bool:
-    """Whether it has the form NAME or OWNER/NAME and isn't written as a path."""
+    """Whether a name has the form NAME or OWNER/NAME and isn't written as a path."""
     parts = model.split("/")
     return len(parts) <= 2 and all(parts) and parts[0] not in ("~", ".", "..")
 
 
 def shown_name(model: str) -> str:
-    """What clients and metrics may see: the hub id, or a folder's own name without its path."""
+    """Return the name for clients and metrics: the hub id, or a folder's name without its path."""
     if model == DEFAULT:
         return DEFAULT_NAME
     folder = Path(model).expanduser() if model.startswith("~") else Path(model)

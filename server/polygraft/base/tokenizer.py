@@ -1,4 +1,4 @@
-"""A tokenizer as it is served: a text's tokens depend on the text alone."""
+"""A tokenizer whose results depend on the text alone, not on earlier calls."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from polygraft.panics import is_panic
 
 T = TypeVar("T")
 DEFAULT_TEMPLATE = "default"
-"""Of several chat templates, the one that transformers uses by default."""
+"""The name of the chat template that transformers uses by default, of several."""
 SPECIAL_TOKENS = "special_tokens_map.json"
 _END_ROLES = ("eos_token", "eot_token")
-"""Special tokens that end an answer: at the end of the sequence, and of a turn."""
+"""Roles of the special tokens that end a sequence or a turn, and so an answer."""
 _PROBE = "a b"
 TOKENIZER = "tokenizer.json"
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 OPAQUE = ("tekken.json", "tiktoken.model", "qwen.tiktoken")
-"""Vocabularies in forms that are compared to the base's files by hash alone."""
+"""Vocabulary files that are compared with the base's by hash only."""
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", *SENTENCEPIECE, *OPAQUE)
-"""What a slow tokenizer has instead of tokenizer.json."""
+"""Vocabulary files of slow tokenizers, which have no tokenizer.json."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class TextTokenizer:
-    """A tokenizers `Tokenizer` and what its files say beside it. Thread-safe, since it never changes.
+    """A `tokenizers.Tokenizer` and its settings. Immutable, so thread-safe.
 
     Args:
-        backend: encodes and decodes. It never truncates, pads or drops merges at random, whatever its file
+        backend: encodes and decodes. It never truncates, pads or skips merges at random, whatever its file
             says.
-        size: its largest id plus one.
-        longest: length of its longest token, in characters.
+        size: the largest token id plus one.
+        longest: the length of the longest token in characters.
         hidden: texts of the tokens that decoding leaves out, by id.
         special_tokens: texts of the special tokens by role, such as "bos_token"; chat templates see them.
         chat_templates: by name; `DEFAULT_TEMPLATE` is used.
         ends: texts of the special tokens that end an answer.
-        hashes: SHA-256 in hexadecimal of the vocabulary's files that it was read from, by file name.
-        encoder: encodes a text, with special tokens or without, in place of a backend whose time and memory
+        hashes: SHA-256 in hexadecimal of the vocabulary files, by file name.
+        encoder: encodes a text, with or without special tokens, instead of a backend whose time and memory
             aren't known to be bounded.
-        warnings: what an operator should know.
+        warnings: for the operator.
     """
 
     backend: Tokenizer
@@ -65,20 +65,20 @@ class TextTokenizer:
         return self.chat_templates.get(DEFAULT_TEMPLATE) or None
 
     def special_id(self, role: str) -> int | None:
-        """The id of the special token that has a role, such as "eos_token"."""
+        """Return the id of the special token with a role, such as "eos_token", or None."""
         token = self.special_tokens.get(role)
         return None if token is None else self.backend.token_to_id(token)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of a text, whole.
+        """Return the token ids of a text.
 
         Args:
             special: whether to add the special tokens that the tokenizer puts around a text.
 
         Raises:
             ValueError: the tokenizer fails on this text.
-            TokenizerFailed: it exceeds its limit of time or memory.
-            ResourceExhausted: it needs a worker, and none is free.
+            TokenizerFailed: the tokenizer exceeds its limit of time or memory.
+            ResourceExhausted: the tokenizer needs a worker, and none is free.
         """
         if self.encoder is not None:
             return self.encoder(text, special)
@@ -88,16 +88,16 @@ class TextTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens. Raises ValueError if the tokenizer fails on these tokens."""
+        """Return the text without special tokens. Raises ValueError if the tokenizer fails on these."""
         # As a batch, which releases the interpreter's lock.
         return contained(lambda: self.backend.decode_batch([list(ids)], skip_special_tokens=True))[0]
 
 
 def contained(call: Callable[[], T]) -> T:
-    """Call into the tokenizers library, which may fail on any text or token that a file's author chose.
+    """Call into the tokenizers library, which files from strangers can make fail on any text or token.
 
     Raises:
-        ValueError: it raised or panicked. A panic would otherwise pass every `except Exception`.
+        ValueError: the library raised an exception or panicked; a panic isn't an `Exception`.
     """
     try:
         return call()
@@ -110,15 +110,15 @@ def contained(call: Callable[[], T]) -> T:
 
 
 def text_tokenizer(loaded: Any, hashes: Mapping[str, str] | None = None) -> TextTokenizer:
-    """Take over a tokenizer that transformers has loaded; nothing else may use it afterwards.
+    """Make a `TextTokenizer` of one that transformers has loaded; nothing else may use that afterwards.
 
     Its files may hold settings for training: truncation, padding, and a probability of skipping merges
-    (dropout). transformers' own calls switch the first two on and off in the shared backend, so a request's
-    tokens would depend on the requests before it. All three are switched off here, once.
+    (dropout). Transformers' own calls switch the first two on and off in the shared backend, so a request's
+    tokens would depend on earlier requests. All three are switched off here.
 
     Args:
         loaded: a fast tokenizer of transformers.
-        hashes: see `TextTokenizer`.
+        hashes: SHA-256 of the vocabulary files, by file name.
 
     Raises:
         ValueError: it isn't a fast tokenizer, fails on the simplest text, or drops or repeats text.
@@ -153,7 +153,7 @@ def tokenizer_of(
     hashes: Mapping[str, str] | None = None,
     encoder: Callable[[str, bool], list[int]] | None = None,
 ) -> TextTokenizer:
-    """A tokenizer made of its parts; the arguments are `TextTokenizer`'s."""
+    """Make a `TextTokenizer`, whose arguments these are."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
     return TextTokenizer(
         backend,
@@ -171,7 +171,7 @@ def tokenizer_of(
 
 
 def _templates(post_processor: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
-    """The templates for a single text in a post-processor, nested ones included."""
+    """Yield the templates for a single text in a post-processor, including nested ones."""
     if post_processor["type"] == "TemplateProcessing":
         yield post_processor["single"]
     for part in post_processor.get("processors", ()):
@@ -179,15 +179,15 @@ def _templates(post_processor: dict[str, Any]) -> Iterator[list[dict[str, Any]]]
 
 
 def load_tokenizer(folder: str) -> TextTokenizer:
-    """A base model's tokenizer.
+    """Load a base model's tokenizer.
 
     Args:
-        folder: a local one, or a hub id.
+        folder: a local folder, or a hub id.
 
     Raises:
-        OSError, ValueError: there is none, or it can't be served.
+        OSError, ValueError: the model has no tokenizer, or it can't be served.
     """
-    # Imported here because it imports torch, which the workers that try adapters' tokenizers don't need.
+    # Imported here because it imports torch: the workers that try adapters' tokenizers don't need that.
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -202,14 +202,14 @@ def load_tokenizer(folder: str) -> TextTokenizer:
 
 
 def named_ends(special_tokens: Mapping[str, Any]) -> tuple[str, ...]:
-    """Texts of the end tokens among special tokens by role, as a file lists them."""
+    """Return the texts of the end tokens among a file's special tokens by role."""
     found = (special_tokens.get(role) for role in _END_ROLES)
     texts = (token.get("content") if isinstance(token, dict) else token for token in found)
     return tuple(text for text in texts if isinstance(text, str) and text)
 
 
 def _read(folder: str, file: str) -> bytes | None:
-    """A file of a tokenizer that has been loaded already, or None."""
+    """Read a file of a tokenizer that has been loaded already; None if there is no such file."""
     path = cached_file(
         folder,
         file,

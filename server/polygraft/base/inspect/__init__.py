@@ -1,1 +1,1 @@
-"""Finds out what a base model is made of."""
+"""Finds out what a base model consists of."""

@@ -1,7 +1,6 @@
-"""Puts C++ operators in the place of a base's norms, gated feed-forwards and rotary positions.
+"""Replaces a base's norms, gated feed-forwards and rotary positions by C++ operators.
 
-A module is recognised by its parts, and replaced only if the operator gives the same results on random rows:
-what a name promises is never taken on trust.
+A module is recognised by its parts, and replaced only if the operator gives the same results on random rows.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 def fuse(model: nn.Module, dtype: torch.dtype) -> Counter[str]:
-    """Replace in place what this machine has an operator for.
+    """Replace the modules that this machine has an operator for, in place.
 
     Args:
-        dtype: of the rows that the model computes with.
+        dtype: of the model's activations.
 
     Returns:
-        How many of each: "rms_norm", "mlp", "rotary".
+        How many modules were replaced, by operator: "rms_norm", "mlp", "rotary".
     """
     kernels = load_kernels()
     fused: Counter[str] = Counter()
@@ -71,7 +70,7 @@ def _mlp(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> FusedMlp | 
         and isinstance(activation, nn.Module)
     ):
         return None
-    # The activations differ too little for the whole module to tell them apart.
+    # The results of the whole module don't tell the activations apart: they differ too little.
     x = torch.linspace(-10, 10, 1001)
     for index in range(len(ACTIVATIONS)):
         candidate = FusedMlp(gate_proj, up_proj, down_proj, index, kernels)
@@ -82,13 +81,13 @@ def _mlp(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> FusedMlp | 
 
 
 def _fuse_rotary(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> bool:
-    """Give one module's forward another `apply_rotary_pos_emb`; its code stays, and so do other models."""
+    """Let one module's forward call our `apply_rotary_pos_emb`; other modules keep transformers' own."""
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType) or _ROTARY not in forward.__code__.co_names:
         return False
     original: Rotate = forward.__globals__[_ROTARY]
     fast = fused_rotate(original, kernels)
-    # As attention calls it: heads lie side by side in a row.
+    # In attention's memory layout: a row holds all heads, one after another.
     q, k = (random_rows(heads * 16).to(dtype).view(1, -1, heads, 16).transpose(1, 2) for heads in (4, 2))
     cos, sin = (random_rows(16).to(dtype)[None] for _ in range(2))
     try:

@@ -1,4 +1,4 @@
-"""Brings the base's weights into the order in which this machine multiplies by them fastest."""
+"""Packs the base's weights into the memory layout in which this machine multiplies by them fastest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from polygraft.layers.native.structures import MAX_MODULES
 log = logging.getLogger(__name__)
 
 _MOST_TWICE = 2**28
-"""Bytes of weights that may take their memory twice while they are moved."""
+"""Bytes of weights that may be in memory twice while they are moved."""
 
 
 def pack_linears(
@@ -36,17 +36,17 @@ def pack_linears(
 ) -> int:
     """Replace plain linear modules in place.
 
-    Modules quantized by others stay as they are, and so does a tied partner: the embedding keeps a copy. The
-    head's outputs are float32 from here on, whatever computes them.
+    Modules that bitsandbytes has quantized stay as they are. An embedding that is tied to the head keeps its
+    own copy of the weight. The head's outputs are float32 from here on, whatever computes them.
 
     Args:
         groups: names of modules that read the same input.
-        quantization: by the names of those whose weights are quantized; in 4 bits only with the C++
+        quantization: by module name; modules without an entry aren't quantized. 4 bits need the C++
             operators.
-        double: as `FourBitPanels` says.
+        double: whether the scales of 4-bit weights are quantized as well.
 
     Returns:
-        How many were replaced.
+        How many modules were replaced.
     """
     kernels = load_kernels()
     head = _head(model)
@@ -64,15 +64,12 @@ def pack_linears(
             how = quantization.get(name, "none")
             # oneDNN rounds products of 16-bit operands to 16 bits, and the head's sums must stay in float32.
             wide = name == head and weight.dtype != torch.float32
-            if kernels is None and how != "none":
-                assert how == "int8"
-                model.set_submodule(name, Int8Linear(weight, bias, wide=wide))
-            elif wide and how == "none" and kernels is None:
-                continue
-            elif how == "none" and not wide and _kernel(weight, kernels, table) == ONEDNN:
-                if not gains_by_onednn(weight):
+            by_onednn = how == "none" and not wide and _kernel(weight, kernels, table) == ONEDNN
+            if kernels is None or by_onednn:
+                replacement = _by_torch(weight, bias, how, wide=wide)
+                if replacement is None:
                     continue
-                model.set_submodule(name, OneDnnLinear(weight, bias))
+                model.set_submodule(name, replacement)
             else:
                 alike.setdefault((weight.dtype, how, wide), []).append(name)
             packed += 1
@@ -85,21 +82,35 @@ def pack_linears(
     return packed
 
 
+def _by_torch(
+    weight: torch.Tensor, bias: torch.Tensor | None, quantization: Quantization, *, wide: bool
+) -> nn.Module | None:
+    """Return a module that computes by torch's operators; None if it wouldn't be faster than the plain one.
+
+    Args:
+        wide: whether the outputs must be float32.
+    """
+    if quantization != "none":
+        assert quantization == "int8"
+        return Int8Linear(weight, bias, wide=wide)
+    return OneDnnLinear(weight, bias) if gains_by_onednn(weight) and not wide else None
+
+
 def _head(model: nn.Module) -> str | None:
-    """Name of the module that computes the logits; None where there is none."""
+    """Return the name of the module that computes the logits, or None."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def _widen(model: nn.Module, head: str) -> None:
-    """Make a head that torch computes return float32."""
+    """Make a plain head return float32."""
     module = model.get_submodule(head)
     if type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16):
         model.set_submodule(head, WideLinear(module))
 
 
 def gather_weights(model: nn.Module) -> None:
-    """Move the weights that were packed into one piece of memory, in the order in which a step reads them."""
+    """Move the packed weights into one piece of memory, in the order in which a step reads them."""
     modules = [module for module in model.modules() if isinstance(module, PackedLinear)]
     groups = list(dict.fromkeys(module.group for module in modules))
     arena = Arena(tensor for group in groups for tensor in group.tensors)
@@ -107,24 +118,24 @@ def gather_weights(model: nn.Module) -> None:
     for group in groups:
         group.move(arena.copy)
         moved += group.nbytes
-        if moved > _MOST_TWICE:  # what has moved is still in the heap
+        if moved > _MOST_TWICE:  # the heap still holds what has moved
             give_back()
             moved = 0
 
 
 def own_parameters(model: nn.Module) -> None:
-    """Copy the parameters that are left out of the checkpoint's file mapping.
+    """Copy the remaining parameters out of the checkpoint's memory mapping.
 
-    While one of them is mapped the whole file stays so: it counts as the process's memory a second time, and
-    a file that is replaced in place would change or kill a running server.
+    A single mapped parameter keeps the whole file mapped. It then counts as the process's memory a second
+    time, and overwriting the file would change the weights of a running server or kill it.
     """
     for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:  # a quantized one isn't mapped, and its bytes aren't ours to move
+        if type(parameter) is nn.Parameter:  # bitsandbytes' parameters aren't mapped
             parameter.data = parameter.data.clone()
 
 
 def count_quantized(model: nn.Module, names: Iterable[str]) -> int:
-    """How many of the named modules hold quantized weights, ours or bitsandbytes'."""
+    """Count the named modules whose weights are quantized, by us or by bitsandbytes."""
     modules = map(model.get_submodule, names)
     return sum(
         isinstance(module, Int8Linear)
@@ -135,11 +146,11 @@ def count_quantized(model: nn.Module, names: Iterable[str]) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights as they are held: shared ones once, and again if they were packed."""
+    """Return the bytes of all weights in memory: shared ones count once, and packed copies count too."""
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        if state is not None:  # bitsandbytes keeps the scales beside the parameter
+        if state is not None:  # bitsandbytes keeps the scales outside the parameter
             parts = [value for value in state.as_dict().values() if isinstance(value, torch.Tensor)]
             sizes.update((part.data_ptr(), part.nbytes) for part in parts)
     for module in model.modules():
@@ -166,7 +177,7 @@ def _pack_group(
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Conv1D)  # a quantized one is a subclass
+    return type(module) in (nn.Linear, Conv1D)  # bitsandbytes' modules are subclasses
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -178,7 +189,7 @@ def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | No
 
 
 def _kernel(weight: torch.Tensor, kernels: Kernels | None, table: dict[torch.dtype, Calibration]) -> str:
-    """The kernel for a type of weights, measured when the first of them comes."""
+    """Return the kernel for a type of weights, measured with the first of them."""
     if weight.dtype not in table:
         table[weight.dtype] = found = calibrate(weight, kernels)
         log.info("products in %s use %s", str(weight.dtype).removeprefix("torch."), found.describe())
