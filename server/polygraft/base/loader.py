@@ -140,7 +140,7 @@ def _read_and_inspect(
 
 def _optimize(model: PreTrainedModel, spec: BaseSpec, precision: Precision, *, by_bitsandbytes: bool) -> None:
     """Fuse the small modules, and pack and quantize the weights that bitsandbytes doesn't hold."""
-    log.debug("operators of our own: %s", dict(fuse(model, precision.compute)))
+    log.debug("fused modules: %s", dict(fuse(model, precision.compute)))
     body: Quantization = "none" if by_bitsandbytes else precision.quantization
     how: dict[str, Quantization] = {
         name: precision.head_quantization if shape.is_head else body for name, shape in spec.linears.items()

@@ -30,12 +30,14 @@ class FusedModel:
 
     Args:
         modules: the layers' modules and their fused forwards, in the model's order.
+        hooks: the tables of the modules' hooks that would run between two layers or after the last.
         layers: the same layers in one call.
     """
 
     embedding: nn.Module
     rotary: PositionTable
     modules: Mapping[nn.Module, FusedDecoderLayer]
+    hooks: Sequence[Mapping[int, object]]
     layers: FusedLayers
     norm: nn.Module
     head: nn.Module
@@ -71,12 +73,8 @@ class FusedModel:
 
     def _layers_have_changed(self) -> bool:
         """Whether someone has replaced a layer's forward or put a hook between two layers."""
-        first, *others = self.modules
-        return (
-            bool(first._forward_pre_hooks_with_kwargs)
-            or any(module._forward_pre_hooks for module in others)
-            or any(module._forward_hooks for module in self.modules)
-            or any(vars(module).get("forward") is not layer for module, layer in self.modules.items())
+        return any(self.hooks) or any(
+            vars(module).get("forward") is not layer for module, layer in self.modules.items()
         )
 
     def _before_layers(self, x: torch.Tensor) -> torch.Tensor:
@@ -172,10 +170,16 @@ def _recognise(
     if rotary is None or norm is None or not _gave(trace, embedding, x) or not _gave(trace, head, logits):
         return None
     modules = {call.module: fused[call.module] for call in layers}
+    first, *others = modules
     return FusedModel(
         embedding=embedding,
         rotary=PositionTable(rotary, context_limit(model.config)[0]),
         modules=modules,
+        hooks=[
+            first._forward_pre_hooks_with_kwargs,  # the first layer's other pre-hooks are called
+            *(module._forward_pre_hooks for module in others),
+            *(module._forward_hooks for module in modules),
+        ],
         layers=FusedLayers(list(modules.values()), step, kernels),
         norm=norm,
         head=head,
