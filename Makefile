@@ -9,6 +9,8 @@ PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I pr
 CPP := $(wildcard server/polygraft/layers/native/*.h server/polygraft/layers/native/*.cpp)
 THREADS := OMP_NUM_THREADS=2
 OUT ?= build/compare
+# The contract of the last release.
+RELEASED := $(lastword $(sort $(wildcard protos/released/*.binpb)))
 # Processes that share the tests. Each takes up to 3 GiB; 0 runs the tests in one, which a debugger needs.
 WORKERS ?= 2
 PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10
@@ -16,7 +18,7 @@ PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10
 # is configured to find a CPU build.
 OLDEST := build/oldest
 
-.PHONY: help setup model demo serve test test-full test-oldest attacks check format docs-tables protos adapters bench bench-w bench-compare bench-peers bench-boundary clean
+.PHONY: help setup model demo serve test test-full test-oldest attacks check format docs docs-tables protos adapters bench bench-w bench-compare bench-peers bench-boundary clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -73,6 +75,7 @@ check: setup  ## Lint, format, types, imports, protos and their stubs
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against $(RELEASED)
 	$(BIN)/python -m tools.docs_tables --check
 	rm -rf build/stubs && mkdir -p build/stubs && $(call PROTOC,build/stubs)
 	diff -r -x '*.proto' -x __init__.py -x __pycache__ build/stubs/polygraft_api/v1 protos/polygraft_api/v1
@@ -81,6 +84,9 @@ format: setup  ## Mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+docs: setup  ## Build the documents as a site, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs-tables: setup  ## Write the tables of kinds into docs/reference/kinds.md
 	$(BIN)/python -m tools.docs_tables
