@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import torch
 
@@ -22,7 +22,8 @@ from polygraft.engine.cache.kv_cache import KVCache
 from polygraft.engine.cache.prefix_cache import PrefixCache
 from polygraft.engine.cache.shared_prefix import SharedPrefixes
 from polygraft.engine.client import Occupancy
-from polygraft.engine.loading.adapter_manager import AdapterChange, AdapterManager
+from polygraft.engine.events import Events
+from polygraft.engine.loading.adapter_manager import AdapterManager
 from polygraft.engine.loading.adapter_rules import AdapterRules, Room
 from polygraft.engine.loading.load_memory import LoadMemory
 from polygraft.engine.loading.merge_commands import DEVIATION_TEXTS, MergeCommands
@@ -103,11 +104,15 @@ class Engine:
         self.runner = ModelRunner(base, bank, switch, step, config.block_size, fused_model)
         self.prompts = AdapterPrompts(base)
         self.background = BackgroundWork()
+        self.events: Events = []
+        registry = AdapterRegistry(config.max_adapters)
         requantized = base.quantization != "none" and config.requantize_merged
         self.copies = MergedCopies(
             bank,
             switch,
+            registry,
             self.background,
+            self.events,
             budget=self.plan.merged,
             requantize=requantized,
             dtype=base.quantization if requantized else str(base.dtype).removeprefix("torch."),
@@ -126,7 +131,7 @@ class Engine:
         self.adapters = AdapterManager(
             base.spec,
             AdapterStore(config.adapters, config.max_adapter_bytes),
-            AdapterRegistry(config.max_adapters),
+            registry,
             bank,
             self.scheduler,
             self.background,
@@ -135,6 +140,7 @@ class Engine:
             self.prompts,
             rules,
             LoadMemory(min(config.loading_bytes, max(1, self.plan.adapters // 4))),
+            self.events,
             self._forget,
         )
         most = min(base.context_length, pool.num_blocks * pool.block_size // 2)
@@ -148,7 +154,7 @@ class Engine:
         )
         # int8 products are faster than those of a copy in the compute type; 4-bit ones are slower.
         worthwhile = base.quantization != "int8" or requantized
-        self.paths = Paths(self.copies, self.combinations, self.scheduler, worthwhile=worthwhile)
+        self.paths = Paths(self.copies, self.combinations, self.scheduler, self.events, worthwhile=worthwhile)
         self.intake = Intake(base, self.prompts, self.adapters.registry, self.copies, self.combinations, pool)
         self.model = model_info(
             base,
@@ -221,7 +227,7 @@ class Engine:
             if self.scheduler.has_work:
                 self.step()
             else:
-                self._collect()
+                self.adapters.collect()
 
     @property
     def has_work(self) -> bool:
@@ -300,19 +306,13 @@ class Engine:
     def take_news(self, result: StepResult) -> StepResult:
         """Free what nothing holds any more, and add to a result the news of adapters, their copies and the
         cache since the last call. Also for when no step has run, since a request may have been aborted."""
-        self._collect()
-        result.adapter_events = self.adapters.take_events()
-        result.adapter_events += [(AdapterChange.CHANGED, info) for info in self.merging.take_changed()]
-        result.merge_events = self.copies.take_events()
-        result.path_decisions = self.paths.take_decisions()
+        self.adapters.collect()
+        result.events += self.events
+        self.events.clear()
         occupancy = self.occupancy
         if occupancy != self._told:
             result.occupancy = self._told = occupancy
         return result
-
-    def _collect(self) -> None:
-        self.adapters.collect()
-        self.merging.collect()
 
     def _schedule(self) -> Batch | None:
         """The next batch; None if nothing can run, be it for want of a merged copy."""
@@ -386,7 +386,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, prefixes and pins add up."""
         self.scheduler.check_integrity()
-        users = Counter(
+        users: Counter[Hashable] = Counter(
             s.copy.adapter.generation
             for s in self.scheduler
             if s.copy is not None and s.path is LoraPath.MERGED

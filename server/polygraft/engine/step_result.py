@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from polygraft.core.adapter_info import MergeEvent
 from polygraft.core.request import LoraPath, RequestOutput
 from polygraft.engine.client import Occupancy, StepStats
-from polygraft.engine.loading.adapter_manager import AdapterEvent
+from polygraft.engine.events import Events
 from polygraft.engine.schedule.scheduler import Batch
 from polygraft.engine.sequences.sequence import Generation
 
@@ -24,9 +23,7 @@ class StepResult:
     outputs: list[RequestOutput] = field(default_factory=list)
     stats: StepStats | None = None
     occupancy: Occupancy | None = None
-    adapter_events: list[AdapterEvent] = field(default_factory=list)
-    merge_events: list[MergeEvent] = field(default_factory=list)
-    path_decisions: list[LoraPath] = field(default_factory=list)
+    events: Events = field(default_factory=list)
 
     @property
     def tells_anything(self) -> bool:

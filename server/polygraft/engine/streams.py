@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from polygraft.adapters.stack import Stack
+from polygraft.core.adapter_info import MergeEvent
 from polygraft.core.request import RequestOutput
 from polygraft.engine.client import Observer
-from polygraft.engine.loading.adapter_manager import AdapterChange
+from polygraft.engine.events import AdapterChange, AdapterEvent, Event, PathDecision
 from polygraft.engine.step_result import StepResult
 from polygraft.engine.unread import Unread
 from polygraft.errors import OutputUnread, PolygraftError
@@ -176,18 +177,21 @@ class Streams:
         if result.occupancy is not None:
             self._observer.occupancy_changed(result.occupancy)
         self._observer.unread_changed(self._unread)
-        for change, info in result.adapter_events:
-            match change:
-                case AdapterChange.CHANGED:
-                    self._observer.adapter_changed(info)
-                case AdapterChange.REMOVED:
-                    self._observer.adapter_removed(info)
-                case AdapterChange.LOAD_FAILED:
-                    self._observer.adapter_load_failed(info)
-        for event in result.merge_events:
-            self._observer.merge_ended(event)
-        for path in result.path_decisions:
-            self._observer.path_decided(path)
+        for event in result.events:
+            self._tell_event(event)
+
+    def _tell_event(self, event: Event) -> None:
+        match event:
+            case MergeEvent():
+                self._observer.merge_ended(event)
+            case PathDecision(path):
+                self._observer.path_decided(path)
+            case AdapterEvent(AdapterChange.CHANGED, info):
+                self._observer.adapter_changed(info)
+            case AdapterEvent(AdapterChange.REMOVED, info):
+                self._observer.adapter_removed(info)
+            case AdapterEvent(AdapterChange.LOAD_FAILED, info):
+                self._observer.adapter_load_failed(info)
 
     def fail(self, error: PolygraftError) -> None:
         """End all requests with an error, even if the observer raises."""

@@ -17,7 +17,7 @@ from polygraft.config import ServerConfig
 from polygraft.core.adapter_info import AdapterState
 from polygraft.core.request import AdapterRef, Request, StoppingParams
 from polygraft.engine.engine import Engine
-from polygraft.engine.loading.adapter_manager import AdapterChange
+from polygraft.engine.events import AdapterChange, AdapterEvent
 from polygraft.engine.loading.load_memory import LOADS_AT_ONCE
 from polygraft.engine.step_result import StepResult
 from polygraft.errors import (
@@ -347,7 +347,9 @@ def test_an_unload_ends_with_the_abort_of_the_last_request(engine: Engine) -> No
     assert not engine.has_work
     result = engine.take_news(StepResult())
     assert done.result(0).running_requests == 0
-    assert [(change, info.name) for change, info in result.adapter_events][-1] == (
+    assert [(event.change, event.info.name) for event in result.events if isinstance(event, AdapterEvent)][
+        -1
+    ] == (
         AdapterChange.REMOVED,
         "lora",
     )
@@ -375,11 +377,11 @@ def test_what_is_held_is_told_also_where_no_step_follows(engine: Engine, store: 
 def test_unloading_one_that_failed(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "store" / "broken").mkdir(parents=True)
     engine = make_engine(llama, tmp_path / "store")
-    engine.adapters.take_events()
+    engine.events.clear()
     assert start_unload(engine, "broken").result(0).state is AdapterState.FAILED
-    assert [(change, info.name) for change, info in engine.adapters.take_events()] == [
-        (AdapterChange.REMOVED, "broken")
-    ]
+    assert [
+        (event.change, event.info.name) for event in engine.events if isinstance(event, AdapterEvent)
+    ] == [(AdapterChange.REMOVED, "broken")]
     assert engine.adapters.registry.list() == []
 
 

@@ -16,9 +16,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from polygraft.core.adapter_info import AdapterInfo, MergeOutcome, MergeState
+from polygraft.core.adapter_info import AdapterInfo, MergeEvent, MergeOutcome, MergeState
 from polygraft.core.request import AdapterRef, FinishReason, LoraPath, Request, StoppingParams
 from polygraft.engine.engine import Engine
+from polygraft.engine.events import PathDecision
 from polygraft.engine.schedule.path_policy import ENTER_STEPS, LEAVE_STEPS, PathPolicy
 from polygraft.errors import AdapterUnavailable, ResourceExhausted
 from polygraft.layers.linear.linear import PackedLinear
@@ -198,7 +199,7 @@ def test_the_base_stays_bit_identical_through_hundreds_of_merges_and_evictions(
         for name in several:
             engine.submit(merged(f"{at} {name}", name, 2))
         while engine.has_work:
-            outcomes += [event.outcome for event in engine.step().merge_events]
+            outcomes += [event.outcome for event in engine.step().events if isinstance(event, MergeEvent)]
         engine.check_integrity()
     assert outcomes.count(MergeOutcome.OK) > 150
     assert outcomes.count(MergeOutcome.EVICTED) > 150
@@ -398,7 +399,7 @@ def test_a_merge_that_nobody_waits_for_any_more_is_given_up(llama: Path, llama_s
     assert end.finished.reason is FinishReason.CANCELLED
     outcomes = []
     while engine.has_work:
-        outcomes += [event.outcome for event in engine.step().merge_events]
+        outcomes += [event.outcome for event in engine.step().events if isinstance(event, MergeEvent)]
     assert outcomes == [MergeOutcome.CANCELLED]
     assert engine.copies.bytes == 0
     assert engine.adapters.registry.get("lora").merged is None
@@ -520,7 +521,7 @@ def test_auto_merges_a_hot_adapter_and_goes_back_when_the_mix_broadens(
             if not running:
                 return
             result = engine.step()
-            decisions.extend(result.path_decisions)
+            decisions.extend(event.path for event in result.events if isinstance(event, PathDecision))
             for output in result.outputs:
                 tokens.setdefault(output.request_id, []).extend(output.token_ids)
                 if output.finished is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from polygraft.base import loader
+from polygraft.base import weights
 from polygraft.base.loader import load_base
 from polygraft.base.optimize import calibration, packing
 from polygraft.config import ServerConfig
@@ -48,7 +48,7 @@ def seen_by_the_head(engine: Engine) -> Iterator[list[torch.Tensor]]:
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (native, loader, packing, sampler):
+    for module in (native, weights, packing, sampler):
         monkeypatch.setattr(module, "load_kernels", lambda: None)
 
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from enum import Enum, auto
 
 import torch
 
@@ -19,6 +18,7 @@ from polygraft.core.adapter_info import AdapterInfo, AdapterState
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.names import NOT_A_NAME, is_name
 from polygraft.core.spec import BaseSpec
+from polygraft.engine.events import AdapterChange, AdapterEvent, Events
 from polygraft.engine.loading.adapter_rules import CANARY_TOKENS, AdapterRules
 from polygraft.engine.loading.load_memory import LOADS_AT_ONCE, LoadMemory
 from polygraft.engine.loading.smoke_tests import Canaries
@@ -46,21 +46,11 @@ _WORTH_GIVING_BACK = 2**25
 """Bytes of weights that have been loaded before what was freed goes back to the system."""
 
 
-class AdapterChange(Enum):
-    """What can become of an adapter; the observer's methods say more."""
-
-    CHANGED = auto()
-    REMOVED = auto()
-    LOAD_FAILED = auto()
-
-
-AdapterEvent = tuple[AdapterChange, AdapterInfo]
-
-
 class AdapterManager:
     """Registry, low-rank bank and shared prefixes, kept in step.
 
     Args:
+        events: what becomes of adapters is added to it.
         forget: called with every generation that is gone, before its weights are.
     """
 
@@ -77,6 +67,7 @@ class AdapterManager:
         prompts: AdapterPrompts,
         rules: AdapterRules,
         memory: LoadMemory,
+        events: Events,
         forget: Callable[[Adapter], None],
     ) -> None:
         self.registry = registry
@@ -96,7 +87,7 @@ class AdapterManager:
         self._base_canary: torch.Tensor | None = None
         self._loading: dict[str, tuple[str, Future[AdapterInfo]]] = {}  # content hash and outcome
         self._unloading: dict[str, Future[AdapterInfo]] = {}
-        self._events: list[AdapterEvent] = []
+        self._events = events
 
     def load_store(self) -> None:
         """Load every folder of the store, after a canary of the base alone, which warms it up as well;
@@ -127,7 +118,8 @@ class AdapterManager:
         """List what isn't loaded, with the reason."""
         log.warning("adapter %s is not loaded: %s", name, why)
         info = self.registry.pass_over(name, printable(source), why)
-        self._events += [(AdapterChange.LOAD_FAILED, info), (AdapterChange.CHANGED, info)]
+        self._events.append(AdapterEvent(AdapterChange.LOAD_FAILED, info))
+        self._events.append(AdapterEvent(AdapterChange.CHANGED, info))
 
     def _load_each(self, names: Iterator[str]) -> Job:
         for name in names:
@@ -272,15 +264,15 @@ class AdapterManager:
                 log.warning("adapter %s is not loaded: %s", name, printable(_why(error), _LOGGED))
             else:
                 log.exception("adapter %s is not loaded", name)
-            self._events.append((AdapterChange.LOAD_FAILED, failed))
+            self._events.append(AdapterEvent(AdapterChange.LOAD_FAILED, failed))
             if keep_failed:
-                self._events.append((AdapterChange.CHANGED, self.registry.get(name)))
+                self._events.append(AdapterEvent(AdapterChange.CHANGED, self.registry.get(name)))
             done.set_exception(error)
             return
         for warning in info.warnings:
             log.warning("adapter %s: %s", name, warning)
         log.info("adapter %s is loaded (%s, generation %d)", name, info.kind, info.generation)
-        self._events.append((AdapterChange.CHANGED, info))
+        self._events.append(AdapterEvent(AdapterChange.CHANGED, info))
         done.set_result(info)
 
     def _canary(self, adapter: Adapter, tokens: Sequence[int]) -> Generator[bool | None, None, list[str]]:
@@ -324,10 +316,10 @@ class AdapterManager:
             done.set_exception(error)
             return
         if info.state == AdapterState.FAILED:
-            self._events.append((AdapterChange.REMOVED, info))
+            self._events.append(AdapterEvent(AdapterChange.REMOVED, info))
             done.set_result(info)
             return
-        self._events.append((AdapterChange.CHANGED, info))
+        self._events.append(AdapterEvent(AdapterChange.CHANGED, info))
         self._unloading[name] = done
         self.collect()
 
@@ -338,7 +330,7 @@ class AdapterManager:
             if info is None:  # a new generation has its name
                 continue
             log.info("adapter %s is unloaded", adapter.name)
-            self._events.append((AdapterChange.REMOVED, info))
+            self._events.append(AdapterEvent(AdapterChange.REMOVED, info))
             self._unloading.pop(adapter.name).set_result(info)
 
     def _free(self, adapter: Adapter) -> None:
@@ -346,11 +338,6 @@ class AdapterManager:
         if adapter.slot:
             self._bank.remove(adapter.slot)
         self._scheduler.prefixes.forget(adapter)
-
-    def take_events(self) -> list[AdapterEvent]:
-        """What has happened since the last call."""
-        events, self._events = self._events, []
-        return events
 
 
 def _why(error: PolygraftError) -> str:

@@ -1,4 +1,4 @@
-"""What is asked of merged copies beside running on them: to keep one, and to tell how exact it is."""
+"""Handles UpdateAdapter, and measures merged copies' deviation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SKIPPED = 3
 
 
 class MergeCommands:
-    """Serves UpdateAdapter, and measures each copy once, when nobody else wants the time.
+    """Serves UpdateAdapter, and measures each copy once, while no request runs.
 
     Args:
         is_idle: whether no request is running or waiting.
@@ -50,7 +50,7 @@ class MergeCommands:
         self._is_idle = is_idle
         self._texts = texts
         self._measuring: set[int] = set()
-        self._changed: list[AdapterInfo] = []
+        copies.on_ready = self._plan_measuring
 
     def update(self, name: str, merged: bool, done: Future[AdapterInfo]) -> None:
         """Keep a merged copy of an adapter, or keep it no longer; `done` gets the outcome."""
@@ -62,7 +62,6 @@ class MergeCommands:
             done.set_exception(error)
             return
         copy = self._copies.pin(adapter, merged)
-        self.collect()  # the answer, and whoever asks next, must see the current state
         if not merged or copy is None:
             done.set_result(self._registry.get(name))
         else:
@@ -72,26 +71,20 @@ class MergeCommands:
         name = copy.adapter.name
         while copy.state is MergeState.MERGING and copy.wanted:
             yield True
-        self.collect()
-        if copy.state is MergeState.FAILED:
+        if copy.error is not None:
             done.set_exception(ResourceExhausted(f"adapter {name!r} is not merged: {copy.problem}"))
         elif not self._is_kept(copy):
             done.set_exception(AdapterUnavailable(name, "given up while it was being merged"))
         else:
             done.set_result(self._registry.get(name))
 
-    def collect(self) -> None:
-        """Put what has become of copies into the registry, and have new ones measured."""
-        for adapter in self._copies.take_changed():
-            shown = self._registry.set_merged(adapter, self._copies.info(adapter))
-            if shown is not None:
-                self._changed.append(shown)
-            copy = self._copies.peek(adapter)
-            measured = adapter.generation in self._measuring or not self._copies.needs_deviation(adapter)
-            comparable = not adapter.compiled.merged_only  # else there is nothing to compare with
-            if copy is not None and copy.ready and comparable and not measured:
-                self._measuring.add(adapter.generation)
-                self._background.add(self._measure(copy))
+    def _plan_measuring(self, copy: MergedCopy) -> None:
+        """Have a new copy measured, unless that has been done or there is nothing to compare it with."""
+        adapter = copy.adapter
+        measured = adapter.generation in self._measuring or not self._copies.needs_deviation(adapter)
+        if not measured and not adapter.compiled.merged_only:
+            self._measuring.add(adapter.generation)
+            self._background.add(self._measure(copy))
 
     def _measure(self, copy: MergedCopy) -> Job:
         adapter = copy.adapter
@@ -125,8 +118,3 @@ class MergeCommands:
 
     def _is_kept(self, copy: MergedCopy) -> bool:
         return copy.ready and not copy.forgotten and self._copies.holds(copy)
-
-    def take_changed(self) -> list[AdapterInfo]:
-        """Adapters whose copies have changed since the last call."""
-        changed, self._changed = self._changed, []
-        return changed

@@ -9,12 +9,10 @@ import torch
 
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
-from polygraft.core.adapter_info import MergeState
 from polygraft.core.request import LoraPath
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.schedule.scheduler import Scheduler
 from polygraft.engine.sequences.sequence import CanarySequence
-from polygraft.errors import ResourceExhausted
 
 
 class Canaries:
@@ -42,17 +40,16 @@ class Canaries:
         """
         sequence = CanarySequence(f"canary-{next(self._ids)}", tokens, Stack.of(adapter), positions=positions)
         sequence.stack.pin()
+        if copy is None and adapter is not None and adapter.compiled.merged_only:
+            copy = self._copies.get(adapter)
         if copy is not None:
-            copy.users += 1
-        elif adapter is not None and adapter.compiled.merged_only:
-            copy = self._copies.acquire(adapter)
-        if copy is not None:
+            sequence.hold(copy)
             sequence.path = LoraPath.MERGED
             sequence.assign(copy)
         self._scheduler.add(sequence)
         while (logits := sequence.logits) is None:
-            if copy is not None and copy.state is MergeState.FAILED:
+            if copy is not None and copy.error is not None:
                 self._scheduler.remove(sequence)
-                raise ResourceExhausted(f"not merged: {copy.problem}")
+                raise copy.error
             yield True
         return logits

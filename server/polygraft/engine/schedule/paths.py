@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from contextlib import ExitStack
 
 from polygraft.adapters.registry import Adapter
 from polygraft.core.request import LoraPath
+from polygraft.engine.events import Events, PathDecision
 from polygraft.engine.residency.linear_combinations import LinearCombinations
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.schedule.path_policy import PathPolicy
@@ -23,6 +25,7 @@ class Paths:
     """Resolves MERGED when a request is queued and AUTO when it is about to be admitted.
 
     Args:
+        events: AUTO's decisions are added to it.
         worthwhile: whether merged steps can gain anything; otherwise AUTO never merges.
     """
 
@@ -31,26 +34,31 @@ class Paths:
         copies: MergedCopies,
         combinations: LinearCombinations,
         scheduler: Scheduler,
+        events: Events,
         *,
         worthwhile: bool,
     ) -> None:
         self._copies = copies
         self._combinations = combinations
         self._scheduler = scheduler
+        self._events = events
         self._policy = PathPolicy() if worthwhile else None
         self._hot: MergedCopy | None = None
-        self._decisions: list[LoraPath] = []
+        self._hold = ExitStack()
 
     def queue(self, sequence: Sequence) -> None:
         """Settle what can be settled for a sequence that enters the queue."""
         if sequence.stack.combines:
-            sequence.combination = self._combinations.acquire(sequence.stack)
+            sequence.combination = self._combinations.get(sequence.stack)
+            sequence.hold(sequence.combination)
         adapter = sequence.stack.only
         if adapter is None or not self._copies.fits(adapter):
             sequence.path = LoraPath.UNMERGED
         elif sequence.path is LoraPath.MERGED or adapter.compiled.merged_only:
             sequence.path = LoraPath.MERGED
-            sequence.assign(self._copies.acquire(adapter))
+            copy = self._copies.get(adapter)
+            sequence.hold(copy)
+            sequence.assign(copy)
         elif self._policy is None:
             sequence.path = LoraPath.UNMERGED
 
@@ -83,25 +91,24 @@ class Paths:
     def _note(self, adapter: Adapter | None) -> None:
         """Take over the policy's decision."""
         if self._hot is not None:
-            self._hot.users -= 1
             log.info("auto: adapter %s runs unmerged again", self._hot.adapter.name)
-        self._hot = None if adapter is None else self._copies.acquire(adapter)
+            self._let_go()
         if adapter is not None:
+            self._hot = self._copies.get(adapter)
+            self._hold.enter_context(self._hot.held())
             log.info("auto: adapter %s holds nearly all requests and is merged", adapter.name)
-        self._decisions.append(LoraPath.UNMERGED if adapter is None else LoraPath.MERGED)
+        self._events.append(PathDecision(LoraPath.UNMERGED if adapter is None else LoraPath.MERGED))
+
+    def _let_go(self) -> None:
+        self._hold.close()
+        self._hot = None
 
     def forget(self, adapter: Adapter) -> None:
         """An adapter is gone, so nobody may hold its copy."""
         if self._hot is not None and self._hot.adapter is adapter:
-            self._hot.users -= 1
-            self._hot = None
+            self._let_go()
             if self._policy is not None:
                 self._policy.merged = None
-
-    def take_decisions(self) -> list[LoraPath]:
-        """What AUTO has changed to since the last call."""
-        decisions, self._decisions = self._decisions, []
-        return decisions
 
     @property
     def held(self) -> MergedCopy | None:

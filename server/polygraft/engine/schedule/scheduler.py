@@ -258,7 +258,7 @@ class Scheduler:
         if sequence.path is LoraPath.AUTO:
             sequence.path = LoraPath.UNMERGED if sequence.copy is None else LoraPath.MERGED
             if sequence.copy is not None:
-                sequence.copy.users += 1
+                sequence.hold(sequence.copy)
 
     def advance(self, item: Scheduled) -> None:
         """Take note that a part of a batch has run: its keys and values are in the cache."""
@@ -275,11 +275,7 @@ class Scheduler:
             self.waiting.remove(sequence)
             if sequence is self._blocked:
                 self._blocked = None
-        if sequence.copy is not None and sequence.path is LoraPath.MERGED:
-            sequence.copy.users -= 1
-        if sequence.combination is not None:
-            sequence.combination.users -= 1
-        sequence.stack.release()
+        sequence.release()
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

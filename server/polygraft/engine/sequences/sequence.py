@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from polygraft.core.adapter_info import MergeState
 from polygraft.core.request import FinishReason, LoraPath, Request, TokenLogprob
 from polygraft.engine.sampling.logprobs import Likelihood, likelihoods
 from polygraft.engine.tokenizers.text_stream import TextStream
-from polygraft.errors import PolygraftError, ResourceExhausted
+from polygraft.errors import PolygraftError
 
 if TYPE_CHECKING:
     from polygraft.adapters.stack import Runs, Stack
     from polygraft.engine.residency.linear_combinations import LinearCombination
     from polygraft.engine.residency.merged_copies import MergedCopy
+    from polygraft.engine.residency.resident_cache import Resident
     from polygraft.engine.sequences.prefix import SharedPrefix
 
 
@@ -61,6 +62,16 @@ class Sequence:
         self.path = LoraPath.UNMERGED
         self.copy: MergedCopy | None = None
         self.combination: LinearCombination | None = None
+        self._holds = ExitStack()
+
+    def hold(self, item: Resident) -> None:
+        """Hold a copy or a combination until the sequence is released."""
+        self._holds.enter_context(item.held())
+
+    def release(self) -> None:
+        """Let go of the copy or combination, and of its adapters."""
+        self._holds.close()
+        self.stack.release()
 
     def assign(self, copy: MergedCopy | None) -> None:
         """Change the weights that a waiting sequence is to run on."""
@@ -103,9 +114,8 @@ class Sequence:
     @property
     def lost(self) -> PolygraftError | None:
         """Why the weights that it waits for can't be had; None if they can."""
-        if self.copy is not None and self.copy.state is MergeState.FAILED:
-            return ResourceExhausted(f"not merged: {self.copy.problem}")
-        return None if self.combination is None else self.combination.error
+        waits_for = self.copy or self.combination
+        return None if waits_for is None else waits_for.error
 
     @property
     def embeddings(self) -> torch.Tensor | None:
