@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from polygraft.base.model_folder import resolve_model
 from polygraft.config import ServerConfig
-from polygraft.core.request import Request, SamplingParams, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.engine.requests import generations
+from polygraft_types.requests import Request, SamplingParams, StoppingParams
 
 WINDOWS, TOKENS, NEAREST = 8, 256, 16
 PRECISIONS = {

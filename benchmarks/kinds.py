@@ -23,8 +23,8 @@ from benchmarks.kind_adapters import write_kinds
 from benchmarks.suite.document import insert, table
 from polygraft.base.loader import inspect_without_weights
 from polygraft.config import ServerConfig
-from polygraft.core.request import AdapterRef, Request, StoppingParams
 from polygraft.engine.engine import Engine
+from polygraft_types.requests import AdapterRef, Request, StoppingParams
 
 ROWS, CONTEXT, STEPS = 16, 64, 12
 DISTINCT = (1, 4)

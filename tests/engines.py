@@ -9,16 +9,10 @@ import torch
 
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
-from polygraft.core.request import (
-    AdapterRef,
-    CombinationType,
-    FinishReason,
-    LoraPath,
-    Request,
-    StoppingParams,
-)
 from polygraft.engine.engine import Engine
 from polygraft.engine.sequences.sequence import CanarySequence
+from polygraft_types.answers import FinishReason
+from polygraft_types.requests import AdapterRef, CombinationType, LoraPath, Request, StoppingParams
 
 
 def make_engine(

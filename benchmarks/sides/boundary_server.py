@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from multiprocessing.connection import Connection
 
 from polygraft.config import ServerConfig
-from polygraft.core.request import Request, RequestOutput
+from polygraft.core.output import RequestOutput
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.engine.client import ModelInfo
 from polygraft.engine.engine import Engine
@@ -18,6 +18,7 @@ from polygraft.engine.engine_thread import EngineThread
 from polygraft.rpc.grpc_server import GrpcServer
 from polygraft.server import SWITCH_SECONDS
 from polygraft.telemetry.metrics import Metrics
+from polygraft_types.requests import Request
 
 CONFIG = ServerConfig(listen="127.0.0.1:0", metrics="", kv_cache_bytes=256 * 2**20, threads=2)
 

@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks.sides.protocol import answer_rounds
 from benchmarks.workload import NEW_TOKENS, requests
 from polygraft.config import ServerConfig
-from polygraft.core.request import AdapterRef, Request, StoppingParams
 from polygraft.engine.engine import Engine
+from polygraft_types.requests import AdapterRef, Request, StoppingParams
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from torch import nn
 from benchmarks.suite.experiment import Experiment, Row
 from polygraft.base.optimize.packing import weight_bytes
 from polygraft.config import ServerConfig
-from polygraft.core.request import Request, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.layers.linear.linear import LinearGroup, PackedLinear
 from polygraft.layers.native.kernels import load_kernels
+from polygraft_types.requests import Request, StoppingParams
 
 STEPS = 24
 MANY_ROWS = 1024

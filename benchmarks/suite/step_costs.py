@@ -18,8 +18,8 @@ from benchmarks.suite.experiment import Experiment, Plot, Row
 from benchmarks.suite.stores import lora_store, rank_store
 from polygraft.base.loader import inspect_without_weights
 from polygraft.config import ServerConfig
-from polygraft.core.request import AdapterRef, Request, StoppingParams
 from polygraft.engine.engine import Engine
+from polygraft_types.requests import AdapterRef, Request, StoppingParams
 
 STEPS = 12
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)

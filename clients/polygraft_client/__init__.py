@@ -31,30 +31,20 @@ from polygraft_client._exceptions import (
 )
 from polygraft_client._models import (
     Adapter,
-    AdapterRef,
-    AdapterState,
-    ChatMessage,
     Chunk,
-    CombinationType,
-    ContinuationScore,
-    Deviation,
-    FinishReason,
     Generation,
     Health,
-    LoraPath,
     MergedCopy,
-    MergeState,
     Model,
-    NearestToken,
     SamplingDefaults,
     Score,
     Timings,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
 )
 from polygraft_client._requests import Chat, GenerateOptions
 from polygraft_client._streams import AsyncStream, Stream
+from polygraft_types.adapters import AdapterState, Deviation, MergeState, NearestToken
+from polygraft_types.answers import ContinuationScore, FinishReason, TokenLogprob, TopLogprob, Usage
+from polygraft_types.requests import AdapterRef, ChatMessage, CombinationType, LoraPath
 
 __all__ = [
     "Adapter",

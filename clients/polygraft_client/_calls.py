@@ -15,16 +15,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client import _responses
-from polygraft_client._models import (
-    Adapter,
-    Chunk,
-    CombinationType,
-    Generation,
-    Health,
-    LoraPath,
-    Model,
-    Score,
-)
+from polygraft_client._models import Adapter, Chunk, Generation, Health, Model, Score
 from polygraft_client._requests import (
     AdapterRefs,
     Chat,
@@ -40,6 +31,7 @@ from polygraft_client._requests import (
     split_timeout,
     texts_or_ids,
 )
+from polygraft_types.requests import CombinationType, LoraPath
 
 _INFERENCE = "/polygraft.v1.InferenceService/"
 _ADAPTERS = "/polygraft.v1.AdapterService/"

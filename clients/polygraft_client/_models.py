@@ -1,4 +1,4 @@
-"""What goes in and what comes out, free of protobuf."""
+"""What goes in and what comes out, free of protobuf; what the server shares is in `polygraft_types`."""
 
 from __future__ import annotations
 
@@ -6,60 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-
-class FinishReason(StrEnum):
-    """Why a request ended."""
-
-    STOP = "STOP"
-    """An end-of-sequence token or one of the request's stop token ids."""
-    LENGTH = "LENGTH"
-    """`max_new_tokens` were generated."""
-    STOP_SEQUENCE = "STOP_SEQUENCE"
-    """The text reached a stop sequence."""
-    TIME_LIMIT = "TIME_LIMIT"
-    """`time_limit` has passed; the text is what there was."""
-    CANCELLED = "CANCELLED"
-    """The request was aborted from elsewhere."""
-    UNKNOWN = "UNKNOWN"
-    """A reason that this version of the client doesn't know."""
-
-
-class LoraPath(StrEnum):
-    """How low-rank weights reach a request's rows."""
-
-    AUTO = "AUTO"
-    UNMERGED = "UNMERGED"
-    MERGED = "MERGED"
-    UNKNOWN = "UNKNOWN"
-
-
-class CombinationType(StrEnum):
-    """What the adapters of a request are together."""
-
-    STACK = "STACK"
-    """They act one after another: low-rank weights add up."""
-    LINEAR = "LINEAR"
-    """One LoRA whose A and B are the weighted sums of theirs: PEFT's combination_type="linear"."""
-
-
-class AdapterState(StrEnum):
-    """Where an adapter stands."""
-
-    LOADING = "LOADING"
-    READY = "READY"
-    FAILED = "FAILED"
-    UNLOADING = "UNLOADING"
-    UNKNOWN = "UNKNOWN"
-
-
-class MergeState(StrEnum):
-    """Where a merged copy stands."""
-
-    MERGING = "MERGING"
-    READY = "READY"
-    FAILED = "FAILED"
-    EVICTED = "EVICTED"
-    UNKNOWN = "UNKNOWN"
+from polygraft_types.adapters import AdapterState, Deviation, MergeState, NearestToken
+from polygraft_types.answers import ContinuationScore, FinishReason, TokenLogprob, Usage
+from polygraft_types.requests import LoraPath
 
 
 class Health(StrEnum):
@@ -69,45 +18,6 @@ class Health(StrEnum):
     SERVING = "SERVING"
     NOT_SERVING = "NOT_SERVING"
     SERVICE_UNKNOWN = "SERVICE_UNKNOWN"
-
-
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
-    """One turn of a conversation; `role` is usually "system", "user" or "assistant"."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterRef:
-    """One adapter of a request.
-
-    Args:
-        weight: factor on what low-rank weights add, in [-100, 100]; None is 1.
-        generation: of an adapter that was loaded again; None is the newest.
-    """
-
-    name: str
-    weight: float | None = None
-    generation: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens counted for one request.
-
-    Args:
-        prompt_tokens: special tokens included.
-        cached_tokens: of these, tokens whose keys and values were already there.
-        virtual_tokens: the adapter's; they occupy the context and are computed once for all requests.
-        completion_tokens: the one that stopped the request included.
-    """
-
-    prompt_tokens: int
-    cached_tokens: int
-    virtual_tokens: int
-    completion_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,31 +35,6 @@ class Timings:
     prefill: float
     time_to_first_token: float
     total: float
-
-
-@dataclass(frozen=True, slots=True)
-class TopLogprob:
-    """One of the likeliest tokens at a position."""
-
-    token_id: int
-    text: str
-    logprob: float
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token and how likely the model found it there, before penalties and temperature.
-
-    Args:
-        text: the token's own; a part of a character is U+FFFD.
-        logprob: natural logarithm; None for the first token of an echoed prompt.
-        top: the likeliest tokens at this position, if asked for.
-    """
-
-    token_id: int
-    text: str
-    logprob: float | None
-    top: tuple[TopLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,20 +81,6 @@ class Chunk:
     token_ids: tuple[int, ...] = ()
     generation: Generation | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ContinuationScore:
-    """How likely the model finds one continuation.
-
-    Args:
-        log_likelihood: the sum over its tokens, natural logarithm.
-        is_greedy: whether greedy decoding would have produced it.
-    """
-
-    log_likelihood: float
-    is_greedy: bool
-    tokens: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,30 +146,6 @@ class Model:
     has_chat_template: bool
     server_version: str
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NearestToken:
-    """A token of the vocabulary near to a virtual token; `similarity` is the cosine, in [-1, 1]."""
-
-    token_id: int
-    text: str
-    similarity: float
-
-
-@dataclass(frozen=True, slots=True)
-class Deviation:
-    """How far the merged path's logits are from the unmerged path's, on a fixed set of texts.
-
-    Args:
-        greedy_agreement: share of positions at which both have the same likeliest token, in [0, 1].
-        positions: how many were compared.
-    """
-
-    largest: float
-    mean: float
-    greedy_agreement: float
-    positions: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from polygraft_api.v1 import inference_pb2
 from polygraft_client._exceptions import InvalidRequest
-from polygraft_client._models import AdapterRef, ChatMessage, CombinationType, LoraPath
+from polygraft_types.requests import AdapterRef, ChatMessage, CombinationType, LoraPath
 
 Chat = Sequence[ChatMessage | Mapping[str, str]]
 """A conversation: `ChatMessage`s, or dicts with the keys "role" and "content"."""
@@ -203,7 +203,7 @@ def adapter_refs(adapters: AdapterRefs) -> list[inference_pb2.AdapterRef]:
                 inference_pb2.AdapterRef,
                 name=ref.name,
                 generation=ref.generation,
-                weight=ref.weight,
+                weight=None if ref.weight == 1.0 else ref.weight,
                 path=f"adapters[{at}].",
             )
         )

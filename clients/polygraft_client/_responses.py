@@ -13,25 +13,18 @@ from google.protobuf.wrappers_pb2 import Int32Value
 from polygraft_api.v1 import adapters_pb2, inference_pb2
 from polygraft_client._models import (
     Adapter,
-    AdapterState,
     Chunk,
-    ContinuationScore,
-    Deviation,
-    FinishReason,
     Generation,
     Health,
-    LoraPath,
     MergedCopy,
-    MergeState,
     Model,
-    NearestToken,
     SamplingDefaults,
     Score,
     Timings,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
 )
+from polygraft_types.adapters import AdapterState, Deviation, MergeState, NearestToken
+from polygraft_types.answers import ContinuationScore, FinishReason, TokenLogprob, TopLogprob, Usage
+from polygraft_types.requests import LoraPath
 
 _E = TypeVar("_E", bound=StrEnum)
 

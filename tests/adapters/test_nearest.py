@@ -7,11 +7,11 @@ import torch
 
 from polygraft.adapters import nearest
 from polygraft.adapters.nearest import nearest_tokens
-from polygraft.core.adapter_info import NearToken
 from polygraft.core.primitives import SoftPrompt
+from polygraft_types.adapters import NearestToken
 
 
-def run(prompt: torch.Tensor, table: torch.Tensor, count: int) -> list[list[NearToken]]:
+def run(prompt: torch.Tensor, table: torch.Tensor, count: int) -> list[list[NearestToken]]:
     job = nearest_tokens(SoftPrompt(prompt), table, count, lambda token: f"<{token}>")
     while True:
         try:
@@ -39,8 +39,8 @@ def test_as_a_plain_computation(rows: int, dtype: torch.dtype, monkeypatch: pyte
 def test_a_token_itself_is_the_nearest_whatever_its_length() -> None:
     table = torch.eye(6)
     assert [near[0] for near in run(3 * table[[4, 2]], table, 1)] == [
-        NearToken(4, "<4>", 1.0),
-        NearToken(2, "<2>", 1.0),
+        NearestToken(4, "<4>", 1.0),
+        NearestToken(2, "<2>", 1.0),
     ]
 
 

@@ -8,11 +8,11 @@ import time
 import pytest
 
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
-from polygraft.core.adapter_info import AdapterInfo, AdapterState
 from polygraft.core.adapter_weights import AdapterWeights
-from polygraft.core.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
 from polygraft.near_names import nearest_names
+from polygraft_types.adapters import AdapterInfo, AdapterState
+from polygraft_types.requests import AdapterRef
 
 COMPILED = AdapterWeights("lora", 10)
 
@@ -39,7 +39,7 @@ def test_a_ready_adapter_is_resolved_and_pinned() -> None:
     registry = AdapterRegistry(4)
     adapter = load(registry)
     assert registry.resolve(AdapterRef("a")) is adapter
-    assert registry.resolve(AdapterRef("a", adapter.generation)) is adapter
+    assert registry.resolve(AdapterRef("a", generation=adapter.generation)) is adapter
     assert registry.get("a").running_requests == 2
     adapter.release()
     adapter.release()
@@ -103,7 +103,7 @@ def test_a_first_load_that_fails(keep: bool) -> None:
         with pytest.raises(AdapterUnavailable, match=r"failed: one thing$"):
             call()
     with pytest.raises(AdapterNotFound, match="generation 3"):
-        registry.resolve(AdapterRef("a", 3))
+        registry.resolve(AdapterRef("a", generation=3))
     assert registry.begin_unload("a", wait=False) == failed
     assert registry.list() == []
 
@@ -134,7 +134,7 @@ def test_both_generations_serve_until_the_old_one_is_let_go() -> None:
     registry.resolve(AdapterRef("a"))
     new = load(registry)
     assert registry.resolve(AdapterRef("a")) is new
-    assert registry.resolve(AdapterRef("a", old.generation)) is old
+    assert registry.resolve(AdapterRef("a", generation=old.generation)) is old
     assert gone(registry) == []
     old.release()
     assert gone(registry) == []
@@ -142,7 +142,7 @@ def test_both_generations_serve_until_the_old_one_is_let_go() -> None:
     assert gone(registry) == [(old.generation, None)]
     assert gone(registry) == []
     with pytest.raises(AdapterNotFound, match=f"generation {old.generation} isn't loaded"):
-        registry.resolve(AdapterRef("a", old.generation))
+        registry.resolve(AdapterRef("a", generation=old.generation))
 
 
 def test_unloading_waits_for_pins_and_takes_no_more() -> None:
@@ -151,7 +151,7 @@ def test_unloading_waits_for_pins_and_takes_no_more() -> None:
     registry.resolve(AdapterRef("a"))
     info = registry.begin_unload("a", wait=True)
     assert (info.state, info.running_requests) == (AdapterState.UNLOADING, 1)
-    for ref in (AdapterRef("a"), AdapterRef("a", adapter.generation)):
+    for ref in (AdapterRef("a"), AdapterRef("a", generation=adapter.generation)):
         with pytest.raises(AdapterUnavailable, match="being unloaded"):
             registry.resolve(ref)
     with pytest.raises(AdapterUnavailable, match="unloading"):

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from polygraft.base.loader import load_base
 from polygraft.base.tokenizer import TextTokenizer, contained, text_tokenizer
-from polygraft.core.request import AdapterRef, Request, ResponseParams, SamplingParams, StoppingParams
 from polygraft.engine.prompts.prompts import Prompts
 from polygraft.engine.sampling.logprobs import TokenTexts
 from polygraft.errors import BaseModelError, InvalidRequest
+from polygraft_types.requests import AdapterRef, Request, ResponseParams, SamplingParams, StoppingParams
 from tests.engines import greedy, make_engine, run_greedy
 from tests.tiny import byte_tokenizer
 

@@ -28,7 +28,7 @@ def test_several_adapters_and_weights(call: Invoke, script: Script) -> None:
         ("", [ref(name="mood"), ref(name="headline", weight=0.5)]),
         ("", [ref(name="mood", weight=-2)]),
         ("mood", []),
-        ("", [ref(name="mood", weight=1), ref(name="headline")]),
+        ("", [ref(name="mood"), ref(name="headline")]),
     ]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from polygraft.core.request import AdapterRef, Finished, Request, RequestOutput, StoppingParams
+from polygraft.core.output import RequestOutput
 from polygraft.engine.engine import Engine
+from polygraft_types.answers import Finished
+from polygraft_types.requests import AdapterRef, Request, StoppingParams
 
 PROMPT = list(range(30, 60))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from polygraft.core.adapter_info import AdapterInfo
-from polygraft.core.request import AdapterRef
 from polygraft.engine.engine import Engine
+from polygraft_types.adapters import AdapterInfo
+from polygraft_types.requests import AdapterRef
 
 
 def copy_of(store: Path, to: Path, *kinds: str) -> Path:

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from polygraft.core.adapter_info import AdapterInfo, AdapterState, MergeEvent
-from polygraft.core.request import Chat, ChatMessage, Finished, FinishReason, LoraPath, Request, RequestOutput
+from polygraft.core.output import RequestOutput
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.engine.client import Occupancy, StepStats
 from polygraft.engine.engine import Engine
@@ -33,6 +32,9 @@ from polygraft.errors import (
     ResourceExhausted,
 )
 from polygraft.telemetry.metrics import Metrics
+from polygraft_types.adapters import AdapterInfo, AdapterState, MergeEvent
+from polygraft_types.answers import Finished, FinishReason
+from polygraft_types.requests import Chat, ChatMessage, LoraPath, Request
 from tests.engine.stores import change, copy_of, poison, strengthen
 from tests.engines import greedy, make_engine, run_greedy
 

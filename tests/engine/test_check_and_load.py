@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from polygraft.adapters.files.folder import CONFIG, WEIGHTS
 from polygraft.base.tokenizer import TOKENIZER
 from polygraft.config import ServerConfig
-from polygraft.core.adapter_info import AdapterState
 from polygraft.engine.check import CheckReport, check_folder
 from polygraft.engine.engine import Engine
 from polygraft.errors import AdapterInvalid, InvalidRequest
+from polygraft_types.adapters import AdapterState
 from tests.engine.stores import copy_of, load, start_unload
 from tests.engines import make_engine
 

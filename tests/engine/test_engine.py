@@ -13,20 +13,20 @@ import torch
 from transformers import GenerationConfig
 
 from polygraft.base.loader import Base
-from polygraft.core.request import (
-    DEFAULT_MAX_NEW_TOKENS,
-    AdapterRef,
-    FinishReason,
-    LoraPath,
-    Request,
-    SamplingParams,
-    StoppingParams,
-)
 from polygraft.engine import engine as engine_module
 from polygraft.engine.engine import Engine
 from polygraft.engine.model_info import default_sampling
 from polygraft.engine.requests import generations as generations_module
 from polygraft.engine.sequences import sequence as sequence_module
+from polygraft_types.answers import FinishReason
+from polygraft_types.requests import (
+    DEFAULT_MAX_NEW_TOKENS,
+    AdapterRef,
+    LoraPath,
+    Request,
+    SamplingParams,
+    StoppingParams,
+)
 from tests.engine.asking import PROMPT, check_clean, request, run, text_of, tokens_of
 from tests.engine.stores import copy_of, poison
 from tests.engines import greedy, make_engine, run_greedy

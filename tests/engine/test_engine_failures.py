@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from polygraft.core.adapter_info import AdapterState
-from polygraft.core.request import Request, RequestOutput
+from polygraft.core.output import RequestOutput
 from polygraft.errors import EngineDead, PolygraftError
+from polygraft_types.adapters import AdapterState
+from polygraft_types.requests import Request
 from tests.engine.stores import copy_of
 from tests.engine.test_async_engine import PROMPT, Running
 from tests.engines import greedy, make_engine

@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import pytest
 
-from polygraft.core.request import AdapterRef, Chat, ChatMessage, Request, ScoreRequest
 from polygraft.engine.engine import Engine
 from polygraft.engine.preparation import LARGE, QUICK, Preparation
 from polygraft.errors import AdapterNotFound, InvalidRequest
+from polygraft_types.requests import AdapterRef, Chat, ChatMessage, Request, ScoreRequest
 from tests.engine.asking import check_clean
 
 OWN = "prompts of adapters' own tokenizers and templates"
@@ -47,7 +47,7 @@ CASES = {
     "a chat of too many messages": (Request("r", Chat((ChatMessage("user", "hi"),) * 2000)), "large prompts"),
     "an adapter with the base's tokenizer": (Request("r", "x", (AdapterRef("plain"),)), ""),
     "an adapter with its own": (Request("r", "x", (AdapterRef("plain"), AdapterRef("own"))), OWN),
-    "perhaps an older one with its own": (Request("r", "x", (AdapterRef("plain", 3),)), OWN),
+    "perhaps an older one with its own": (Request("r", "x", (AdapterRef("plain", generation=3),)), OWN),
     "an adapter that isn't there": (Request("r", "x", (AdapterRef("nobody"),)), ""),
     "scores": (ScoreRequest("r", "x" * 100, ("y",) * 10), ""),
     "a prompt with many continuations": (ScoreRequest("r", "x" * 1000, ("y",) * 10), "prompts"),

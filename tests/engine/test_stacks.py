@@ -11,9 +11,9 @@ from polygraft.adapters.registry import AdapterRegistry
 from polygraft.adapters.stack import check_stack
 from polygraft.core.adapter_weights import AdapterWeights, by_module
 from polygraft.core.primitives import Bottleneck, Coupling, CouplingLayers, Kron, LowRank, Rotation, Scale
-from polygraft.core.request import AdapterRef, LoraPath, Request, ScoreRequest, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, PolygraftError
+from polygraft_types.requests import AdapterRef, LoraPath, Request, ScoreRequest, StoppingParams
 from tests.engine.asking import PROMPT, check_clean, run
 from tests.engine.stores import copy_of, load, start_unload, strengthen
 from tests.engines import forced_logits, make_engine

@@ -18,9 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polygraft.core.request import Request
 from polygraft.engine.engine import Engine
 from polygraft.layers.native.kernels import load_kernels
+from polygraft_types.requests import Request
 from tests.engines import greedy, make_engine
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")

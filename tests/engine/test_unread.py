@@ -5,9 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polygraft.core.request import RequestOutput, TokenLogprob, TopLogprob
+from polygraft.core.output import RequestOutput
 from polygraft.engine.unread import PIECE, Unread, weight
 from polygraft.errors import EngineDead
+from polygraft_types.answers import TokenLogprob, TopLogprob
 
 LOGPROB = TokenLogprob(1, "a", -0.5, (TopLogprob(1, "a", -0.5), TopLogprob(2, "b", -1.5)))
 outputs = st.builds(

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from polygraft.adapters.compile import compile_adapter, run_to_end
 from polygraft.adapters.files.store import read_folder
 from polygraft.adapters.limits import AdapterLimits
-from polygraft.core.request import AdapterRef, Request, ScoreRequest, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.errors import AdapterInvalid, InvalidRequest
+from polygraft_types.requests import AdapterRef, Request, ScoreRequest, StoppingParams
 from tests.engines import greedy, make_engine, run_greedy
 from tests.equivalence.reference import generate, load_reference
 from tests.peft_folders import TARGETS, save_adapter

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig
 from safetensors.torch import save_file
 
-from polygraft.core.adapter_info import AdapterState
-from polygraft.core.request import AdapterRef, CombinationType, LoraPath, Request, StoppingParams
 from polygraft.errors import AdapterUnavailable, InvalidRequest
 from polygraft.layers.experts import sites
 from polygraft.layers.experts.forward import experts_forward
+from polygraft_types.adapters import AdapterState
+from polygraft_types.requests import AdapterRef, CombinationType, LoraPath, Request, StoppingParams
 from tests.architectures import EXPERTS, MATRIX, SMOKE, WINDOW
 from tests.engines import forced_logits, greedy, make_engine, merged_logits, run_greedy
 from tests.equivalence.cases import (

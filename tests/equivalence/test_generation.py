@@ -13,8 +13,8 @@ import torch
 
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
-from polygraft.core.request import FinishReason
 from polygraft.engine.engine import Engine
+from polygraft_types.answers import FinishReason
 from tests.engine.asking import PROMPT
 from tests.engines import greedy, make_engine, run_greedy
 from tests.equivalence.reference import forced, load_reference

@@ -31,7 +31,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
-from polygraft.core.request import AdapterRef, CombinationType
+from polygraft_types.requests import AdapterRef, CombinationType
 from tests.architectures import MATRIX
 from tests.engines import forced_logits, merged_logits
 from tests.equivalence.cases import (

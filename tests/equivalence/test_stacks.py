@@ -18,8 +18,8 @@ import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lokr import LoKrLayer
 
-from polygraft.core.request import AdapterRef, CombinationType, Request, StoppingParams
 from polygraft.engine.engine import Engine
+from polygraft_types.requests import AdapterRef, CombinationType, Request, StoppingParams
 from tests.engines import forced_logits, make_engine, run_greedy
 from tests.equivalence.reference import Reference, forced, generate, load_reference
 from tests.peft_folders import KINDS, TARGETS, save_adapter

@@ -17,7 +17,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, Trainabl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from polygraft.core.request import (
+from polygraft.engine.engine import Engine
+from polygraft.errors import InvalidRequest
+from polygraft_types.requests import (
     AdapterRef,
     Request,
     ResponseParams,
@@ -25,8 +27,6 @@ from polygraft.core.request import (
     ScoreRequest,
     StoppingParams,
 )
-from polygraft.engine.engine import Engine
-from polygraft.errors import InvalidRequest
 from tests.engines import forced_logits, greedy, make_engine, run_greedy
 from tests.equivalence.reference import Reference, forced, generate, load_reference
 from tests.peft_folders import CAUSAL, EMBEDDING, SOME_TOKENS, TARGETS

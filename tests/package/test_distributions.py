@@ -32,7 +32,12 @@ def test_the_source_distribution_is_the_clone(built: Built) -> None:
 
 
 def test_the_wheel_holds_all_modules_and_operators_and_nothing_else(built: Built) -> None:
-    packages = {"polygraft": "server", "polygraft_client": "clients", "polygraft_api": "protos"}
+    packages = {
+        "polygraft": "server",
+        "polygraft_client": "clients",
+        "polygraft_types": "clients",
+        "polygraft_api": "protos",
+    }
     for package, folder in packages.items():
         own = files(built.site / package)
         assert {name for name in own if not name.startswith("samples/")} == files(CLONE / folder / package)

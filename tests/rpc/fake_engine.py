@@ -6,32 +6,27 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
-from polygraft.core.adapter_info import (
+from polygraft.core.output import RequestOutput
+from polygraft.engine.client import ModelInfo
+from polygraft.errors import AdapterNotFound, AdapterUnavailable, Draining, EngineDead, InvalidRequest
+from polygraft_types.adapters import (
     AdapterInfo,
     AdapterState,
     Deviation,
     MergedInfo,
     MergeState,
-    NearToken,
+    NearestToken,
 )
-from polygraft.core.request import (
-    AdapterRef,
-    Chat,
+from polygraft_types.answers import (
     ContinuationScore,
     Finished,
     FinishReason,
-    LoraPath,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    ScoreRequest,
     Timings,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
-from polygraft.engine.client import ModelInfo
-from polygraft.errors import AdapterNotFound, AdapterUnavailable, Draining, EngineDead, InvalidRequest
+from polygraft_types.requests import AdapterRef, Chat, LoraPath, Request, SamplingParams, ScoreRequest
 
 MODEL = ModelInfo(
     model="fake",
@@ -239,10 +234,10 @@ class FakeEngine:
     def list_adapters(self) -> list[AdapterInfo]:
         return sorted(self.adapters.values(), key=lambda info: info.name)
 
-    async def nearest_tokens(self, name: str, count: int) -> list[list[NearToken]]:
+    async def nearest_tokens(self, name: str, count: int) -> list[list[NearestToken]]:
         if self.get_adapter(name).state != AdapterState.READY:
             raise AdapterUnavailable(name, "failed")
-        return [[NearToken(5, "five", 0.5)] * count] * 2
+        return [[NearestToken(5, "five", 0.5)] * count] * 2
 
     async def wait_failed(self) -> None:
         await self.died.wait()

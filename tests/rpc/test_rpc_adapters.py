@@ -6,9 +6,9 @@ from typing import Any
 import grpc
 import pytest
 
-from polygraft.core.adapter_info import AdapterInfo, AdapterState, MergedInfo, MergeState
 from polygraft_api.v1 import adapters_pb2 as pb
 from polygraft_api.v1.inference_pb2 import GenerateRequest
+from polygraft_types.adapters import AdapterInfo, AdapterState, MergedInfo, MergeState
 from tests.rpc.conftest import Serve, Served, details_of
 from tests.rpc.fake_engine import ready
 

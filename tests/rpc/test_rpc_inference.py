@@ -6,8 +6,8 @@ import grpc
 import pytest
 
 import polygraft
-from polygraft.core.request import AdapterRef
 from polygraft_api.v1 import inference_pb2 as pb
+from polygraft_types.requests import AdapterRef
 from tests.rpc.conftest import Serve, Served, details_of
 from tests.rpc.fake_engine import MODEL, FakeEngine
 
@@ -225,7 +225,7 @@ async def test_a_message_beyond_the_limit_is_refused_and_others_go_on(serve_with
 async def test_several_adapters_are_all_named_in_the_end(served: Served) -> None:
     both = [pb.AdapterRef(name="json", generation=3), pb.AdapterRef(name="shout", weight=0.5)]
     answer = await served.inference.Generate(ask(adapters=both))
-    expected = (AdapterRef("json", 3), AdapterRef("shout", weight=0.5))
+    expected = (AdapterRef("json", generation=3), AdapterRef("shout", weight=0.5))
     assert served.engine.requests[-1].adapters == expected
     assert (answer.summary.adapter_generation, list(answer.summary.adapter_generations)) == (7, [7, 8])
     score = await served.inference.Score(pb.ScoreRequest(prompt="a", continuations=["b"], adapters=both))
@@ -244,9 +244,9 @@ async def test_tokens_in_an_adapters_own_way(served: Served) -> None:
     assert served.engine.asked_for == (AdapterRef("shout"),)
     both = [pb.AdapterRef(name="json", generation=3), pb.AdapterRef(name="shout", weight=0.5)]
     await served.inference.Tokenize(pb.TokenizeRequest(prompt="hi", adapters=both))
-    assert served.engine.asked_for == (AdapterRef("json", 3), AdapterRef("shout", weight=0.5))
+    assert served.engine.asked_for == (AdapterRef("json", generation=3), AdapterRef("shout", weight=0.5))
     await served.inference.Detokenize(pb.DetokenizeRequest(token_ids=[104], adapters=both))
-    assert served.engine.asked_for == (AdapterRef("json", 3), AdapterRef("shout", weight=0.5))
+    assert served.engine.asked_for == (AdapterRef("json", generation=3), AdapterRef("shout", weight=0.5))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await served.inference.Tokenize(pb.TokenizeRequest(prompt="hi", adapter="not a name"))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -7,16 +7,6 @@ from typing import Any
 import pytest
 
 from polygraft.core.names import check_name
-from polygraft.core.request import (
-    AdapterRef,
-    Chat,
-    ChatMessage,
-    CombinationType,
-    LoraPath,
-    Request,
-    ResponseParams,
-    ScoreRequest,
-)
 from polygraft.errors import ContextLengthExceeded, InvalidRequest
 from polygraft.rpc.requests import (
     adapter_refs,
@@ -26,6 +16,16 @@ from polygraft.rpc.requests import (
     tokenize_request,
 )
 from polygraft_api.v1 import inference_pb2 as pb
+from polygraft_types.requests import (
+    AdapterRef,
+    Chat,
+    ChatMessage,
+    CombinationType,
+    LoraPath,
+    Request,
+    ResponseParams,
+    ScoreRequest,
+)
 from tests.rpc.fake_engine import MODEL, replace
 
 
@@ -80,7 +80,7 @@ def test_set_fields_arrive() -> None:
         },
     )
     assert request.prompt == (0, 999)
-    assert request.adapters == (AdapterRef("json", 3),)
+    assert request.adapters == (AdapterRef("json", generation=3),)
     assert request.lora_path is LoraPath.UNMERGED
     assert request.sampling.greedy
     assert (request.sampling.top_p, request.sampling.top_k, request.sampling.min_p) == (1, 0, 0)
@@ -99,8 +99,8 @@ def test_set_fields_arrive() -> None:
 def test_chat_and_short_form() -> None:
     request = convert(chat={"messages": [{"role": "user", "content": "hi"}]}, adapter="json")
     assert request.prompt == Chat((ChatMessage("user", "hi"),))
-    assert request.adapters == (AdapterRef("json", None),)
-    assert convert(adapters=[{"name": "json"}]).adapters == (AdapterRef("json", None),)
+    assert request.adapters == (AdapterRef("json", generation=None),)
+    assert convert(adapters=[{"name": "json"}]).adapters == (AdapterRef("json", generation=None),)
 
 
 def test_the_servers_path_is_the_default() -> None:
@@ -173,7 +173,7 @@ def test_an_input_is_needed() -> None:
 
 def test_several_adapters() -> None:
     refs = [{"name": "a"}, {"name": "b", "weight": -0.5, "generation": 2}, {"name": "c", "weight": 0.0}]
-    expected = (AdapterRef("a"), AdapterRef("b", 2, -0.5), AdapterRef("c", weight=0.0))
+    expected = (AdapterRef("a"), AdapterRef("b", -0.5, 2), AdapterRef("c", weight=0.0))
     assert convert(adapters=refs).adapters == expected
     assert convert_score(adapters=refs).adapters == expected
     assert tokenize_request(pb.TokenizeRequest(prompt="x", adapters=refs), MODEL)[1] == expected
@@ -202,7 +202,7 @@ def test_the_models_own_repetition_penalty_is_the_default() -> None:
 def test_score_request() -> None:
     request = convert_score(adapters=[{"name": "json", "generation": 3}], top_logprobs=20)
     assert request == ScoreRequest(
-        "id-1", "a", ("b",), (AdapterRef("json", 3),), LoraPath.UNMERGED, False, 20
+        "id-1", "a", ("b",), (AdapterRef("json", generation=3),), LoraPath.UNMERGED, False, 20
     )
     assert convert_score(prompt="", continuations=["b"] * 256).prompt == ""
     ids = pb.ScoreRequest(token_ids={"ids": [1]}, continuation_token_ids=[{"ids": [2, 999]}, {"ids": [3]}])

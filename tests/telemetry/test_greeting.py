@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from polygraft.addresses import Address
-from polygraft.core.adapter_info import AdapterInfo, AdapterState
 from polygraft.telemetry.greeting import command_to_try, greeting
+from polygraft_types.adapters import AdapterInfo, AdapterState
 from tests.rpc.fake_engine import MODEL, ready
 
 HERE = Address("--listen", "127.0.0.1", 50051)

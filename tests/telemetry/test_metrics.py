@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from polygraft.core.adapter_info import AdapterInfo, AdapterState
 from polygraft.core.names import STACK
-from polygraft.core.request import Finished, FinishReason, LoraPath, SamplingParams, Timings, Usage
 from polygraft.engine.client import ModelInfo, Occupancy, StepStats
 from polygraft.telemetry.labels import OTHER, AdapterLabels
 from polygraft.telemetry.metrics import Metrics
+from polygraft_types.adapters import AdapterInfo, AdapterState
+from polygraft_types.answers import Finished, FinishReason, Timings, Usage
+from polygraft_types.requests import LoraPath, SamplingParams
 
 DOCS = Path(__file__).parents[2] / "docs" / "guides" / "metrics.md"
 

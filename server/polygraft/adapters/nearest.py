@@ -6,8 +6,8 @@ from collections.abc import Callable, Generator
 
 import torch
 
-from polygraft.core.adapter_info import NearToken
 from polygraft.core.primitives import SoftPrompt
+from polygraft_types.adapters import NearestToken
 
 _ROWS = 8192
 """Rows of the embedding table that are compared at a time: a millisecond or two."""
@@ -15,7 +15,7 @@ _ROWS = 8192
 
 def nearest_tokens(
     prompt: SoftPrompt, table: torch.Tensor, count: int, text_of: Callable[[int], str]
-) -> Generator[None, None, list[list[NearToken]]]:
+) -> Generator[None, None, list[list[NearestToken]]]:
     """The `count` tokens whose embeddings are nearest to each virtual token's by cosine, nearest first.
 
     Args:
@@ -31,6 +31,9 @@ def nearest_tokens(
         yield
     top = torch.cat(pieces, -1).topk(min(count, len(table)))
     return [
-        [NearToken(token, text_of(token), similarity) for token, similarity in zip(ids, values, strict=True)]
+        [
+            NearestToken(token, text_of(token), similarity)
+            for token, similarity in zip(ids, values, strict=True)
+        ]
         for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]

@@ -11,12 +11,12 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-from polygraft.core.adapter_info import AdapterInfo, AdapterState, MergedInfo
 from polygraft.core.adapter_weights import AdapterWeights
-from polygraft.core.request import AdapterRef
 from polygraft.errors import AdapterNotFound, AdapterUnavailable, ResourceExhausted
 from polygraft.near_names import did_you_mean
 from polygraft.printable import printable_texts
+from polygraft_types.adapters import AdapterInfo, AdapterState, MergedInfo
+from polygraft_types.requests import AdapterRef
 
 
 class Adapter:

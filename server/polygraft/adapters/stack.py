@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from polygraft.adapters.registry import Adapter
 from polygraft.core.adapter_weights import AdapterWeights, ModuleChange
 from polygraft.core.names import STACK, STACK_KIND
-from polygraft.core.request import CombinationType
 from polygraft.errors import InvalidRequest
+from polygraft_types.requests import CombinationType
 
 Runs = tuple[tuple[int, float], ...]
 """Slot in the bank and weight of each adapter that has side paths, in the order in which they act."""

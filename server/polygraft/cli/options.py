@@ -83,12 +83,12 @@ def adapter_refs(given: Sequence[str] | None) -> tuple[str | None, tuple[Adapter
     for text in given or ():
         name, separator, weight = text.partition(":")
         try:
-            refs.append(AdapterRef(name, float(weight) if separator else None))
+            refs.append(AdapterRef(name, float(weight) if separator else 1.0))
         except ValueError:
             raise typer.BadParameter(
                 f"expected NAME[:WEIGHT], got {text!r}", param_hint="--adapter"
             ) from None
-    if len(refs) == 1 and refs[0].weight is None:
+    if len(refs) == 1 and refs[0].weight == 1.0:
         return refs[0].name, ()
     return None, tuple(refs)
 

@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 from polygraft.adapters.files.folder import AdapterFolder
 from polygraft.adapters.nearest import nearest_tokens
 from polygraft.adapters.stack import Stack
-from polygraft.core.adapter_info import AdapterInfo, AdapterState, NearToken
 from polygraft.core.names import check_name
+from polygraft.core.output import RequestOutput
 from polygraft.core.primitives import SoftPrompt
-from polygraft.core.request import AdapterRef, Chat, Request, RequestOutput, ScoreRequest
 from polygraft.engine.client import ModelInfo, Observer
 from polygraft.engine.commands import Commands
 from polygraft.engine.engine import Engine
@@ -29,6 +28,8 @@ from polygraft.engine.step_result import StepResult
 from polygraft.engine.streams import Streams
 from polygraft.engine.watchdog import Watchdog
 from polygraft.errors import Draining, EngineDead, InvalidRequest, ResourceExhausted
+from polygraft_types.adapters import AdapterInfo, AdapterState, NearestToken
+from polygraft_types.requests import AdapterRef, Chat, Request, ScoreRequest
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -236,7 +237,7 @@ class AsyncEngine:
         """See `EngineClient.list_adapters`."""
         return self._engine.adapters.registry.list()
 
-    async def nearest_tokens(self, name: str, count: int) -> list[list[NearToken]]:
+    async def nearest_tokens(self, name: str, count: int) -> list[list[NearestToken]]:
         """See `EngineClient.nearest_tokens`."""
         prompt = self._engine.adapters.registry.compiled(name).prefix
         if not isinstance(prompt, SoftPrompt) or count == 0:
@@ -246,7 +247,7 @@ class AsyncEngine:
         def text(token: int) -> str:
             return self._engine.prompts.base.decode([token])
 
-        def job(done: Future[list[list[NearToken]]]) -> Job:
+        def job(done: Future[list[list[NearestToken]]]) -> Job:
             try:
                 done.set_result((yield from nearest_tokens(prompt, table, count, text)))
             except Exception as error:  # noqa: BLE001 - passed on to the caller

@@ -10,17 +10,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from polygraft.core.adapter_info import AdapterInfo, MergeEvent, NearToken
-from polygraft.core.request import (
-    AdapterRef,
-    Chat,
-    Finished,
-    LoraPath,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    ScoreRequest,
-)
+from polygraft.core.output import RequestOutput
+from polygraft_types.adapters import AdapterInfo, MergeEvent, NearestToken
+from polygraft_types.answers import Finished
+from polygraft_types.requests import AdapterRef, Chat, LoraPath, Request, SamplingParams, ScoreRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +211,7 @@ class EngineClient(Protocol):
     def list_adapters(self) -> list[AdapterInfo]:
         """All of them by name, failed ones included."""
 
-    async def nearest_tokens(self, name: str, count: int) -> list[list[NearToken]]:
+    async def nearest_tokens(self, name: str, count: int) -> list[list[NearestToken]]:
         """For each virtual token of a soft prompt, the vocabulary's `count` nearest tokens.
 
         Empty for an adapter without a soft prompt. Raises AdapterNotFound, AdapterUnavailable.

@@ -16,7 +16,7 @@ from polygraft.base.loader import Base, load_base
 from polygraft.base.model_folder import shown_name
 from polygraft.base.optimize.layer_fusing import fuse_decoder_layers
 from polygraft.config import ServerConfig
-from polygraft.core.request import LoraPath, Request, RequestOutput, ScoreRequest
+from polygraft.core.output import RequestOutput
 from polygraft.engine.cache.block_pool import BlockPool
 from polygraft.engine.cache.kv_cache import KVCache
 from polygraft.engine.cache.prefix_cache import PrefixCache
@@ -53,6 +53,7 @@ from polygraft.layers.linear.merging import WeightSwitch
 from polygraft.layers.native.kernels import load_kernels
 from polygraft.layers.step import StepContext
 from polygraft.stages import Stages
+from polygraft_types.requests import LoraPath, Request, ScoreRequest
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from polygraft.core.adapter_info import AdapterInfo, MergeEvent
-from polygraft.core.request import LoraPath
+from polygraft_types.adapters import AdapterInfo, MergeEvent
+from polygraft_types.requests import LoraPath
 
 
 class AdapterChange(Enum):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from polygraft.base.loader import Base
 from polygraft.config import ServerConfig
-from polygraft.core.request import LoraPath, SamplingParams
 from polygraft.engine.client import ModelInfo
 from polygraft.engine.prompts.prompts import Prompts
+from polygraft_types.requests import LoraPath, SamplingParams
 
 
 def model_info(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from polygraft.core.request import AdapterRef, Chat, Request, ScoreRequest
 from polygraft.engine.engine import Engine
 from polygraft.engine.prompts.prompts import Prompts
 from polygraft.engine.requests.scoring import ScoreJob
@@ -13,6 +12,7 @@ from polygraft.engine.sequences.sequence import Generation
 from polygraft.engine.workers.fair_workers import FairWorkers
 from polygraft.engine.workers.worker import Worker
 from polygraft.errors import AdapterNotFound, InvalidRequest
+from polygraft_types.requests import AdapterRef, Chat, Request, ScoreRequest
 
 T = TypeVar("T")
 P = TypeVar("P", Generation, ScoreJob)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from polygraft.core.request import LoraPath, RequestOutput
+from polygraft.core.output import RequestOutput
 from polygraft.engine.client import Occupancy, StepStats
 from polygraft.engine.events import Events
 from polygraft.engine.schedule.scheduler import Batch
 from polygraft.engine.sequences.sequence import Generation
+from polygraft_types.requests import LoraPath
 
 
 @dataclass(slots=True)

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 
 from polygraft.adapters.stack import Stack
-from polygraft.core.adapter_info import MergeEvent
-from polygraft.core.request import RequestOutput
+from polygraft.core.output import RequestOutput
 from polygraft.engine.client import Observer
 from polygraft.engine.events import AdapterChange, AdapterEvent, Event, PathDecision
 from polygraft.engine.step_result import StepResult
 from polygraft.engine.unread import Unread
 from polygraft.errors import OutputUnread, PolygraftError
+from polygraft_types.adapters import MergeEvent
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
-from polygraft.core.request import RequestOutput
+from polygraft.core.output import RequestOutput
 
 PIECE = 16 * 1024
 """Bytes taken at once if there are more: as much as a client's connection accepts without waiting."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from polygraft.core.request import Finished
+from polygraft_types.answers import Finished
 
 _log = logging.getLogger("polygraft.access")
 

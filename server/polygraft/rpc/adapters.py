@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 
-from polygraft.core.adapter_info import AdapterInfo, AdapterState
 from polygraft.core.names import check_name
 from polygraft.engine.client import EngineClient
 from polygraft.errors import InvalidRequest, NotSupported
@@ -17,6 +16,7 @@ from polygraft.rpc import responses
 from polygraft.rpc.access_log import note_adapters
 from polygraft_api.v1 import adapters_pb2 as pb
 from polygraft_api.v1 import adapters_pb2_grpc
+from polygraft_types.adapters import AdapterInfo, AdapterState
 
 _DEFAULT_PAGE = 100
 _MAX_PAGE = 1000

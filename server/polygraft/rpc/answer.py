@@ -6,10 +6,11 @@ from typing import TypeVar, cast
 
 from google.protobuf.message import Message
 
-from polygraft.core.request import Finished, RequestOutput, TokenLogprob
+from polygraft.core.output import RequestOutput
 from polygraft.engine.workers.worker import Worker
 from polygraft.rpc import responses
 from polygraft_api.v1 import inference_pb2 as pb
+from polygraft_types.answers import Finished, TokenLogprob
 
 M = TypeVar("M", bound=Message)
 

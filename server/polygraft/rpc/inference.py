@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from polygraft.core.request import AdapterRef
 from polygraft.engine.client import EngineClient
 from polygraft.engine.workers.worker import Worker
 from polygraft.errors import Draining
@@ -20,6 +19,7 @@ from polygraft.rpc.answer import QUICK_ENTRIES, Answer, encode, entries
 from polygraft.telemetry.logging import request_id
 from polygraft_api.v1 import inference_pb2 as pb
 from polygraft_api.v1 import inference_pb2_grpc
+from polygraft_types.requests import AdapterRef
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")

@@ -8,7 +8,10 @@ from typing import Literal
 from google.protobuf.message import Message
 
 from polygraft.core.names import check_name
-from polygraft.core.request import (
+from polygraft.engine.client import ModelInfo
+from polygraft.errors import ContextLengthExceeded, InvalidRequest
+from polygraft_api.v1 import inference_pb2 as pb
+from polygraft_types.requests import (
     DEFAULT_MAX_NEW_TOKENS,
     AdapterRef,
     Chat,
@@ -21,9 +24,6 @@ from polygraft.core.request import (
     ScoreRequest,
     StoppingParams,
 )
-from polygraft.engine.client import ModelInfo
-from polygraft.errors import ContextLengthExceeded, InvalidRequest
-from polygraft_api.v1 import inference_pb2 as pb
 
 _Penalty = Literal["repetition_penalty", "presence_penalty", "frequency_penalty"]
 
@@ -176,7 +176,7 @@ def adapter_refs(message: _NamesAdapters) -> tuple[AdapterRef, ...]:
         name = check_name(ref.name, f"adapters[{index}].name")
         weight = ref.weight if ref.HasField("weight") else 1.0
         _check(f"adapters[{index}].weight", -_MAX_WEIGHT <= weight <= _MAX_WEIGHT, "in [-100, 100]", weight)
-        refs.append(AdapterRef(name, ref.generation or None, weight))
+        refs.append(AdapterRef(name, weight, ref.generation or None))
     return tuple(refs)
 
 

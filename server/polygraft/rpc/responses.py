@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import polygraft
-from polygraft.core.adapter_info import AdapterInfo, MergedInfo, NearToken
-from polygraft.core.request import Finished, RequestOutput, TokenLogprob
+from polygraft.core.output import RequestOutput
 from polygraft.engine.client import ModelInfo
 from polygraft_api.v1 import adapters_pb2 as apb
 from polygraft_api.v1 import inference_pb2 as pb
+from polygraft_types.adapters import AdapterInfo, MergedInfo, NearestToken
+from polygraft_types.answers import Finished, TokenLogprob
 
 ID_BYTES = 3
 """Size of a token id in a message, roughly."""
@@ -175,7 +176,7 @@ def merged_copy(info: MergedInfo) -> apb.MergedCopy:
     )
 
 
-def nearest(tokens: Sequence[NearToken]) -> apb.NearestTokens:
+def nearest(tokens: Sequence[NearestToken]) -> apb.NearestTokens:
     """The vocabulary's nearest tokens to one virtual token."""
     return apb.NearestTokens(
         tokens=[

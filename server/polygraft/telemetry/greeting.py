@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from polygraft.addresses import Address
 from polygraft.config import ServerConfig
-from polygraft.core.adapter_info import AdapterInfo, AdapterState
 from polygraft.engine.client import ModelInfo
+from polygraft_types.adapters import AdapterInfo, AdapterState
 
 _PROMPT = "Maria Lopez, 34, is a teacher from Madrid."
 """The default model answers it well, alone and with most of the samples."""

@@ -14,10 +14,11 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from polygraft.core.adapter_info import AdapterInfo, AdapterState, MergeEvent, MergeOutcome
-from polygraft.core.request import Finished, LoraPath
 from polygraft.engine.client import ModelInfo, Occupancy, StepStats
 from polygraft.telemetry.labels import AdapterLabels
+from polygraft_types.adapters import AdapterInfo, AdapterState, MergeEvent, MergeOutcome
+from polygraft_types.answers import Finished
+from polygraft_types.requests import LoraPath
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _INTER_TOKEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -132,7 +133,7 @@ class Metrics:
 
     def _define_adapters(self) -> None:
         self._adapters = self._gauge("adapters", "Registered adapters, by state", ("state",))
-        for state in AdapterState:
+        for state in set(AdapterState) - {AdapterState.UNKNOWN}:
             self._adapters.labels(state.value).set(0)
         self._compiled = self._gauge("adapter_compiled_bytes", "Memory that compiled adapters take")
         self._loads = self._counter("adapter_loads", "Loads of adapters, by result", ("result",))

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from polygraft.adapters.stack import Stack
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
-from polygraft.core.request import LoraPath, Request
 from polygraft.engine import engine as engine_module
 from polygraft.engine.engine import Engine
 from polygraft.engine.sequences.sequence import CanarySequence
 from polygraft.layers.native.kernels import load_kernels
+from polygraft_types.requests import LoraPath, Request
 from tests.architectures import MATRIX
 from tests.base.optimize.test_layer_fusing import fused_layers
 from tests.engines import greedy, make_engine

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from polygraft.core.request import Usage
 from polygraft.engine.engine import Engine
+from polygraft_types.answers import Usage
 from tests.engine.stores import change, copy_of, load
 from tests.engines import greedy, make_engine, run_greedy
 

@@ -14,8 +14,6 @@ from polygraft.adapters.files.folder import CONFIG, WEIGHTS, AdapterFolder
 from polygraft.adapters.files.store import AdapterStore
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
-from polygraft.core.adapter_info import AdapterState
-from polygraft.core.request import AdapterRef, Request, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.engine.events import AdapterChange, AdapterEvent
 from polygraft.engine.loading.load_memory import LOADS_AT_ONCE
@@ -28,6 +26,8 @@ from polygraft.errors import (
     PolygraftError,
     ResourceExhausted,
 )
+from polygraft_types.adapters import AdapterState
+from polygraft_types.requests import AdapterRef, Request, StoppingParams
 from tests.engine.stores import change, copy_of, load, start_load, start_unload, strengthen
 from tests.engines import greedy, make_engine, run_greedy
 
@@ -59,7 +59,7 @@ def at_generation(id: str, name: str, generation: int) -> Request:
     return Request(
         id,
         tuple(PROMPT),
-        (AdapterRef(name, generation),),
+        (AdapterRef(name, generation=generation),),
         stopping=StoppingParams(max_new_tokens=8, ignore_eos=True),
     )
 

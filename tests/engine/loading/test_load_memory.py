@@ -11,12 +11,12 @@ import pytest
 
 from polygraft.adapters.files.folder import AdapterFolder
 from polygraft.adapters.files.store import AdapterStore
-from polygraft.core.adapter_info import AdapterState
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.engine.loading import load_memory
 from polygraft.engine.loading.load_memory import LOADS_AT_ONCE, LoadMemory, LoadQueue
 from polygraft.errors import AdapterInvalid, PolygraftError, ResourceExhausted
 from polygraft.telemetry.metrics import Metrics
+from polygraft_types.adapters import AdapterState
 from tests.engine.stores import change, copy_of, load
 from tests.engines import make_engine
 

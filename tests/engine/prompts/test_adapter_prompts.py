@@ -12,7 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from polygraft.adapters.stack import Stack
-from polygraft.core.request import (
+from polygraft.engine.engine import Engine
+from polygraft.errors import AdapterNotFound, InvalidRequest
+from polygraft_types.requests import (
     AdapterRef,
     Chat,
     ChatMessage,
@@ -22,8 +24,6 @@ from polygraft.core.request import (
     ScoreRequest,
     StoppingParams,
 )
-from polygraft.engine.engine import Engine
-from polygraft.errors import AdapterNotFound, InvalidRequest
 from tests.engines import greedy, make_engine, run_greedy
 from tests.tiny import EOS, VOCABULARY, byte_tokenizer
 

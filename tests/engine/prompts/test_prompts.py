@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from polygraft.base.loader import load_base
-from polygraft.core.request import Chat, ChatMessage
 from polygraft.engine.prompts.prompts import Prompts
 from polygraft.errors import ChatTemplateFailed, ContextLengthExceeded, InvalidRequest
+from polygraft_types.requests import Chat, ChatMessage
 from tests.tiny import EOS, VOCABULARY, byte_tokenizer
 
 

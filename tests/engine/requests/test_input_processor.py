@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from polygraft.core.request import AdapterRef, LoraPath, Request, ScoreRequest
 from polygraft.engine.engine import Engine
 from polygraft.engine.requests import input_processor
 from polygraft.errors import (
@@ -17,6 +16,7 @@ from polygraft.errors import (
     InvalidRequest,
     PolygraftError,
 )
+from polygraft_types.requests import AdapterRef, LoraPath, Request, ScoreRequest
 from tests.engine.asking import PROMPT, request, tokens_of
 from tests.engines import greedy, make_engine, run_greedy
 from tests.tiny import VOCABULARY
@@ -87,7 +87,7 @@ REFUSED: list[tuple[Request, type[PolygraftError], str]] = [
     (Request("r", (1,), (), LoraPath.MERGED, True), InvalidRequest, "lora_path: MERGED needs an adapter"),
     (Request("r", (1,), (AdapterRef("prefix"),), LoraPath.MERGED, True), AdapterUnavailable, "'prefix': prefix_tuning has virtual tokens"),
     (Request("r", (1,), (AdapterRef("prompt"),), LoraPath.MERGED, True), AdapterUnavailable, "'prompt': prompt_tuning has virtual tokens"),
-    (Request("r", (1,), (AdapterRef("lora", 10**6),)), AdapterNotFound, "generation 1000000 isn't loaded"),
+    (Request("r", (1,), (AdapterRef("lora", generation=10**6),)), AdapterNotFound, "generation 1000000 isn't loaded"),
 ]  # fmt: skip
 
 

@@ -10,16 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polygraft.core.request import (
-    AdapterRef,
-    Chat,
-    ChatMessage,
-    ContinuationScore,
-    FinishReason,
-    LoraPath,
-    RequestOutput,
-    ScoreRequest,
-)
+from polygraft.core.output import RequestOutput
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.engine.cache import prefix_cache
 from polygraft.engine.engine import Engine
@@ -32,6 +23,8 @@ from polygraft.errors import (
     ResourceExhausted,
 )
 from polygraft.telemetry.metrics import Metrics
+from polygraft_types.answers import ContinuationScore, FinishReason
+from polygraft_types.requests import AdapterRef, Chat, ChatMessage, LoraPath, ScoreRequest
 from tests.engine.asking import PROMPT, check_clean, tokens_of
 from tests.engine.stores import copy_of, poison
 from tests.engines import greedy, make_engine, run_greedy

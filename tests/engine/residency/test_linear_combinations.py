@@ -13,14 +13,6 @@ from polygraft.adapters.linear_combination import check_linear
 from polygraft.adapters.registry import Adapter, AdapterRegistry
 from polygraft.core.adapter_weights import AdapterWeights, LoraSettings, Targets, by_module
 from polygraft.core.primitives import LowRank
-from polygraft.core.request import (
-    AdapterRef,
-    CombinationType,
-    LoraPath,
-    Request,
-    ScoreRequest,
-    StoppingParams,
-)
 from polygraft.engine.engine import Engine
 from polygraft.errors import (
     AdapterNotFound,
@@ -28,6 +20,14 @@ from polygraft.errors import (
     InvalidRequest,
     PolygraftError,
     ResourceExhausted,
+)
+from polygraft_types.requests import (
+    AdapterRef,
+    CombinationType,
+    LoraPath,
+    Request,
+    ScoreRequest,
+    StoppingParams,
 )
 from tests.engine.asking import PROMPT, check_clean, request, run, tokens_of
 from tests.engine.stores import copy_of, load, poison, start_unload, strengthen

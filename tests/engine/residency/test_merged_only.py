@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polygraft.core.adapter_info import AdapterInfo, AdapterState, MergeState
-from polygraft.core.request import AdapterRef, LoraPath, Request, ScoreRequest, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.errors import AdapterUnavailable, InvalidRequest, ResourceExhausted
+from polygraft_types.adapters import AdapterInfo, AdapterState, MergeState
+from polygraft_types.requests import AdapterRef, LoraPath, Request, ScoreRequest, StoppingParams
 from tests.engines import greedy, make_engine, run_greedy
 from tests.peft_folders import KINDS, MERGED_ONLY
 

@@ -16,13 +16,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from polygraft.core.adapter_info import AdapterInfo, MergeEvent, MergeOutcome, MergeState
-from polygraft.core.request import AdapterRef, FinishReason, LoraPath, Request, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.engine.events import PathDecision
 from polygraft.engine.schedule.path_policy import ENTER_STEPS, LEAVE_STEPS, PathPolicy
 from polygraft.errors import AdapterUnavailable, ResourceExhausted
 from polygraft.layers.linear.linear import PackedLinear
+from polygraft_types.adapters import AdapterInfo, MergeEvent, MergeOutcome, MergeState
+from polygraft_types.answers import FinishReason
+from polygraft_types.requests import AdapterRef, LoraPath, Request, StoppingParams
 from tests.engines import greedy, make_engine, run_greedy
 from tests.equivalence.reference import generate
 from tests.peft_folders import KINDS, MERGED_ONLY

@@ -11,23 +11,22 @@ import pytest
 import torch
 
 from polygraft.base.tokenizer import text_tokenizer
-from polygraft.core.request import (
-    AdapterRef,
-    Chat,
-    ChatMessage,
-    FinishReason,
-    Request,
-    RequestOutput,
-    ResponseParams,
-    SamplingParams,
-    StoppingParams,
-    TokenLogprob,
-)
+from polygraft.core.output import RequestOutput
 from polygraft.engine import engine as engine_module
 from polygraft.engine.engine import Engine
 from polygraft.engine.sampling import logprobs as logprobs_module
 from polygraft.engine.sampling.logprobs import TokenTexts, likelihoods
 from polygraft.engine.sequences import sequence as sequence_module
+from polygraft_types.answers import FinishReason, TokenLogprob
+from polygraft_types.requests import (
+    AdapterRef,
+    Chat,
+    ChatMessage,
+    Request,
+    ResponseParams,
+    SamplingParams,
+    StoppingParams,
+)
 from tests.engine.asking import PROMPT, check_clean, text_of, tokens_of
 from tests.engine.stores import copy_of, poison
 from tests.engines import greedy, make_engine

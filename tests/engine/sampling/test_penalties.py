@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
-from polygraft.core.request import AdapterRef, Request, SamplingParams, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.engine.sampling.penalties import adjust
+from polygraft_types.requests import AdapterRef, Request, SamplingParams, StoppingParams
 from tests.engine.asking import PROMPT, check_clean, run
 from tests.engines import greedy, make_engine, run_greedy
 

@@ -16,10 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from polygraft.core.request import GREEDY_BELOW, SamplingParams
 from polygraft.engine.sampling import sampler
 from polygraft.engine.sampling.penalties import adjust
 from polygraft.engine.sampling.sampler import sample, uniform
+from polygraft_types.requests import GREEDY_BELOW, SamplingParams
 
 VOCABULARY = 400
 

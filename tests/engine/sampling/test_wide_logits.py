@@ -14,12 +14,19 @@ from polygraft.base import weights
 from polygraft.base.loader import load_base
 from polygraft.base.optimize import calibration, packing
 from polygraft.config import ServerConfig
-from polygraft.core.request import AdapterRef, LoraPath, Request, ResponseParams, ScoreRequest, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.engine.sampling import sampler
 from polygraft.engine.sequences.sequence import CanarySequence
 from polygraft.layers.linear.wide_head import WideLinear
 from polygraft.layers.native import kernels as native
+from polygraft_types.requests import (
+    AdapterRef,
+    LoraPath,
+    Request,
+    ResponseParams,
+    ScoreRequest,
+    StoppingParams,
+)
 from tests.architectures import MATRIX, SMOKE
 from tests.engine.asking import PROMPT
 from tests.engines import forced_logits, make_engine

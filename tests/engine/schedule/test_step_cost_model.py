@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polygraft.adapters.stack import Stack
-from polygraft.core.request import Request, ScoreRequest, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.engine.schedule.step_cost import StepBudget, StepCost, Work, keys_of
 from polygraft.engine.sequences.sequence import Sequence
+from polygraft_types.requests import Request, ScoreRequest, StoppingParams
 from tests.engine.asking import check_clean
 from tests.engine.schedule.test_scheduler import BUDGET, Simulation
 from tests.engines import make_engine

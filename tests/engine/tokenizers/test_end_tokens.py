@@ -11,10 +11,11 @@ import pytest
 
 from polygraft.adapters.files.folder import AdapterFolder
 from polygraft.base.loader import load_base
-from polygraft.core.request import AdapterRef, FinishReason, Request, SamplingParams, StoppingParams
 from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.engine.prompts.prompts import Prompts
 from polygraft.errors import AdapterInvalid
+from polygraft_types.answers import FinishReason
+from polygraft_types.requests import AdapterRef, Request, SamplingParams, StoppingParams
 from tests.engines import make_engine
 from tests.tiny import EOS, VOCABULARY, byte_tokenizer
 

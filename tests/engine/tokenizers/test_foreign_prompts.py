@@ -9,16 +9,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from polygraft.core.adapter_info import AdapterState
-from polygraft.core.request import (
-    AdapterRef,
-    Chat,
-    ChatMessage,
-    Request,
-    SamplingParams,
-    ScoreRequest,
-    StoppingParams,
-)
 from polygraft.engine.engine import Engine
 from polygraft.engine.sandbox import template_trials
 from polygraft.errors import (
@@ -28,6 +18,16 @@ from polygraft.errors import (
     InvalidRequest,
     ResourceExhausted,
     TokenizerFailed,
+)
+from polygraft_types.adapters import AdapterState
+from polygraft_types.requests import (
+    AdapterRef,
+    Chat,
+    ChatMessage,
+    Request,
+    SamplingParams,
+    ScoreRequest,
+    StoppingParams,
 )
 from tests.engine.stores import copy_of, load
 from tests.engines import make_engine

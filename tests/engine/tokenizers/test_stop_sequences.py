@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polygraft.base.tokenizer import text_tokenizer
-from polygraft.core.request import AdapterRef, Finished, FinishReason, Request, SamplingParams, StoppingParams
 from polygraft.engine.engine import Engine
 from polygraft.engine.tokenizers.stop_sequences import StopSequences
 from polygraft.engine.tokenizers.text_stream import TextStream
+from polygraft_types.answers import Finished, FinishReason
+from polygraft_types.requests import AdapterRef, Request, SamplingParams, StoppingParams
 from tests.engines import make_engine
 from tests.tiny import EOS, byte_tokenizer
 

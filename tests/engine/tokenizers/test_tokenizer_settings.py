@@ -13,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from polygraft.core.request import (
+from polygraft.engine.engine import Engine
+from polygraft_types.requests import (
     AdapterRef,
     Chat,
     ChatMessage,
@@ -22,7 +23,6 @@ from polygraft.core.request import (
     ScoreRequest,
     StoppingParams,
 )
-from polygraft.engine.engine import Engine
 from tests.engines import make_engine
 from tests.tiny import byte_tokenizer
 

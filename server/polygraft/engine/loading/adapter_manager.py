@@ -14,7 +14,6 @@ from polygraft.adapters.files.store import AdapterStore
 from polygraft.adapters.registry import Adapter, AdapterRegistry, ready_info
 from polygraft.adapters.resolve.base_weights import resolve_against_base
 from polygraft.adapters.resolve.token_rows import resolve_token_rows
-from polygraft.core.adapter_info import AdapterInfo, AdapterState
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.names import NOT_A_NAME, is_name
 from polygraft.core.spec import BaseSpec
@@ -37,6 +36,7 @@ from polygraft.errors import (
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.linear.memory import give_back
 from polygraft.printable import printable, printable_texts
+from polygraft_types.adapters import AdapterInfo, AdapterState
 
 log = logging.getLogger(__name__)
 

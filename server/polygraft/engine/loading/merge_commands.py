@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from polygraft.adapters.registry import AdapterRegistry
-from polygraft.core.adapter_info import AdapterInfo, Deviation, MergeState
 from polygraft.engine.loading.smoke_tests import Canaries
 from polygraft.engine.residency.background import BackgroundWork, Job
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.errors import AdapterUnavailable, PolygraftError, ResourceExhausted
+from polygraft_types.adapters import AdapterInfo, Deviation, MergeState
 
 DEVIATION_TEXTS = (
     "The committee met on Tuesday and decided to postpone the vote until the spring.",

@@ -9,10 +9,10 @@ import torch
 
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
-from polygraft.core.request import LoraPath
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.schedule.scheduler import Scheduler
 from polygraft.engine.sequences.sequence import CanarySequence
+from polygraft_types.requests import LoraPath
 
 
 class Canaries:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from polygraft.base.tokenizer import TextTokenizer
-from polygraft.core.request import Chat
 from polygraft.core.spec import BaseSpec
 from polygraft.engine.sampling.logprobs import TokenTexts
 from polygraft.engine.sandbox.chat_template import ChatTemplate, LocalTemplate
 from polygraft.engine.tokenizers.text_stream import TextStream
 from polygraft.errors import ContextLengthExceeded, InvalidRequest
+from polygraft_types.requests import Chat
 
 
 class TextBase(Protocol):

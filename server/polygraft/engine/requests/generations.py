@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from polygraft.core.request import Finished, FinishReason, RequestOutput, Timings, Usage
+from polygraft.core.output import RequestOutput
 from polygraft.engine.requests.output_processor import Answers
 from polygraft.engine.sampling.logprobs import likelihoods
 from polygraft.engine.sampling.penalties import adjust
@@ -15,6 +15,7 @@ from polygraft.engine.sampling.sampler import sample
 from polygraft.engine.schedule.scheduler import Scheduler
 from polygraft.engine.sequences.sequence import Generation
 from polygraft.errors import PolygraftError
+from polygraft_types.answers import Finished, FinishReason, Timings, Usage
 
 
 class Generations:

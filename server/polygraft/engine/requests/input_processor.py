@@ -9,14 +9,6 @@ from polygraft.adapters.linear_combination import check_linear
 from polygraft.adapters.registry import Adapter, AdapterRegistry
 from polygraft.adapters.stack import Stack, check_stack
 from polygraft.base.loader import Base
-from polygraft.core.request import (
-    DEFAULT_MAX_NEW_TOKENS,
-    AdapterRef,
-    CombinationType,
-    LoraPath,
-    Request,
-    ScoreRequest,
-)
 from polygraft.engine.cache.block_pool import BlockPool
 from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.engine.requests.scoring import ScoreJob
@@ -24,6 +16,14 @@ from polygraft.engine.residency.linear_combinations import LinearCombinations
 from polygraft.engine.residency.merged_copies import MergedCopies
 from polygraft.engine.sequences.sequence import Generation
 from polygraft.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest
+from polygraft_types.requests import (
+    DEFAULT_MAX_NEW_TOKENS,
+    AdapterRef,
+    CombinationType,
+    LoraPath,
+    Request,
+    ScoreRequest,
+)
 
 
 class Intake:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from polygraft.core.request import RequestOutput, TokenLogprob
+from polygraft.core.output import RequestOutput
 from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.engine.sequences.sequence import Generation
+from polygraft_types.answers import TokenLogprob
 
 
 class Answers:

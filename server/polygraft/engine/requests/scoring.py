@@ -9,23 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from polygraft.core.request import (
-    ContinuationScore,
-    Finished,
-    FinishReason,
-    LoraPath,
-    RequestOutput,
-    ScoreRequest,
-    Timings,
-    TokenLogprob,
-    Usage,
-)
+from polygraft.core.output import RequestOutput
 from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.engine.sampling.logprobs import TokenTexts, likelihoods
 from polygraft.engine.schedule.paths import Paths
 from polygraft.engine.schedule.scheduler import Scheduler
 from polygraft.engine.sequences.sequence import NEVER, Sequence
 from polygraft.errors import PolygraftError
+from polygraft_types.answers import ContinuationScore, Finished, FinishReason, Timings, TokenLogprob, Usage
+from polygraft_types.requests import LoraPath, ScoreRequest
 
 if TYPE_CHECKING:
     from polygraft.adapters.stack import Stack

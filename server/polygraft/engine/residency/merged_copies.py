@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Generator
 
 from polygraft.adapters.registry import Adapter, AdapterRegistry
-from polygraft.core.adapter_info import Deviation, MergedInfo, MergeEvent, MergeOutcome, MergeState
 from polygraft.engine.events import AdapterChange, AdapterEvent, Events
 from polygraft.engine.residency.background import BackgroundWork
 from polygraft.engine.residency.resident_cache import Outcome, Resident, ResidentCache
@@ -14,6 +13,7 @@ from polygraft.errors import AdapterUnavailable, PolygraftError, ResourceExhaust
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.linear.merging import MergedWeights, WeightSwitch, merge
 from polygraft.printable import printable
+from polygraft_types.adapters import Deviation, MergedInfo, MergeEvent, MergeOutcome, MergeState
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from polygraft.base.tokenizer import TextTokenizer, contained
-from polygraft.core.request import TokenLogprob, TopLogprob
+from polygraft_types.answers import TokenLogprob, TopLogprob
 
 _SLICE = 2**22
 """Values that one softmax takes at a time: 16 MiB of float32."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from polygraft.core.request import SamplingParams
+from polygraft_types.requests import SamplingParams
 
 _LARGEST = 1e30
 """Limit of what a repetition penalty may raise a logit to, so that it stays finite. Penalties small enough to

@@ -6,8 +6,8 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from polygraft.core.request import SamplingParams
 from polygraft.layers.native.kernels import DTYPES, load_kernels
+from polygraft_types.requests import SamplingParams
 
 _CANDIDATES = 1024
 """So many of the likeliest tokens nearly always settle top_k and top_p; the rest is rarely sorted."""

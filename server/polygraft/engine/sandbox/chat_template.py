@@ -8,9 +8,9 @@ from typing import Protocol
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from polygraft.core.request import ChatMessage
 from polygraft.engine.sandbox.template import fault_of
 from polygraft.errors import ChatTemplateFailed, InvalidRequest
+from polygraft_types.requests import ChatMessage
 
 
 class ChatTemplate(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from polygraft.core.request import ChatMessage
 from polygraft.engine.sandbox.frames import Frame
 from polygraft.engine.sandbox.pool import WORKER_BYTES, Workers, key_of
 from polygraft.engine.sandbox.process import WorkerStopped, WorkerUnavailable
@@ -17,6 +16,7 @@ from polygraft.errors import (
     ResourceExhausted,
     TokenizerFailed,
 )
+from polygraft_types.requests import ChatMessage
 
 
 class WorkerEncoder:

@@ -7,13 +7,13 @@ from collections import Counter
 from contextlib import ExitStack
 
 from polygraft.adapters.registry import Adapter
-from polygraft.core.request import LoraPath
 from polygraft.engine.events import Events, PathDecision
 from polygraft.engine.residency.linear_combinations import LinearCombinations
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.schedule.path_policy import PathPolicy
 from polygraft.engine.schedule.scheduler import Scheduler
 from polygraft.engine.sequences.sequence import Generation, Sequence
+from polygraft_types.requests import LoraPath
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from polygraft.core.request import LoraPath
 from polygraft.engine.cache.block_pool import BlockPool
 from polygraft.engine.cache.prefix_cache import PrefixCache
 from polygraft.engine.cache.shared_prefix import SharedPrefixes
@@ -17,6 +16,7 @@ from polygraft.engine.residency.merged_copies import MergedCopy
 from polygraft.engine.schedule.step_cost import StepBudget, StepCost, Work
 from polygraft.engine.sequences.prefix import SharedPrefix
 from polygraft.engine.sequences.sequence import Generation, Sequence, SoftPromptSequence
+from polygraft_types.requests import LoraPath
 
 if TYPE_CHECKING:
     from polygraft.adapters.stack import Runs

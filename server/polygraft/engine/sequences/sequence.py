@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from polygraft.core.request import FinishReason, LoraPath, Request, TokenLogprob
 from polygraft.engine.sampling.logprobs import Likelihood, likelihoods
 from polygraft.engine.tokenizers.text_stream import TextStream
 from polygraft.errors import PolygraftError
+from polygraft_types.answers import FinishReason, TokenLogprob
+from polygraft_types.requests import LoraPath, Request
 
 if TYPE_CHECKING:
     from polygraft.adapters.stack import Runs, Stack

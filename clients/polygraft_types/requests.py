@@ -1,39 +1,24 @@
-"""What goes into the engine and what comes out of it, free of protobuf and of tensors."""
+"""What is asked of the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from polygraft.errors import PolygraftError
-
 DEFAULT_MAX_NEW_TOKENS = 256
 """What a request that doesn't say gets, if the context leaves as many."""
-
-
-class FinishReason(StrEnum):
-    """Why a request ended. The values are the contract's names."""
-
-    STOP = "STOP"
-    """The model emitted an end-of-sequence token or one of the request's stop token ids."""
-    LENGTH = "LENGTH"
-    """`max_new_tokens` were generated."""
-    STOP_SEQUENCE = "STOP_SEQUENCE"
-    """The text reached one of the request's stop sequences."""
-    TIME_LIMIT = "TIME_LIMIT"
-    """`time_limit` seconds have passed since the request arrived."""
-    CANCELLED = "CANCELLED"
-    """The caller aborted."""
-    SCORED = "SCORED"
-    """All continuations have their log-likelihoods; of scores alone, and in metrics alone."""
+GREEDY_BELOW = 1e-6
+"""Lower temperatures are greedy: the likeliest token has all the probability, up to ties and rounding."""
 
 
 class LoraPath(StrEnum):
-    """How an adapter's low-rank weights reach a request's rows."""
+    """How an adapter's low-rank weights are applied to a request's rows."""
 
     AUTO = "AUTO"
     UNMERGED = "UNMERGED"
     MERGED = "MERGED"
+    UNKNOWN = "UNKNOWN"
+    """A newer server's value; only clients see it."""
 
 
 class CombinationType(StrEnum):
@@ -47,21 +32,21 @@ class CombinationType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One adapter, by name.
+    """One adapter of a request.
 
     Args:
-        generation: None means the newest.
-        weight: what low-rank weights add is multiplied by it.
+        weight: factor on what low-rank weights add, in [-100, 100].
+        generation: of an adapter that was loaded again; None is the newest.
     """
 
     name: str
-    generation: int | None = None
     weight: float = 1.0
+    generation: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn of a conversation."""
+    """One turn of a conversation; `role` is usually "system", "user" or "assistant"."""
 
     role: str
     content: str
@@ -72,10 +57,6 @@ class Chat:
     """A conversation, rendered through the model's chat template with a generation prompt."""
 
     messages: tuple[ChatMessage, ...]
-
-
-GREEDY_BELOW = 1e-6
-"""Lower temperatures are greedy: the likeliest token has all the probability, up to ties and rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,122 +186,3 @@ class ScoreRequest:
     path_required: bool = False
     top_logprobs: int = 0
     combination_type: CombinationType = CombinationType.STACK
-
-
-@dataclass(frozen=True, slots=True)
-class TopLogprob:
-    """One of the likeliest tokens at a position."""
-
-    token_id: int
-    text: str
-    logprob: float
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token and how likely the model found it there.
-
-    Args:
-        text: the token's own, special tokens spelled out; a part of a character is U+FFFD.
-        logprob: natural logarithm; None for a prompt's first token, which nothing predicts.
-        top: the likeliest first, as many as were asked for.
-    """
-
-    token_id: int
-    text: str
-    logprob: float | None
-    top: tuple[TopLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ContinuationScore:
-    """How likely the model finds one continuation.
-
-    Args:
-        log_likelihood: the sum over its tokens, natural logarithm.
-        is_greedy: whether greedy decoding would have produced it.
-        tokens: its tokens.
-    """
-
-    log_likelihood: float
-    is_greedy: bool
-    tokens: tuple[TokenLogprob, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens counted for one request.
-
-    `cached_tokens` are prompt tokens whose keys and values were reused; `virtual_tokens` are the
-    adapter's, which occupy the context but are never recomputed.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-    virtual_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds. `prefill` runs from admission to the first token; all but `total` are None for a
-    request that ended before it got there.
-    """
-
-    total: float
-    queue: float | None = None
-    prefill: float | None = None
-    time_to_first_token: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """How a request ended.
-
-    Args:
-        adapter_generations: of the adapters that served it, in the request's order; none for the base model.
-        stop_sequence: the stop sequence that ended it, for STOP_SEQUENCE.
-        stop_token_id: the token that ended it, for STOP.
-        preemptions: how often its blocks were taken away and recomputed.
-    """
-
-    reason: FinishReason
-    usage: Usage
-    timings: Timings
-    seed: int
-    path: LoraPath
-    adapter_generations: tuple[int, ...] = ()
-    stop_sequence: str | None = None
-    stop_token_id: int | None = None
-    preemptions: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """What one step produced for one request.
-
-    `text` is whole characters only and never part of a stop sequence, so it may lag behind `token_ids`;
-    `path` is the one they took. Exactly one output of a request has `finished` or `error` set, and it is the
-    last.
-
-    Args:
-        prompt_ids: the prompt's tokens, on the first output of a request that has it echoed; `text` then
-            begins with the prompt's.
-        logprobs: of `prompt_ids` and `token_ids`, if asked for.
-        scores: a score request's results, on its only output.
-    """
-
-    request_id: str
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    finished: Finished | None = None
-    error: PolygraftError | None = None
-    path: LoraPath = LoraPath.UNMERGED
-    prompt_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    scores: tuple[ContinuationScore, ...] = ()
-
-    @property
-    def terminal(self) -> bool:
-        """Whether this is the request's last output."""
-        return self.finished is not None or self.error is not None

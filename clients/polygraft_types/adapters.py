@@ -1,4 +1,4 @@
-"""What the registry tells about an adapter, free of tensors and of protobuf."""
+"""What is told about adapters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ class AdapterState(StrEnum):
     READY = "READY"
     FAILED = "FAILED"
     UNLOADING = "UNLOADING"
+    UNKNOWN = "UNKNOWN"
+    """A newer server's value; only clients see it."""
 
 
 class MergeState(StrEnum):
@@ -22,6 +24,8 @@ class MergeState(StrEnum):
     READY = "READY"
     FAILED = "FAILED"
     EVICTED = "EVICTED"
+    UNKNOWN = "UNKNOWN"
+    """A newer server's value; only clients see it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,7 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class NearToken:
+class NearestToken:
     """A token of the vocabulary near to a virtual token; `similarity` is the cosine, in [-1, 1]."""
 
     token_id: int
