@@ -11,13 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from polygraft.base import weights
 from polygraft.base.context_limit import context_limit
 from polygraft.base.loader import inspect_without_weights, load_base
-from polygraft.base.optimize import fusing, packing
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
 from polygraft.errors import BaseModelError, UnsupportedArchitecture
+from polygraft.layers import operators
 from polygraft.layers.native.kernels import load_kernels
 from tests.engines import greedy, make_engine, run_greedy
 from tests.equivalence.reference import generate, load_reference
@@ -151,8 +150,7 @@ def test_without_operators_others_quantize_to_the_same(
     llama: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
     ours = load_base(str(llama), quantization=quantization, dtype="bfloat16")
-    for module in (weights, packing, fusing):
-        monkeypatch.setattr(module, "load_kernels", lambda: None)
+    monkeypatch.setattr(operators, "load_kernels", lambda: None)
     theirs = load_base(str(llama), quantization=quantization, dtype="bfloat16")
     assert ours.notes == theirs.notes
     name = "model.layers.0.mlp.up_proj"

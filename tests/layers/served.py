@@ -15,6 +15,7 @@ from polygraft.layers.linear.linear import LinearGroup, PackedLinear, Quantizati
 from polygraft.layers.linear.low_rank_bank import LowRankBank, Run
 from polygraft.layers.linear.merging import WeightSwitch, merge
 from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.operators import operators_for
 from polygraft.layers.step import NO_SEGMENTS, AttentionPlan, StepContext
 
 KERNELS = load_kernels()
@@ -73,7 +74,10 @@ class Served:
         self.weights = weights
         self.step = StepContext()
         self.bank = LowRankBank(
-            self.model, dict.fromkeys(self.names, False), self.step, native=make != "torch"
+            self.model,
+            dict.fromkeys(self.names, False),
+            self.step,
+            operators_for(torch.device("cpu"), native=make != "torch"),
         )
 
     def install(self, parts: Parts) -> int:

@@ -18,7 +18,8 @@ from polygraft.errors import BaseModelError, UnsupportedArchitecture
 from polygraft.layers import attention
 from polygraft.layers.linear.four_bit_panels import BLOCK
 from polygraft.layers.linear.linear import Quantization
-from polygraft.layers.native.kernels import DTYPES, load_kernels
+from polygraft.layers.native.kernels import DTYPES
+from polygraft.layers.operators import operators_for
 from polygraft.stages import reminders
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class Precision:
     def quantizes_here(self) -> bool:
         """Whether our operators quantize the weights: in 4 bits only if they are compiled. bitsandbytes does
         the rest."""
-        return self.has_operators and (self.quantization == "int8" or load_kernels() is not None)
+        compiled = operators_for(torch.device(self.device)).kernels is not None
+        return self.has_operators and (self.quantization == "int8" or compiled)
 
     def fits_panels(self, spec: BaseSpec) -> bool:
         """Whether our panels can hold a base's weights: blocks that share a scale must not cross the ends of

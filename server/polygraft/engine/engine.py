@@ -50,7 +50,7 @@ from polygraft.engine.step_result import StepResult, step_stats
 from polygraft.errors import InvalidRequest
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.linear.merging import WeightSwitch
-from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.operators import operators_for
 from polygraft.layers.step import StepContext
 from polygraft.stages import Stages
 from polygraft_types.requests import LoraPath, Request, ScoreRequest
@@ -77,6 +77,7 @@ class Engine:
         self.config = config
         self.plan = plan_for(base, config)
         step = StepContext()
+        kernels = operators_for(base.device, native=native).kernels
         bank = AdapterBank(base.model, base.spec, step, native)
         self.kv_cache = KVCache(
             base.model,
@@ -86,11 +87,9 @@ class Engine:
             block_size=config.block_size,
             dtype=base.dtype,
             device=base.device,
-            kernels=load_kernels() if native else None,
+            kernels=kernels,
         )
-        fused_model = fuse_decoder_layers(
-            base.model, bank.bottlenecks.by_layer, step, load_kernels() if native else None
-        )
+        fused_model = fuse_decoder_layers(base.model, bank.bottlenecks.by_layer, step, kernels)
         self.step_cost = StepCost.of_model(base.spec, config.max_step_ms / 1000)
         pool = BlockPool(self.kv_cache.num_blocks, config.block_size)
         self.scheduler = Scheduler(

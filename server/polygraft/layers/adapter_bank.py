@@ -12,8 +12,9 @@ from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.primitives import LowRank
 from polygraft.layers.experts.routers import Routers
 from polygraft.layers.experts.sites import ExpertSites
-from polygraft.layers.linear.low_rank_bank import LowRankBank, Run, choose_operators
+from polygraft.layers.linear.low_rank_bank import LowRankBank, Run
 from polygraft.layers.linear.merging import AnySite
+from polygraft.layers.operators import operators_for
 from polygraft.layers.replaced.modules import ReplacedModules
 from polygraft.layers.residual.bottlenecks import BottleneckSites
 from polygraft.layers.residual.couplings import Couplings
@@ -32,14 +33,15 @@ class AdapterBank:
 
     def __init__(self, model: PreTrainedModel, base: BaseSpec, step: StepContext, native: bool) -> None:
         modules = {name: shape.is_head for name, shape in base.linears.items()}
-        kernels, triton = choose_operators(model.device, native)
-        self.modules = LowRankBank(model, modules, step, native)
+        operators = operators_for(model.device, native=native)
+        kernels = operators.kernels
+        self.modules = LowRankBank(model, modules, step, operators)
         self.bottlenecks = BottleneckSites(
             model, base.residual, step, kernels, model.device, first_bit=len(modules)
         )
         bit = len(modules) + len(base.residual)
         self._couplings = self._make_couplings(model, base, step, bit)
-        self.experts = ExpertSites(model, base.experts, step, kernels, triton, first_bit=bit + 1)
+        self.experts = ExpertSites(model, base.experts, step, operators, first_bit=bit + 1)
         bit += 1 + len(base.experts)
         self.routers = Routers(model, base.routers, step, first_bit=bit)
         self.replaced = ReplacedModules(model, base, step, kernels, first_bit=bit + len(base.routers))

@@ -77,7 +77,7 @@ class PagedAttention:
         self.key_cache = key_cache
         self.value_cache = value_cache
         self.step = step
-        usable = kernels is not None and key_cache.device.type == "cpu" and key_cache.dtype in DTYPES
+        usable = kernels is not None and key_cache.dtype in DTYPES
         self.kernels = kernels if usable else None
         self._struct = LayerStruct(
             key_cache.data_ptr(), value_cache.data_ptr(), site.heads, site.kv_heads, site.head_dim,

@@ -120,7 +120,6 @@ def _can_rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.
     return (
         q.dtype in DTYPES
         and q.dtype == k.dtype == cos.dtype == sin.dtype
-        and q.device.type == "cpu"
         and q.stride(3) == k.stride(3) == 1
         and k.shape[2:] == (rows, dim)
         and cos.shape == sin.shape == (1, rows, dim)

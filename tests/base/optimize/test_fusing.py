@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-from polygraft.base.optimize import fusing
 from polygraft.base.optimize.fusing import fuse
+from polygraft.layers import operators
 from polygraft.layers.fused import FusedMlp, FusedRmsNorm
 from polygraft.layers.native.kernels import load_kernels
 
@@ -126,7 +126,7 @@ def test_rotary_positions_of_another_make_stay(llama: Path, monkeypatch: pytest.
 
 
 def test_without_operators_everything_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusing, "load_kernels", lambda: None)
+    monkeypatch.setattr(operators, "load_kernels", lambda: None)
     model = nn.Sequential(LlamaRMSNorm(16))
     assert not fuse(model, torch.float32)
     assert not isinstance(model[0], FusedRmsNorm)

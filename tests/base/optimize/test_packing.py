@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from polygraft.base.loader import load_base
-from polygraft.base.optimize import packing
 from polygraft.base.optimize.packing import own_parameters, pack_linears
+from polygraft.layers import operators
 from polygraft.layers.linear.linear import PackedLinear
 from polygraft.layers.linear.onednn_linear import OneDnnLinear, gains_by_onednn
 from polygraft.layers.native.kernels import load_kernels
@@ -39,7 +39,7 @@ def test_products_are_the_same(
     model = Two(dtype)
     x = torch.randn(1, rows, 20, dtype=dtype)
     if make is OneDnnLinear:
-        monkeypatch.setattr(packing, "load_kernels", lambda: None)
+        monkeypatch.setattr(operators, "load_kernels", lambda: None)
         if not gains_by_onednn(x):
             pytest.skip("oneDNN has no product in bfloat16 on this CPU")
     with torch.inference_mode():

@@ -10,15 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from polygraft.base import weights
 from polygraft.base.loader import load_base
-from polygraft.base.optimize import calibration, packing
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
-from polygraft.engine.sampling import sampler
 from polygraft.engine.sequences.sequence import CanarySequence
+from polygraft.layers import operators
 from polygraft.layers.linear.wide_head import WideLinear
-from polygraft.layers.native import kernels as native
 from polygraft_types.requests import (
     AdapterRef,
     LoraPath,
@@ -55,8 +52,7 @@ def seen_by_the_head(engine: Engine) -> Iterator[list[torch.Tensor]]:
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (native, weights, packing, sampler):
-        monkeypatch.setattr(module, "load_kernels", lambda: None)
+    monkeypatch.setattr(operators, "load_kernels", lambda: None)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "int8", "nf4"])
@@ -85,8 +81,8 @@ def test_a_head_of_bytes(llama: Path, compiler: bool, monkeypatch: pytest.Monkey
 
 
 def test_onednn_never_computes_a_head_of_sixteen_bits(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor with matrix registers, where it computes everything else."""
-    monkeypatch.setattr(packing, "calibrate", lambda *_: calibration.Calibration(calibration.ONEDNN, {}))
+    """It computes everything else where there is no compiler."""
+    without_compiler(monkeypatch)
     engine = make_engine(llama, precision="bfloat16")
     assert off_the_grid(forced_logits(engine, [(PROMPT, None)])) > 0.9
 

@@ -17,11 +17,12 @@ from torch import nn
 from polygraft.base.inspect.experts import find_experts
 from polygraft.base.inspect.trace import record
 from polygraft.core.primitives import ExpertLowRank
+from polygraft.layers import cuda
 from polygraft.layers.experts.pairs import ExpertRuns, pair_up
 from polygraft.layers.experts.sites import ExpertSites
-from polygraft.layers.linear import low_rank_bank
 from polygraft.layers.linear.merging import WeightSwitch, merge
 from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.operators import Operators
 from polygraft.layers.step import NO_SEGMENTS, Segment, Segments, StepContext
 from tests.layers.served import KERNELS, NOWHERE, random
 
@@ -133,9 +134,9 @@ class Served:
         with record(self.model) as trace:
             served(*rows(3))
         self.shapes = find_experts(trace, 3)
-        kernels = load_kernels() if operators == "native" else None
+        chosen = Operators(load_kernels() if operators == "native" else None, triton)
         self.step = StepContext()
-        self.sites = ExpertSites(self.model, self.shapes, self.step, kernels, triton, first_bit=3)
+        self.sites = ExpertSites(self.model, self.shapes, self.step, chosen, first_bit=3)
         self.own = served
         self.bits: dict[int, int] = {}
         self.adapters: dict[int, Mapping[str, ExpertLowRank]] = {}
@@ -430,7 +431,7 @@ def test_the_triton_operators_under_the_interpreter() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(PACKAGES)
         patch.setenv("TRITON_INTERPRET", "1")
-        path = Path(low_rank_bank.__file__).with_name("triton_side_path.py")
+        path = Path(cuda.__file__).with_name("triton_side_path.py")
         spec = importlib.util.spec_from_file_location("interpreted_for_experts", path)
         assert spec is not None
         assert spec.loader is not None

@@ -16,6 +16,7 @@ from polygraft.layers.linear.int8_linear import Int8Linear
 from polygraft.layers.linear.linear import LinearGroup, PackedLinear, Quantization
 from polygraft.layers.linear.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import Kernels, load_kernels
+from polygraft.layers.operators import operators_for
 from polygraft.layers.step import AttentionPlan, StepContext
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
@@ -241,7 +242,9 @@ def test_side_paths_are_those_of_the_operator_in_torch(
     for native in (True, False):
         model = Attention(packed(plain, quantization))
         step = StepContext()
-        bank = LowRankBank(model, dict.fromkeys(names, False), step, native)
+        bank = LowRankBank(
+            model, dict.fromkeys(names, False), step, operators_for(torch.device("cpu"), native=native)
+        )
         width = dict(zip(names, (40, 24, 33), strict=True))
         # Adapters that target all, two and one of the three, of different ranks.
         slots = [

@@ -16,6 +16,7 @@ from polygraft.layers.linear.low_rank import AdaptedLinear, LowRankSlots
 from polygraft.layers.linear.low_rank_bank import LowRankBank, Run
 from polygraft.layers.linear.packed_adapter import together
 from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.operators import operators_for
 from polygraft.layers.step import AttentionPlan, StepContext
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
@@ -44,7 +45,14 @@ class Layers:
         for native in (True, False):
             model, step = Two(width_in, width_out, dtype), StepContext()
             model.load_state_dict(self.bare.state_dict())
-            self.banks.append(LowRankBank(model, {"first": False, "head": True}, step, native))
+            self.banks.append(
+                LowRankBank(
+                    model,
+                    {"first": False, "head": True},
+                    step,
+                    operators_for(torch.device("cpu"), native=native),
+                )
+            )
             self.models.append(model)
             self.steps.append(step)
 

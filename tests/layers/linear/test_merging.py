@@ -16,6 +16,7 @@ from polygraft.layers.linear.low_rank_bank import LowRankBank
 from polygraft.layers.linear.merging import MergedWeights, WeightSwitch, dense_weight, merge
 from polygraft.layers.linear.onednn_linear import OneDnnLinear
 from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.operators import TORCH, operators_for
 from polygraft.layers.step import StepContext
 
 KERNELS = load_kernels()
@@ -81,7 +82,7 @@ def test_a_group_multiplies_by_the_sum_of_its_own_and_the_adapters_weights(
     model = packed(dtype, quantization)
     own = {f"m{i}": model.get_submodule(f"m{i}").weight for i in range(len(WIDTHS))}
     primitives = adapter(model, ("m0", "m2"), dtype, bias=bias)
-    bank = LowRankBank(model, dict.fromkeys(own, False), StepContext(), native=True)
+    bank = LowRankBank(model, dict.fromkeys(own, False), StepContext(), operators_for(torch.device("cpu")))
     slot = bank.install(by_module(low_rank=primitives))
     x = random(3, IN, seed=70, dtype=dtype)
     before = [model.get_submodule(name)(x.clone()) for name in own]
@@ -118,7 +119,7 @@ def test_an_odd_number_of_inputs(dtype: torch.dtype) -> None:
     model = packed(dtype, "none", in_features=33)
     own = model.get_submodule("m1").weight
     primitives = adapter(model, ("m1",), dtype, bias=False)
-    bank = LowRankBank(model, {"m1": False}, StepContext(), native=True)
+    bank = LowRankBank(model, {"m1": False}, StepContext(), operators_for(torch.device("cpu")))
     copy = run_merge(bank, bank.install(by_module(low_rank=primitives)))
     WeightSwitch().use(copy)
     p, x = primitives["m1"], random(2, 33, seed=71, dtype=dtype)
@@ -134,7 +135,7 @@ def test_requantized_copies_are_small_and_near(quantization: str) -> None:
     model = packed(torch.float32, quantization)
     own = model.get_submodule("m0").weight
     primitives = adapter(model, ("m0",), torch.float32, bias=False)
-    bank = LowRankBank(model, {"m0": False}, StepContext(), native=True)
+    bank = LowRankBank(model, {"m0": False}, StepContext(), operators_for(torch.device("cpu")))
     slot = bank.install(by_module(low_rank=primitives))
     copy = run_merge(bank, slot, requantize=True)
     wide = run_merge(bank, slot)
@@ -166,7 +167,7 @@ def test_modules_of_other_makes(make: str) -> None:
     assert torch.allclose(own, weight, atol=1e-6 if make != "int8" else 0.02)
     model = Model({"m": layer})
     primitives = adapter(model, ("m",), torch.float32, bias=True)
-    bank = LowRankBank(model, {"m": False}, StepContext(), native=False)
+    bank = LowRankBank(model, {"m": False}, StepContext(), TORCH)
     adapted = model.get_submodule("m")
     assert isinstance(adapted, AdaptedLinear)
     slot = bank.install(by_module(low_rank=primitives))

@@ -15,6 +15,7 @@ from polygraft.layers.linear.linear import LinearGroup, PackedLinear
 from polygraft.layers.linear.low_rank_bank import LowRankBank, Run
 from polygraft.layers.linear.merging import WeightSwitch, merge
 from polygraft.layers.native.kernels import load_kernels
+from polygraft.layers.operators import operators_for
 from polygraft.layers.step import NO_SEGMENTS, AttentionPlan, StepContext
 
 KERNELS = load_kernels()
@@ -49,7 +50,12 @@ class Served:
             layer.weight.data, layer.bias.data = self.weight.clone(), self.bias.clone()
             self.model.layer = layer
         self.step = StepContext()
-        self.bank = LowRankBank(self.model, {"layer": False}, self.step, native=make != "torch")
+        self.bank = LowRankBank(
+            self.model,
+            {"layer": False},
+            self.step,
+            operators_for(torch.device("cpu"), native=make != "torch"),
+        )
 
     def run(self, x: torch.Tensor, *depths: Sequence[Run]) -> torch.Tensor:
         self.step.begin(NOWHERE, self.bank.segments(*depths), NO_SEGMENTS, len(x))

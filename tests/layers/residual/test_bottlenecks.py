@@ -21,6 +21,7 @@ from polygraft.engine.sequences.sequence import CanarySequence
 from polygraft.layers.decoder_layer import FusedDecoderLayer
 from polygraft.layers.linear.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import DTYPES, load_kernels
+from polygraft.layers.operators import TORCH
 from polygraft.layers.residual.activations import ACTIVATIONS
 from polygraft.layers.residual.bottlenecks import BottleneckSite
 from polygraft.layers.residual.couplings import couple
@@ -77,7 +78,7 @@ def formula(b: Bottleneck, r: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 
 def described(runs: list[tuple[int, int, int]], width: int) -> Segments:
     """A step's rows, by the bank of a model without modules."""
-    bank = LowRankBank(nn.Module(), {}, StepContext(), native=False)
+    bank = LowRankBank(nn.Module(), {}, StepContext(), TORCH)
     for _ in range(3):
         bank.install({})
     return replace(bank.segments(runs), max_width=width, site_floats=2 * HIDDEN + width)

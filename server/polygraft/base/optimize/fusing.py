@@ -13,7 +13,8 @@ from torch import nn
 
 from polygraft.base.inspect.agreement import agree, random_rows
 from polygraft.layers.fused import ACTIVATIONS, FusedMlp, FusedRmsNorm, Rotate, fused_rotate
-from polygraft.layers.native.kernels import DTYPES, Kernels, load_kernels
+from polygraft.layers.native.kernels import DTYPES, Kernels
+from polygraft.layers.operators import operators_for
 
 _ROTARY = "apply_rotary_pos_emb"
 
@@ -27,9 +28,9 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> Counter[str]:
     Returns:
         How many modules were replaced, by operator: "rms_norm", "mlp", "rotary".
     """
-    kernels = load_kernels()
+    kernels = operators_for(next(model.parameters()).device).kernels
     fused: Counter[str] = Counter()
-    if kernels is None or dtype not in DTYPES or next(model.parameters()).device.type != "cpu":
+    if kernels is None or dtype not in DTYPES:
         return fused
     with torch.inference_mode():
         for name, module in list(model.named_modules()):

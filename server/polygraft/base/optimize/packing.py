@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -11,17 +10,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from polygraft.base.optimize.calibration import ONEDNN, Calibration, calibrate
 from polygraft.layers.fused import FusedRmsNorm
 from polygraft.layers.linear.int8_linear import Int8Linear
 from polygraft.layers.linear.linear import LinearGroup, PackedLinear, Quantization
 from polygraft.layers.linear.memory import Arena, give_back
 from polygraft.layers.linear.onednn_linear import OneDnnLinear, gains_by_onednn
 from polygraft.layers.linear.wide_head import WideLinear
-from polygraft.layers.native.kernels import DTYPES, Kernels, load_kernels
+from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import MAX_MODULES
-
-log = logging.getLogger(__name__)
+from polygraft.layers.operators import operators_for
 
 _MOST_TWICE = 2**28
 """Bytes of weights that may be in memory twice while they are moved."""
@@ -48,9 +45,7 @@ def pack_linears(
     Returns:
         How many modules were replaced.
     """
-    kernels = load_kernels()
     head = _head(model)
-    table: dict[torch.dtype, Calibration] = {}
     packed = 0
     for names in groups:
         alike: dict[tuple[torch.dtype, Quantization, bool], list[str]] = {}
@@ -59,13 +54,14 @@ def pack_linears(
             if not _is_plain(module):
                 continue
             weight, bias = _weight_and_bias(module)
-            if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+            operators = operators_for(weight.device)
+            if not operators.packs or weight.dtype not in DTYPES:
                 continue
             how = quantization.get(name, "none")
             # oneDNN rounds products of 16-bit operands to 16 bits, and the head's sums must stay in float32.
             wide = name == head and weight.dtype != torch.float32
-            by_onednn = how == "none" and not wide and _kernel(weight, kernels, table) == ONEDNN
-            if kernels is None or by_onednn:
+            kernels = operators.kernels
+            if kernels is None:
                 replacement = _by_torch(weight, bias, how, wide=wide)
                 if replacement is None:
                     continue
@@ -186,11 +182,3 @@ def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | No
     weight: torch.Tensor = module.weight.detach()
     bias: torch.Tensor | None = module.bias
     return weight.t() if isinstance(module, Conv1D) else weight, None if bias is None else bias.detach()
-
-
-def _kernel(weight: torch.Tensor, kernels: Kernels | None, table: dict[torch.dtype, Calibration]) -> str:
-    """Return the kernel for a type of weights, measured with the first of them."""
-    if weight.dtype not in table:
-        table[weight.dtype] = found = calibrate(weight, kernels)
-        log.info("products in %s use %s", str(weight.dtype).removeprefix("torch."), found.describe())
-    return table[weight.dtype].kernel

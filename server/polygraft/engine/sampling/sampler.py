@@ -6,7 +6,8 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from polygraft.layers.native.kernels import DTYPES, load_kernels
+from polygraft.layers.native.kernels import DTYPES
+from polygraft.layers.operators import operators_for
 from polygraft_types.requests import SamplingParams
 
 _CANDIDATES = 1024
@@ -58,8 +59,8 @@ def sample(logits: torch.Tensor, params: Rows[SamplingParams], positions: Rows[i
 
 def _likeliest(logits: torch.Tensor) -> list[int | None]:
     """The first of the largest in each row, or None."""
-    kernels = load_kernels()
-    if kernels is None or logits.device.type != "cpu" or logits.dtype not in DTYPES:
+    kernels = operators_for(logits.device).kernels
+    if kernels is None or logits.dtype not in DTYPES:
         # Finds NaN if there is any, and -inf only if there is nothing else.
         first = logits.argmax(-1)
         finite = logits.gather(-1, first[:, None]).isfinite().squeeze(-1)

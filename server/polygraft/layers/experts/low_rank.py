@@ -23,10 +23,11 @@ from polygraft.layers.native.structures import (
     as_int64,
     entry_column,
 )
+from polygraft.layers.operators import Operators
 from polygraft.layers.step import segment_table
 
 if TYPE_CHECKING:
-    from polygraft.layers.linear.triton_side_path import TritonSidePath
+    from polygraft.layers.cuda.triton_side_path import TritonSidePath
 
 _A, _B = entry_column("a"), entry_column("b")
 _ALIGNMENT = 64  # bytes: a cache line; Triton's wide loads need 16
@@ -38,8 +39,6 @@ class ExpertSlots:
     Args:
         experts: how many the parameter holds.
         in_features, out_features: of one of them.
-        kernels: the operator in C++; without this and the next it runs in torch.
-        triton: the operator in Triton.
         device: where weights and table are kept.
     """
 
@@ -48,16 +47,15 @@ class ExpertSlots:
         experts: int,
         in_features: int,
         out_features: int,
-        kernels: Kernels | None,
-        triton: TritonSidePath | None,
+        operators: Operators,
         device: torch.device,
     ) -> None:
         self._experts = experts
         self._out_features = out_features
-        self._kernels = kernels
-        self._triton = triton
+        self._kernels = operators.kernels
+        self._triton = operators.triton
         self._device = device
-        self._panel = kernels.panel if kernels else out_features
+        self._panel = self._kernels.panel if self._kernels else out_features
         self._table = torch.zeros(0, ENTRY, dtype=torch.int64, device=device)
         # By adapter: A and B, each with a row of bytes per expert, and the scaling.
         self._weights: dict[int, tuple[_Stacked, _Stacked, float]] = {}
@@ -115,10 +113,10 @@ class ExpertSlots:
             return
         x = x.contiguous()
         assert out.is_contiguous()
-        alike, on_cpu = out.dtype == x.dtype, x.device.type == "cpu"
+        alike = out.dtype == x.dtype
         if self._triton is not None and alike and x.dtype in WEIGHT_DTYPES:
             self._add_triton(self._triton, x, out, pairs)
-        elif self._kernels is not None and alike and x.dtype in DTYPES and on_cpu:
+        elif self._kernels is not None and alike and x.dtype in DTYPES:
             self._add_native(self._kernels, x, out, pairs)
         else:
             self._add_torch(x, out, pairs)

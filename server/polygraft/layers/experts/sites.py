@@ -16,12 +16,11 @@ from polygraft.layers.experts.forward import experts_forward
 from polygraft.layers.experts.low_rank import ExpertSlots
 from polygraft.layers.experts.merging import ExpertsMergeSite
 from polygraft.layers.experts.pairs import ExpertRuns, pair_up
-from polygraft.layers.native.kernels import Kernels
+from polygraft.layers.operators import Operators
 from polygraft.layers.step import Segments, StepContext
 
 if TYPE_CHECKING:
     from polygraft.core.spec import ExpertsShape
-    from polygraft.layers.linear.triton_side_path import TritonSidePath
 
 
 class ExpertSites:
@@ -29,7 +28,6 @@ class ExpertSites:
 
     Args:
         shapes: as `BaseSpec` has them.
-        kernels, triton: the operators of side paths; without either they run in torch.
         first_bit: of the modules' in `Segments.touched`.
     """
 
@@ -38,8 +36,7 @@ class ExpertSites:
         model: PreTrainedModel,
         shapes: Mapping[str, ExpertsShape],
         step: StepContext,
-        kernels: Kernels | None,
-        triton: TritonSidePath | None,
+        operators: Operators,
         first_bit: int,
     ) -> None:
         self._step = step
@@ -55,7 +52,7 @@ class ExpertSites:
         for bit, (name, shape) in enumerate(shapes.items(), first_bit):
             module = model.get_submodule(name)
             slots = {
-                weight: ExpertSlots(shape.experts, *widths, kernels, triton, self._device)
+                weight: ExpertSlots(shape.experts, *widths, operators, self._device)
                 for weight, widths in shape.weights.items()
             }
             for weight, one in slots.items():

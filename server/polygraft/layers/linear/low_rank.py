@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from polygraft.core.adapter_weights import ModuleChange
 from polygraft.core.primitives import Dense, LowRank, Scale
 from polygraft.layers.linear.packed_adapter import PackedAdapter
 from polygraft.layers.linear.panels import pack
-from polygraft.layers.native.kernels import DTYPES, WEIGHT_DTYPES, Kernels
+from polygraft.layers.native.kernels import DTYPES, WEIGHT_DTYPES
 from polygraft.layers.native.structures import (
     A_IN_PANELS,
     ENTRY,
@@ -30,10 +30,8 @@ from polygraft.layers.native.structures import (
     ModuleStruct,
     as_int64,
 )
+from polygraft.layers.operators import Operators
 from polygraft.layers.step import Segment, Segments, StepContext
-
-if TYPE_CHECKING:
-    from polygraft.layers.linear.triton_side_path import TritonSidePath
 
 
 class LowRankSlots:
@@ -255,8 +253,6 @@ class AdaptedLinear(nn.Module):
     Args:
         base_layer: a module that maps [..., in_features] to [..., out_features], untouched.
         is_head: it sees only the rows whose logits are computed.
-        kernels: the operator in C++; without this and the next it runs in torch.
-        triton: the operator in Triton.
     """
 
     def __init__(
@@ -265,16 +261,15 @@ class AdaptedLinear(nn.Module):
         slots: LowRankSlots,
         step: StepContext,
         is_head: bool,
-        kernels: Kernels | None,
-        triton: TritonSidePath | None,
+        operators: Operators,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.slots = slots
         self.step = step
         self.is_head = is_head
-        self._kernels = kernels
-        self._triton = triton
+        self._kernels = operators.kernels
+        self._triton = operators.triton
         self._struct = GroupStruct(modules=1)
         self._out = ctypes.c_void_p()
         slots.bind(self._struct.module[0])
@@ -306,7 +301,7 @@ class AdaptedLinear(nn.Module):
             return out
         dtype, out_dtype = DTYPES.get(x.dtype), DTYPES.get(out.dtype)
         known = dtype is not None and out_dtype in (dtype, DTYPES[torch.float32])
-        if self._kernels is None or not known or x.device.type != "cpu":
+        if self._kernels is None or not known:
             self.slots.add_torch(x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), segments)
             return out
         x = x.contiguous()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,43 +15,19 @@ from polygraft.layers.linear.linear import PackedLinear
 from polygraft.layers.linear.low_rank import AdaptedLinear, LowRankSlots
 from polygraft.layers.linear.merging import AnyLinearSite, PackedSite, PlainSite
 from polygraft.layers.linear.packed_adapter import together
-from polygraft.layers.native.kernels import Kernels, load_kernels
 from polygraft.layers.native.structures import ENTRY
+from polygraft.layers.operators import Operators
 from polygraft.layers.step import NO_SEGMENTS, Depth, Segment, Segments, StepContext, segment_table
-
-if TYPE_CHECKING:
-    from polygraft.layers.linear.triton_side_path import TritonSidePath
-
-log = logging.getLogger(__name__)
 
 Run = tuple[int, int, int] | tuple[int, int, int, float]
 """First row, last row + 1, slot, and a weight other than 1."""
-
-
-def choose_operators(device: torch.device, native: bool) -> tuple[Kernels | None, TritonSidePath | None]:
-    """How side paths run: in Triton on CUDA, else in C++; in torch where neither of them can be had.
-
-    Args:
-        native: False asks for torch.
-    """
-    if not native:
-        return None, None
-    if device.type != "cuda":
-        return load_kernels(), None
-    try:
-        # Here and not above: triton is large, slow to import and, on a CPU, of no use.
-        from polygraft.layers.linear.triton_side_path import TritonSidePath
-    except ImportError as error:
-        log.warning("no Triton, the slower torch operators serve: %s", error)
-        return None, None
-    return None, TritonSidePath()
 
 
 class LowRankBank:
     """A slot for each resident adapter, over all modules of one base.
 
     Args:
-        native: False runs the operators in torch, for tests and for comparing.
+        modules: the linear modules, and whether each is the head.
     """
 
     def __init__(
@@ -61,10 +35,10 @@ class LowRankBank:
         model: nn.Module,
         modules: Mapping[str, bool],
         step: StepContext,
-        native: bool,
+        operators: Operators,
     ) -> None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        kernels, self._triton = choose_operators(device, native)
+        kernels, self._triton = operators.kernels, operators.triton
         self._slots: dict[str, LowRankSlots] = {}
         self._touched: dict[int, int] = {}
         self._folded: dict[int, int] = {}
@@ -85,7 +59,7 @@ class LowRankBank:
                 module.group.attach(module.member, slots, step, is_head)
                 self._sites[name] = PackedSite(module.group, module.member, slots)
             else:
-                adapted = AdaptedLinear(module, slots, step, is_head, kernels, self._triton)
+                adapted = AdaptedLinear(module, slots, step, is_head, operators)
                 model.set_submodule(name, adapted)
                 self._sites[name] = PlainSite(adapted)
         self._grow(16)

@@ -1,10 +1,9 @@
 """Linear modules whose weights lie in memory as oneDNN's CPU kernels read them.
 
-For machines without a compiler, and for bfloat16 where the machine has matrix registers (AMX), which our own
-operator doesn't use. The same products as torch's own linear, which brings the weights into that order
-again at every call: with 16 rows it takes 1.6 times as long in bfloat16 and twice as long in float32 (one
-product of 576 by 1536, two threads of a CPU with AVX-512). The values don't change; in bfloat16 the results
-are bitwise the same.
+For machines without a compiler. The same products as torch's own linear, which brings the weights into that
+order again at every call: with 16 rows it takes 1.6 times as long in bfloat16 and twice as long in float32
+(one product of 576 by 1536, two threads of a CPU with AVX-512). The values don't change; in bfloat16 the
+results are bitwise the same.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class OneDnnLinear(nn.Module):
 
 
 def gains_by_onednn(weight: torch.Tensor) -> bool:
-    """Whether this machine's kernels read a weight faster in that order."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call] # torch's own
+    """Whether this machine's kernels read a weight on the CPU faster in that order."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call] # torch's own
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from polygraft.layers.operators import operators_for
+
 _PIECE = 2**20
 """Weights widened at a time: few enough to stay in a core's cache."""
 
@@ -40,7 +42,7 @@ def wide_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if weight.dtype == torch.float32:
         return nn.functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if rows.is_cuda:
+    if operators_for(rows.device).sums_widely:
         out = torch.mm(rows, weight.t(), out_dtype=torch.float32)
     else:
         # On a CPU, products of 16-bit operands are rounded to 16 bits, so the weights are widened piecewise.

@@ -42,7 +42,7 @@ class OwnRows:
         self.count = len(weight)
         self._group: LinearGroup | None = None
         self._weight: torch.Tensor | None = None
-        if multiplies and kernels is not None and dtype in DTYPES and device.type == "cpu":
+        if multiplies and kernels is not None and dtype in DTYPES:
             self._group = LinearGroup([weight], [None], kernels, wide=True)
         else:
             self._weight = weight.clone()

@@ -1,6 +1,6 @@
 """Low-rank side paths on CUDA, as two Triton kernels.
 
-IT HAS NOT RUN ON A GPU. tests/layers/linear/test_triton_side_path.py runs the kernels under Triton's
+IT HAS NOT RUN ON A GPU. tests/layers/cuda/test_triton_side_path.py runs the kernels under Triton's
 interpreter, which checks their results, and compiles them for sm_80 and sm_90. Nothing is known of their
 speed, and no tile has been tuned.
 
@@ -12,7 +12,7 @@ gathered, nothing is padded to the largest rank, and rows without an adapter are
 two products are Punica's SGMV (arXiv 2310.18547), ranks that differ within a step are S-LoRA's MBGMM (arXiv
 2311.03285), weights by their addresses in a tensor are vLLM's (vllm/lora/ops/triton_ops).
 
-Import this module only where the kernels are to run; `low_rank_bank.choose_operators` does.
+Import this module only where the kernels are to run; `operators_for` does.
 """
 
 # Kernels' parameters have no types but constexpr, in upper case as Triton's own are; what triton decorates is

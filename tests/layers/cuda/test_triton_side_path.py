@@ -21,12 +21,14 @@ from torch import nn
 
 from polygraft.core.adapter_weights import ModuleChange, by_module
 from polygraft.core.primitives import Kron, LowRank, Rotation, Scale
-from polygraft.layers.linear import low_rank_bank
+from polygraft.layers import cuda
+from polygraft.layers import operators as operators_module
 from polygraft.layers.linear.low_rank import AdaptedLinear
-from polygraft.layers.linear.low_rank_bank import LowRankBank, Run, choose_operators
+from polygraft.layers.linear.low_rank_bank import LowRankBank, Run
 from polygraft.layers.linear.wide_head import WideLinear
 from polygraft.layers.native.kernels import WEIGHT_DTYPES, load_kernels
 from polygraft.layers.native.structures import ENTRY, EntryStruct, as_int64
+from polygraft.layers.operators import Operators, operators_for
 from polygraft.layers.step import AttentionPlan, Segment, StepContext
 
 # Beside the environment's packages, not among them: with triton there, torch imports it into every server,
@@ -53,7 +55,7 @@ def triton_packages() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def interpreted(triton_packages: None) -> Iterator[ModuleType]:
     """The module with interpreted kernels: a copy of its own, since `triton.jit` decides when it is loaded."""
-    path = Path(low_rank_bank.__file__).with_name("triton_side_path.py")
+    path = Path(cuda.__file__).with_name("triton_side_path.py")
     spec = importlib.util.spec_from_file_location("interpreted_side_path", path)
     assert spec is not None
     assert spec.loader is not None
@@ -69,7 +71,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The module as a server imports it, whatever ran before."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    return importlib.import_module("polygraft.layers.linear.triton_side_path")
+    return importlib.import_module("polygraft.layers.cuda.triton_side_path")
 
 
 class Layer:
@@ -82,9 +84,8 @@ class Layer:
         self.bare = nn.Linear(width_in, width_out, dtype=dtype).requires_grad_(False)
         model = nn.ModuleDict({"layer": self.bare})
         self.step = StepContext()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(low_rank_bank, "choose_operators", lambda *_: (None, operators.TritonSidePath()))
-            self.bank = LowRankBank(model, {"layer": False}, self.step, native=True)
+        triton = Operators(triton=operators.TritonSidePath())
+        self.bank = LowRankBank(model, {"layer": False}, self.step, triton)
         layer = model["layer"]
         assert isinstance(layer, AdaptedLinear)
         self.adapted = layer
@@ -386,34 +387,38 @@ def test_the_kernels_compile_for_a_gpu(
 
 def test_a_cpu_keeps_its_operators_and_leaves_the_kernels_alone() -> None:
     cpu = torch.device("cpu")
-    assert choose_operators(cpu, native=True) == (load_kernels(), None)
-    assert choose_operators(cpu, native=False) == (None, None)
+    assert operators_for(cpu) == Operators(load_kernels(), None, packs=True)
+    assert operators_for(cpu, native=False) == Operators(packs=True)
     # torch itself imports triton where it is installed, so our own module is what to look for.
     code = (
         "import sys, torch\n"
         "from polygraft.layers.linear.low_rank_bank import LowRankBank\n"
+        "from polygraft.layers.operators import operators_for\n"
         "from polygraft.layers.step import StepContext\n"
         "model = torch.nn.ModuleDict({'layer': torch.nn.Linear(4, 4)})\n"
-        "LowRankBank(model, {'layer': False}, StepContext(), native=True)\n"
-        "sys.exit('polygraft.layers.linear.triton_side_path' in sys.modules)\n"
+        "LowRankBank(model, {'layer': False}, StepContext(), operators_for(torch.device('cpu')))\n"
+        "sys.exit('polygraft.layers.cuda.triton_side_path' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @TRITON
 def test_cuda_gets_the_kernels(compiled: ModuleType) -> None:
-    kernels, side_path = choose_operators(torch.device("cuda"), native=True)
-    assert kernels is None
-    assert isinstance(side_path, compiled.TritonSidePath)
-    assert choose_operators(torch.device("cuda"), native=False) == (None, None)
+    operators_module._triton.cache_clear()
+    found = operators_for(torch.device("cuda"))
+    assert found.kernels is None
+    assert isinstance(found.triton, compiled.TritonSidePath)
+    assert operators_for(torch.device("cuda"), native=False) == Operators(sums_widely=True)
 
 
 def test_cuda_without_triton_gets_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "polygraft.layers.linear.triton_side_path", raising=False)
-    assert choose_operators(torch.device("cuda"), native=True) == (None, None)
+    monkeypatch.delitem(sys.modules, "polygraft.layers.cuda.triton_side_path", raising=False)
+    operators_module._triton.cache_clear()
+    assert operators_for(torch.device("cuda")) == Operators(sums_widely=True)
+    operators_module._triton.cache_clear()
     assert "no Triton" in caplog.text
 
 
@@ -425,7 +430,7 @@ def test_on_a_gpu(compiled: ModuleType, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     bare = nn.Linear(200, 300, dtype=dtype, device="cuda").requires_grad_(False)
     model, step = nn.ModuleDict({"layer": bare}), StepContext()
-    bank = LowRankBank(model, {"layer": False}, step, native=True)
+    bank = LowRankBank(model, {"layer": False}, step, operators_for(torch.device("cuda")))
     slots = [
         bank.install(by_module(low_rank={"layer": weights(r, 200, 300, dtype, bias=r == 8, seed=r)}))
         for r in (1, 8, 64)
