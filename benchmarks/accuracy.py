@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from polygraft.base.model_folder import resolve_model
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
-from polygraft.engine.requests import generations
+from polygraft.engine.load_engine import load_engine
+from polygraft.engine.requests import generating
 from polygraft_types.requests import Request, SamplingParams, StoppingParams
 
 WINDOWS, TOKENS, NEAREST = 8, 256, 16
@@ -117,7 +118,7 @@ def forced(engine: Engine, exact: Exact) -> dict[str, float]:
         # A request's seed is its window.
         return [measured.note(p.seed, at, row) for row, p, at in zip(logits, params, positions, strict=True)]
 
-    original, generations.sample = generations.sample, force
+    original, generating.sample = generating.sample, force
     try:
         engine.generate(
             Request(
@@ -129,7 +130,7 @@ def forced(engine: Engine, exact: Exact) -> dict[str, float]:
             for n, text in enumerate(texts)
         )
     finally:
-        generations.sample = original
+        generating.sample = original
     return measured.result
 
 
@@ -166,9 +167,7 @@ def main() -> None:
     exact = Exact()
     texts: list[list[int]] = []
     for name, settings in PRECISIONS.items():
-        engine = Engine.from_config(
-            ServerConfig(**{"model": args.model, "kv_cache_bytes": 128 * 2**20, **settings})
-        )
+        engine = load_engine(ServerConfig(**{"model": args.model, "kv_cache_bytes": 128 * 2**20, **settings}))
         texts = windows(engine)
         megabytes = round(engine.model.weight_bytes / 1e6, 1)
         result[name] = {**forced(engine, exact), "weight_mb": megabytes}

@@ -23,7 +23,7 @@ from benchmarks.kind_adapters import write_kinds
 from benchmarks.suite.document import insert, table
 from polygraft.base.loader import inspect_without_weights
 from polygraft.config import ServerConfig
-from polygraft.engine.engine import Engine
+from polygraft.engine.load_engine import load_engine
 from polygraft_types.requests import AdapterRef, Request, StoppingParams
 
 ROWS, CONTEXT, STEPS = 16, 64, 12
@@ -35,7 +35,7 @@ class Steps:
     """Decode steps of one engine with every kind loaded."""
 
     def __init__(self, config: ServerConfig) -> None:
-        self.engine = Engine.from_config(config)
+        self.engine = load_engine(config)
         self._sent = count(1)
 
     def milliseconds(self, adapters: Sequence[str | None]) -> float:

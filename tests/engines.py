@@ -10,7 +10,7 @@ import torch
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
-from polygraft.engine.sequences.sequence import CanarySequence
+from polygraft.engine.sequences.sequence import SmokeTestSequence
 from polygraft_types.answers import FinishReason
 from polygraft_types.requests import AdapterRef, CombinationType, LoraPath, Request, StoppingParams
 
@@ -73,7 +73,7 @@ def forced_logits(
     for at, (tokens, name) in enumerate(rows):
         refs = () if name is None else (AdapterRef(name),) if isinstance(name, str) else name
         stack = engine.intake.resolve(refs, *combined[at : at + 1])
-        sequences.append(CanarySequence(f"forced-{at}", tokens, stack))
+        sequences.append(SmokeTestSequence(f"forced-{at}", tokens, stack, engine.base.spec.vocabulary_size))
         engine.paths.queue(sequences[-1])
         engine.scheduler.add(sequences[-1])
     while engine.scheduler.has_work:
@@ -84,7 +84,9 @@ def forced_logits(
 
 def merged_logits(engine: Engine, tokens: list[int], adapter: str) -> torch.Tensor:
     """Logits [vocabulary] behind some tokens, on the adapter's merged copy."""
-    sequence = CanarySequence("merged", tokens, engine.intake.resolve((AdapterRef(adapter),)))
+    sequence = SmokeTestSequence(
+        "merged", tokens, engine.intake.resolve((AdapterRef(adapter),)), engine.base.spec.vocabulary_size
+    )
     sequence.path = LoraPath.MERGED
     engine.paths.queue(sequence)
     engine.scheduler.add(sequence)

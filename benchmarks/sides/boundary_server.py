@@ -13,8 +13,8 @@ from polygraft.config import ServerConfig
 from polygraft.core.output import RequestOutput
 from polygraft.engine.async_engine import AsyncEngine
 from polygraft.engine.client import ModelInfo
-from polygraft.engine.engine import Engine
 from polygraft.engine.engine_thread import EngineThread
+from polygraft.engine.load_engine import load_engine
 from polygraft.rpc.grpc_server import GrpcServer
 from polygraft.server import SWITCH_SECONDS
 from polygraft.telemetry.metrics import Metrics
@@ -25,7 +25,7 @@ CONFIG = ServerConfig(listen="127.0.0.1:0", metrics="", kv_cache_bytes=256 * 2**
 
 def run_engine(pipe: Connection) -> None:
     """The child: step while there is work, one message in and one out a step."""
-    engine = Engine.from_config(CONFIG)
+    engine = load_engine(CONFIG)
     pipe.send(engine.model)
     while True:
         while pipe.poll() or not engine.has_work:
@@ -77,7 +77,7 @@ async def main(kind: str) -> None:
     handle: AsyncEngine | ProcessEngine
     if kind == "thread":
         thread = EngineThread()
-        engine = thread.submit(lambda: Engine.from_config(CONFIG)).result()
+        engine = thread.submit(lambda: load_engine(CONFIG)).result()
         handle = AsyncEngine(engine, metrics, max_waiting=1024, thread=thread)
     else:
         handle = ProcessEngine()

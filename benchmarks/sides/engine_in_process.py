@@ -10,12 +10,12 @@ from typing import Any
 from benchmarks.sides.protocol import answer_rounds
 from benchmarks.workload import NEW_TOKENS, requests
 from polygraft.config import ServerConfig
-from polygraft.engine.engine import Engine
+from polygraft.engine.load_engine import load_engine
 from polygraft_types.requests import AdapterRef, Request, StoppingParams
 
 
 def main() -> None:
-    engine = Engine.from_config(
+    engine = load_engine(
         ServerConfig(
             adapters=Path(sys.argv[1]),
             quantization=sys.argv[2],

@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.suite.experiment import Experiment, Row
 from polygraft.base.optimize.packing import weight_bytes
 from polygraft.config import ServerConfig
-from polygraft.engine.engine import Engine
+from polygraft.engine.load_engine import load_engine
 from polygraft.layers.linear.linear import LinearGroup, PackedLinear
 from polygraft.layers.native.kernels import load_kernels
 from polygraft_types.requests import Request, StoppingParams
@@ -56,7 +56,7 @@ class Timed:
     """An engine whose parts note how long they take."""
 
     def __init__(self, quantization: Any, dtype: Any) -> None:
-        self.engine = Engine.from_config(
+        self.engine = load_engine(
             ServerConfig(
                 quantization=quantization, dtype=dtype, threads=2, kv_cache_bytes=2**28, prefix_caching=False
             )

@@ -18,7 +18,7 @@ from benchmarks.suite.experiment import Experiment, Plot, Row
 from benchmarks.suite.stores import lora_store, rank_store
 from polygraft.base.loader import inspect_without_weights
 from polygraft.config import ServerConfig
-from polygraft.engine.engine import Engine
+from polygraft.engine.load_engine import load_engine
 from polygraft_types.requests import AdapterRef, Request, StoppingParams
 
 STEPS = 12
@@ -32,7 +32,7 @@ class Steps:
     """Decode steps of a plan, timed by one engine."""
 
     def __init__(self, store: Path) -> None:
-        self._engine = Engine.from_config(
+        self._engine = load_engine(
             ServerConfig(
                 adapters=store, quantization="int8", threads=2, kv_cache_bytes=2**30, prefix_caching=False
             )

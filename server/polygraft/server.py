@@ -68,15 +68,16 @@ def run(config: ServerConfig) -> int:
             endpoint = stack.enter_context(MetricsEndpoint(metrics.registry, config.metrics, probes))
             scraped = Address.parse(metrics_setting, config.metrics).with_port(endpoint.port)
         with stages.timed("libraries"):
-            from polygraft.engine.engine import Engine  # imports torch, which takes seconds
+            # These import torch, which takes seconds.
             from polygraft.engine.engine_thread import EngineThread
+            from polygraft.engine.load_engine import load_engine
         adopt_libraries()
 
         # The event loop's thread and the engine's take turns at the interpreter. With Python's own 5 ms the
         # engine, which gives it up at every operator, would wait that long again and again.
         sys.setswitchinterval(SWITCH_SECONDS)
         thread = EngineThread()
-        engine = thread.submit(lambda: Engine.from_config(config, stages)).result()
+        engine = thread.submit(lambda: load_engine(config, stages)).result()
         try:
             reserved.release(listen)
             return asyncio.run(_serve(config, engine, thread, metrics, probes, scraped, stages))

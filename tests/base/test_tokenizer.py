@@ -100,7 +100,7 @@ def test_an_adapters_tokenizer_that_fails_harms_nobody_else(
     assert "has no text" in str(failed[-1].error)
     assert [[token for output in answered for token in output.token_ids]] == alone
     with pytest.raises(InvalidRequest, match="token_ids: the tokenizer fails on them"):
-        engine.prepare(Request("echo", (x,), refs, response=ResponseParams(echo=True)))
+        engine.intake.prepare(Request("echo", (x,), refs, response=ResponseParams(echo=True)))
     assert engine.adapters.registry.get("decodes").running_requests == 0
     engine.check_integrity()
 

@@ -20,6 +20,7 @@ from polygraft.base.tokenizer import TOKENIZER
 from polygraft.config import ServerConfig
 from polygraft.engine.check import CheckReport, check_folder
 from polygraft.engine.engine import Engine
+from polygraft.engine.load_engine import load_engine
 from polygraft.errors import AdapterInvalid, InvalidRequest
 from polygraft_types.adapters import AdapterState
 from tests.engine.stores import copy_of, load, start_unload
@@ -131,7 +132,7 @@ def engine(tiny_model: Callable[[str], Path], store: Path) -> Engine:
     settings = ServerConfig(
         model=model, adapters=store, kv_cache_bytes=4 * 2**20, merged_bytes=2**30, **SETTINGS
     )
-    return Engine.from_config(settings)
+    return load_engine(settings)
 
 
 def report_of(folder: Path, model: Path) -> CheckReport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +12,9 @@ import torch
 from transformers import GenerationConfig
 
 from polygraft.base.loader import Base
-from polygraft.engine import engine as engine_module
 from polygraft.engine.engine import Engine
 from polygraft.engine.model_info import default_sampling
-from polygraft.engine.requests import generations as generations_module
-from polygraft.engine.sequences import sequence as sequence_module
+from polygraft.engine.requests import generating as generating_module
 from polygraft_types.answers import FinishReason
 from polygraft_types.requests import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -47,7 +44,7 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int], int], None]:
         def scripted(logits: torch.Tensor, params: Any, positions: Sequence[int]) -> list[int]:
             return [tokens[position - prompt_tokens] for position in positions]
 
-        monkeypatch.setattr(generations_module, "sample", scripted)
+        monkeypatch.setattr(generating_module, "sample", scripted)
 
     return script
 
@@ -63,12 +60,8 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    fake = SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter)
-    monkeypatch.setattr(generations_module, "time", fake)
-    monkeypatch.setattr(engine_module, "time", fake)
-    monkeypatch.setattr(sequence_module, "time", fake)
+def clock(engine: Engine) -> Clock:
+    clock = engine.clock.read = Clock()
     return clock
 
 
@@ -162,7 +155,7 @@ def test_max_new_tokens_ends_it(engine: Engine, say: Any) -> None:
 def test_max_new_tokens_is_what_the_context_leaves(
     engine: Engine, prompt_tokens: int, adapter: str | None, settled: int
 ) -> None:
-    generation = engine.prepare(request([1] * prompt_tokens, adapter))
+    generation = engine.intake.prepare(request([1] * prompt_tokens, adapter))
     assert generation.max_new_tokens == min(settled, DEFAULT_MAX_NEW_TOKENS)
     generation.stack.release()
 
@@ -200,8 +193,9 @@ def test_the_time_limit_brings_out_what_was_held_back(engine: Engine, say: Any, 
     assert text_of(outputs) == "abE"
 
 
-def test_the_time_limit_while_waiting(llama: Path, clock: Clock) -> None:
+def test_the_time_limit_while_waiting(llama: Path) -> None:
     engine = make_engine(llama, max_num_seqs=1)
+    clock = engine.clock.read = Clock()
     engine.submit(request(PROMPT, id="first", ignore_eos=True, max_new_tokens=3))
     engine.submit(request(PROMPT, id="second", time_limit=1.0))
     engine.step()

@@ -193,7 +193,7 @@ async def test_a_panic_while_a_request_is_prepared_is_that_requests_own(
     running = Running(make_engine(llama), 100)
     running.handle.start()
     with monkeypatch.context() as patch:
-        patch.setattr(running.engine, "prepare", raiser(SystemExit))
+        patch.setattr(running.engine.intake, "prepare", raiser(SystemExit))
         long = "x" * 5000
         with pytest.raises(PolygraftError, match="SystemExit: out of order"):
             await running.collect(Request("r", long))

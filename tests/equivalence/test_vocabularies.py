@@ -185,9 +185,9 @@ def refused_field(engine: Engine, request: Request | ScoreRequest) -> str:
     """The field that a request is refused for, "" if it isn't."""
     try:
         if isinstance(request, ScoreRequest):
-            engine.prepare_score(request).stack.release()
+            engine.intake.prepare_score(request).stack.release()
         else:
-            engine.prepare(request).stack.release()
+            engine.intake.prepare(request).stack.release()
     except InvalidRequest as error:
         return error.field
     return ""

@@ -22,7 +22,7 @@ from polygraft.engine.engine import Engine
 from polygraft.engine.engine_loop import EngineLoop
 from polygraft.engine.engine_thread import EngineThread
 from polygraft.engine.loading.load_memory import LoadQueue, Ticket
-from polygraft.engine.preparation import Preparation
+from polygraft.engine.requests.preparation import Preparation
 from polygraft.engine.residency.background import Job
 from polygraft.engine.step_result import StepResult
 from polygraft.engine.streams import Streams
@@ -61,7 +61,7 @@ class AsyncEngine:
         self._failure: BaseException | None = None
         self._failed = asyncio.Event()
         self._streams = Streams(observer, engine.config.max_unread_bytes, self._abort)
-        self._preparation = Preparation(engine, max_waiting)
+        self._preparation = Preparation(engine.intake, max_waiting)
         self._event_loop = asyncio.get_running_loop()
         self._thread = thread or EngineThread()
         self._engine_loop = EngineLoop(engine, self._hand_over)
@@ -108,7 +108,7 @@ class AsyncEngine:
         """See `EngineClient.score`."""
         self._check_room(request.id)
         job = await self._preparation.score(request)
-        outputs = self._follow(request.id, job.stack, lambda: self._engine.add_score(job))
+        outputs = self._follow(request.id, job.stack, lambda: self._engine.add(job))
         async with contextlib.aclosing(outputs):
             return await anext(outputs)
 
@@ -158,7 +158,7 @@ class AsyncEngine:
 
     def model_for(self, adapters: Sequence[AdapterRef]) -> ModelInfo:
         """See `EngineClient.model_for`."""
-        prompts = self._preparation.prompts_of(adapters)
+        prompts = self._engine.intake.prompts_of(adapters)
         return replace(
             self.model,
             vocabulary_size=prompts.vocabulary,

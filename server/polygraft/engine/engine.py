@@ -12,10 +12,10 @@ import torch
 from polygraft.adapters.files.store import AdapterStore
 from polygraft.adapters.limits import adapter_limits
 from polygraft.adapters.registry import Adapter, AdapterRegistry
-from polygraft.base.loader import Base, load_base
-from polygraft.base.model_folder import shown_name
+from polygraft.base.loader import Base
 from polygraft.base.optimize.layer_fusing import fuse_decoder_layers
 from polygraft.config import ServerConfig
+from polygraft.core.clock import Clock
 from polygraft.core.output import RequestOutput
 from polygraft.engine.cache.block_pool import BlockPool
 from polygraft.engine.cache.kv_cache import KVCache
@@ -27,32 +27,28 @@ from polygraft.engine.loading.adapter_manager import AdapterManager
 from polygraft.engine.loading.adapter_rules import AdapterRules, Room
 from polygraft.engine.loading.load_memory import LoadMemory
 from polygraft.engine.loading.merge_commands import DEVIATION_TEXTS, MergeCommands
-from polygraft.engine.loading.smoke_tests import Canaries
-from polygraft.engine.machine.garbage import keep_for_good
-from polygraft.engine.machine.machine import Machine
-from polygraft.engine.machine.memory_plan import plan_for, size
-from polygraft.engine.machine.threads import set_threads
+from polygraft.engine.loading.smoke_tests import SmokeTests
+from polygraft.engine.machine.memory_plan import plan_for
 from polygraft.engine.model_info import model_info
 from polygraft.engine.model_runner import ModelRunner
 from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
-from polygraft.engine.requests.generations import Generations
+from polygraft.engine.requests.generating import Generating
 from polygraft.engine.requests.input_processor import Intake
-from polygraft.engine.requests.output_processor import Answers
-from polygraft.engine.requests.scoring import ScoreJob, ScoreSequence, Scoring
+from polygraft.engine.requests.scoring import ScoreJob, Scoring
 from polygraft.engine.residency.background import BackgroundWork
 from polygraft.engine.residency.linear_combinations import LinearCombinations
 from polygraft.engine.residency.merged_copies import MergedCopies
 from polygraft.engine.schedule.paths import Paths
 from polygraft.engine.schedule.scheduler import Batch, Scheduler
 from polygraft.engine.schedule.step_cost import StepCost
-from polygraft.engine.sequences.sequence import CanarySequence, Generation, Sequence, SoftPromptSequence
+from polygraft.engine.sequences.generate import GenerateSequence
+from polygraft.engine.sequences.sequence import Sequence, StepEnd
 from polygraft.engine.step_result import StepResult, step_stats
 from polygraft.errors import InvalidRequest
 from polygraft.layers.adapter_bank import AdapterBank
 from polygraft.layers.linear.merging import WeightSwitch
 from polygraft.layers.operators import operators_for
 from polygraft.layers.step import StepContext
-from polygraft.stages import Stages
 from polygraft_types.requests import LoraPath, Request, ScoreRequest
 
 log = logging.getLogger(__name__)
@@ -74,6 +70,7 @@ class Engine:
 
     def __init__(self, base: Base, config: ServerConfig, *, native: bool = True) -> None:
         self.base = base
+        self.clock = Clock()
         self.config = config
         self.plan = plan_for(base, config)
         step = StepContext()
@@ -106,6 +103,23 @@ class Engine:
         self.background = BackgroundWork()
         self.events: Events = []
         registry = AdapterRegistry(config.max_adapters)
+        self._keep_residents(bank, switch, registry)
+        self._load_adapters(bank, registry)
+        self.intake = Intake(base, self.prompts, registry, self.copies, self.combinations, pool, self.clock)
+        self.model = model_info(
+            base,
+            config,
+            kv_cache_bytes=self.kv_cache.bytes,
+            merged_capacity_bytes=self.copies.budget,
+            prompts=self.prompts.base,
+        )
+        self._told: Occupancy | None = None
+        self._generating = Generating(self.scheduler, self.clock)
+        self._scoring = Scoring(self.scheduler, self.paths, self.clock, shares_prompts=config.prefix_caching)
+
+    def _keep_residents(self, bank: AdapterBank, switch: WeightSwitch, registry: AdapterRegistry) -> None:
+        """Make what keeps merged copies and linear combinations, and what decides who runs on them."""
+        base, config = self.base, self.config
         requantized = base.quantization != "none" and config.requantize_merged
         self.copies = MergedCopies(
             bank,
@@ -117,17 +131,23 @@ class Engine:
             requantize=requantized,
             dtype=base.quantization if requantized else str(base.dtype).removeprefix("torch."),
         )
-        canaries = Canaries(self.scheduler, self.copies)
-        limits = adapter_limits(config, base.dtype)
         self.combinations = LinearCombinations(
             bank,
             self.background,
             budget=self.plan.combined,
             most=config.max_adapters,
-            dtype=limits.dtype or torch.float32,
+            dtype=adapter_limits(config, base.dtype).dtype or torch.float32,
         )
+        # int8 products are faster than those of a copy in the compute type; 4-bit ones are slower.
+        worthwhile = base.quantization != "int8" or requantized
+        self.paths = Paths(self.copies, self.combinations, self.scheduler, self.events, worthwhile=worthwhile)
+
+    def _load_adapters(self, bank: AdapterBank, registry: AdapterRegistry) -> None:
+        """Make what loads, checks and merges adapters."""
+        base, config, pool = self.base, self.config, self.scheduler.pool
+        smoke_tests = SmokeTests(self.scheduler, self.copies, base.spec.vocabulary_size)
         room = Room(base.context_length, config.block_size, pool.num_blocks, self.copies.budget)
-        rules = AdapterRules(base.spec, limits, room, self.prompts.reading)
+        rules = AdapterRules(base.spec, adapter_limits(config, base.dtype), room, self.prompts.reading)
         self.adapters = AdapterManager(
             base.spec,
             AdapterStore(config.adapters, config.max_adapter_bytes),
@@ -135,7 +155,7 @@ class Engine:
             bank,
             self.scheduler,
             self.background,
-            canaries,
+            smoke_tests,
             self.copies,
             self.prompts,
             rules,
@@ -146,72 +166,12 @@ class Engine:
         most = min(base.context_length, pool.num_blocks * pool.block_size // 2)
         self.merging = MergeCommands(
             self.copies,
-            self.adapters.registry,
+            registry,
             self.background,
-            canaries,
-            lambda: all(isinstance(sequence, CanarySequence) for sequence in self.scheduler),
+            smoke_tests,
+            lambda: not any(sequence.is_request for sequence in self.scheduler),
             [list(self.prompts.base.token_ids(text))[:most] for text in DEVIATION_TEXTS],
         )
-        # int8 products are faster than those of a copy in the compute type; 4-bit ones are slower.
-        worthwhile = base.quantization != "int8" or requantized
-        self.paths = Paths(self.copies, self.combinations, self.scheduler, self.events, worthwhile=worthwhile)
-        self.intake = Intake(base, self.prompts, self.adapters.registry, self.copies, self.combinations, pool)
-        self.model = model_info(
-            base,
-            config,
-            kv_cache_bytes=self.kv_cache.bytes,
-            merged_capacity_bytes=self.copies.budget,
-            prompts=self.prompts.base,
-        )
-        self._told: Occupancy | None = None
-        self._generations = Generations(self.scheduler, Answers(self.prompts))
-        self._scoring = Scoring(
-            self.scheduler, self.paths, self.prompts, shares_prompts=config.prefix_caching
-        )
-
-    @classmethod
-    def from_config(cls, config: ServerConfig, stages: Stages | None = None) -> Engine:
-        """Load the base and every adapter of the store; see `keep_for_good` for what else becomes of objects.
-
-        Args:
-            stages: is told how long each stage takes.
-
-        Raises:
-            ConfigError, BaseModelError, UnsupportedArchitecture.
-        """
-        stages = stages or Stages()
-        set_threads(config.threads, Machine().cores())
-        with stages.timed("base model"):
-            log.info("loading the base model %s", shown_name(config.model))
-            base = load_base(
-                config.model,
-                dtype=config.dtype,
-                quantization=config.quantization,
-                head_quantization=config.head_quantization,
-                double_quantization=config.double_quantization,
-                device=config.device,
-                max_context_length=config.max_context_length,
-            )
-            # Before the cache is made: in memory that loading has touched, all of it would count at once.
-            keep_for_good()
-        with stages.timed("engine"):
-            engine = cls(base, config)
-            for line in engine.plan.lines():
-                log.info("%s", line)
-        with stages.timed("adapters"):
-            if config.adapters is not None:
-                log.info("loading the adapters in %s", config.adapters)
-            engine.adapters.load_store()
-            engine.finish_background()
-        taken = sum(info.compiled_bytes for info in engine.adapters.registry.list())
-        if taken > engine.plan.adapters:
-            log.warning(
-                "memory: the store's adapters take %s, but the plan has %s for them: lower "
-                "--kv-cache-bytes or --merged-bytes, or give the server more memory",
-                size(taken), size(engine.plan.adapters),
-            )  # fmt: skip
-        keep_for_good()
-        return engine
 
     def _forget(self, adapter: Adapter) -> None:
         self.paths.forget(adapter)
@@ -252,44 +212,31 @@ class Engine:
             combined_bytes_capacity=self.combinations.budget,
         )
 
-    def prepare(self, request: Request) -> Generation:
-        """Check a request, resolve its adapters and pin them, and tokenize; may run on any thread.
-
-        Raises: as `Intake.prepare`.
-        """
-        return self.intake.prepare(request)
-
-    def add(self, generation: Generation) -> None:
-        """Queue a prepared request."""
-        self.paths.queue(generation)
-        self._generations.add(generation)
-
-    def prepare_score(self, request: ScoreRequest) -> ScoreJob:
-        """As `prepare`, for continuations to score. Raises: as `Intake.prepare_score`."""
-        return self.intake.prepare_score(request)
-
-    def add_score(self, job: ScoreJob) -> None:
-        """Queue prepared continuations; they come out in one output."""
-        assert job.id not in self._scoring, "request ids must be unique"
-        self._scoring.add(job)
+    def add(self, prepared: GenerateSequence | ScoreJob) -> None:
+        """Queue what `intake` has prepared. A score's continuations come out in one output."""
+        if isinstance(prepared, ScoreJob):
+            self._scoring.add(prepared)
+        else:
+            self.paths.queue(prepared)
+            self._generating.add(prepared)
 
     def submit(self, request: Request | ScoreRequest) -> None:
-        """Prepare and queue a request. Raises as `prepare` and `prepare_score`."""
-        if request.id in self._generations or request.id in self._scoring:
+        """Prepare and queue a request. Raises as `Intake.prepare` and `Intake.prepare_score`."""
+        if request.id in self._generating or request.id in self._scoring:
             raise InvalidRequest("request_id", f"{request.id!r} is running already")
         if isinstance(request, ScoreRequest):
-            self.add_score(self.prepare_score(request))
+            self.add(self.intake.prepare_score(request))
         else:
-            self.add(self.prepare(request))
+            self.add(self.intake.prepare(request))
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free what it holds; its last output, or nothing if it has ended already."""
-        return self._generations.abort(request_id) + self._scoring.abort(request_id)
+        return self._generating.abort(request_id) + self._scoring.abort(request_id)
 
     def step(self) -> StepResult:
         """Advance every request that fits by one chunk or one token."""
         started = time.perf_counter()
-        result = StepResult(outputs=self._generations.expire())
+        result = StepResult(outputs=self._generating.expire())
         if batch := self._schedule():
             logits = self.runner.run(batch)
             result.outputs += self._postprocess(batch, logits)
@@ -300,7 +247,7 @@ class Engine:
             self.background.run_after_step(result.stats.seconds)
         else:
             self.background.run_idle()
-        result.outputs += self._generations.fail_lost() + self._scoring.fail_lost()
+        result.outputs += self._generating.fail_lost() + self._scoring.fail_lost()
         return self.take_news(result)
 
     def take_news(self, result: StepResult) -> StepResult:
@@ -322,7 +269,9 @@ class Engine:
         batch = self.scheduler.schedule()
         if not batch.items:
             return None
-        self._note_first_scheduled(batch)
+        now = self.clock()
+        for item in batch.items:
+            item.sequence.on_scheduled(item.start, now)
         return batch
 
     def generate(self, requests: Iterable[Request | ScoreRequest]) -> list[list[RequestOutput]]:
@@ -337,51 +286,21 @@ class Engine:
                     outputs[output.request_id].append(output)
         return list(outputs.values())
 
-    @staticmethod
-    def _note_first_scheduled(batch: Batch) -> None:
-        now = time.monotonic()
-        for item in batch.items:
-            if isinstance(item.sequence, Generation) and item.sequence.first_scheduled is None:
-                item.sequence.first_scheduled = now
-            elif isinstance(item.sequence, ScoreSequence):
-                item.sequence.note_scheduled(item.start, now)
-
     def _postprocess(self, batch: Batch, logits: torch.Tensor) -> list[RequestOutput]:
-        """Take note of what has run, sample, and end what has come to its end."""
-        rows: list[int] = []
-        generations: list[Generation] = []
-        scored: list[ScoreSequence] = []
-        end = 0
+        """Tell the sequences what has run, and sample the next tokens."""
+        completed: list[tuple[Sequence, int]] = []
+        row = 0
         for item in batch.items:
-            sequence = item.sequence
             self.scheduler.advance(item)
-            first, end = end, end + len(item.logit_rows)
-            if isinstance(sequence, CanarySequence):
-                sequence.take(logits[first:end, : self._vocabulary(sequence)])
-            elif isinstance(sequence, ScoreSequence):
-                self._scoring.take(sequence, logits[first:end])
-            elif isinstance(sequence, Generation):
-                self._generations.take_prompt(sequence, logits[first:end])
-            if not item.completes:
-                continue
-            if isinstance(sequence, SoftPromptSequence):
-                self.scheduler.prefixes.adopt(sequence)
-                self.scheduler.remove(sequence)
-            elif isinstance(sequence, CanarySequence):
-                self.scheduler.remove(sequence)
-            elif isinstance(sequence, Generation):
-                rows.append(end - 1)
-                generations.append(sequence)
-            elif isinstance(sequence, ScoreSequence):
-                scored.append(sequence)
+            first, row = row, row + len(item.logit_rows)
+            item.sequence.on_logits(logits[first:row])
+            if item.completes:
+                completed.append((item.sequence, row - 1))
         # All parts of the batch are taken note of: an end may now remove any sequence.
-        outputs = [output for sequence in scored for output in self._scoring.complete(sequence)]
-        return outputs + self._generations.sample(generations, rows, logits)
-
-    def _vocabulary(self, sequence: Sequence) -> int:
-        """How many tokens a sequence knows."""
-        own = (adapter.compiled.vocabulary for adapter in sequence.stack.adapters)
-        return next((size for size in own if size is not None), self.base.spec.vocabulary_size)
+        end = StepEnd(self.scheduler.remove, self.scheduler.prefixes.adopt)
+        for sequence, last in completed:
+            sequence.on_complete(end, last)
+        return end.outputs + self._generating.sample(end.sampling, logits)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, prefixes and pins add up."""
@@ -397,4 +316,4 @@ class Engine:
         self.combinations.check_integrity(
             Counter(s.stack.key for s in self.scheduler if s.combination is not None)
         )
-        assert set(self._generations) <= set(self.scheduler)
+        assert set(self._generating) <= set(self.scheduler)

@@ -8,7 +8,6 @@ from polygraft.core.output import RequestOutput
 from polygraft.engine.client import Occupancy, StepStats
 from polygraft.engine.events import Events
 from polygraft.engine.schedule.scheduler import Batch
-from polygraft.engine.sequences.sequence import Generation
 from polygraft_types.requests import LoraPath
 
 
@@ -39,11 +38,7 @@ def step_stats(batch: Batch, seconds: float, *, switched: bool) -> StepStats:
         seconds: schedule, run and postprocess together.
         switched: whether it ran on other weights than the one before.
     """
-    decodes = sum(
-        i.count
-        for i in batch.items
-        if isinstance(i.sequence, Generation) and i.start >= i.sequence.prompt_tokens
-    )
+    decodes = sum(i.count for i in batch.items if i.sequence.decodes_from(i.start))
     adapters = {
         (adapter.name, adapter.compiled.kind): None
         for i in batch.items

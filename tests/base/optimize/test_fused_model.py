@@ -16,7 +16,7 @@ from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
 from polygraft.engine import engine as engine_module
 from polygraft.engine.engine import Engine
-from polygraft.engine.sequences.sequence import CanarySequence
+from polygraft.engine.sequences.sequence import SmokeTestSequence
 from polygraft.layers.native.kernels import load_kernels
 from polygraft_types.requests import LoraPath, Request
 from tests.architectures import MATRIX
@@ -108,7 +108,9 @@ def test_bottlenecks_at_some_sites_and_couplings_act_within_it(llama: Path) -> N
 
     def logits() -> list[torch.Tensor]:
         sequences = [
-            CanarySequence(str(at), list(range(5 + at, 30 + 2 * at)), stack)
+            SmokeTestSequence(
+                str(at), list(range(5 + at, 30 + 2 * at)), stack, engine.base.spec.vocabulary_size
+            )
             for at, stack in enumerate(stacks)
         ]
         for sequence in sequences:

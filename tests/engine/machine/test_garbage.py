@@ -14,6 +14,7 @@ import torch
 
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
+from polygraft.engine.load_engine import load_engine
 from polygraft.engine.machine.garbage import keep_for_good
 from tests.engine.stores import copy_of, start_unload
 from tests.engines import greedy, run_greedy
@@ -32,7 +33,7 @@ def _collector() -> Iterator[None]:
 @pytest.fixture
 def engine(llama: Path, llama_store: Path, tmp_path: Path) -> Engine:
     store = copy_of(llama_store, tmp_path / "store", "lora", "prefix", "prompt")
-    return Engine.from_config(ServerConfig(model=str(llama), adapters=store, kv_cache_bytes=2**20))
+    return load_engine(ServerConfig(model=str(llama), adapters=store, kv_cache_bytes=2**20))
 
 
 class Node:

@@ -163,7 +163,7 @@ def test_the_tokenizers_end_of_sequence_ends_an_answer_too(engine: Engine) -> No
     a = reversed_tokenizer().encode("A").ids[0]
     assert engine.prompts.of(stack(engine, "both")).eos_token_ids == (EOS, a)
     assert engine.prompts.of(stack(engine, "same")).eos_token_ids == (EOS,)
-    generation = engine.prepare(Request("e", "x", (AdapterRef("both"),)))
+    generation = engine.intake.prepare(Request("e", "x", (AdapterRef("both"),)))
     assert generation.stop_token_ids == {EOS, a}
     generation.stack.release()
 
@@ -191,7 +191,7 @@ def test_unloading_forgets_them(llama: Path, llama_store: Path, tmp_path: Path) 
 def refused(engine: Engine, name: str | None, **fields: object) -> InvalidRequest:
     refs = () if name is None else (AdapterRef(name),)
     with pytest.raises(InvalidRequest) as caught:
-        engine.prepare(Request("refused", **{"prompt": "x", "adapters": refs, **fields}))  # type: ignore[arg-type]
+        engine.intake.prepare(Request("refused", **{"prompt": "x", "adapters": refs, **fields}))  # type: ignore[arg-type]
     return caught.value
 
 

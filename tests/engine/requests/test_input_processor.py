@@ -126,9 +126,9 @@ def test_whatever_ends_a_request_at_the_door_it_holds_nothing(
     monkeypatch.setattr(engine.prompts.base, "pairs", fail)
     two = (AdapterRef("ia3"), AdapterRef("lora"))
     with pytest.raises(type(error)):
-        engine.prepare(Request("r", "x", two))
+        engine.intake.prepare(Request("r", "x", two))
     with pytest.raises(type(error)):
-        engine.prepare_score(ScoreRequest("s", "x", ("y",), two))
+        engine.intake.prepare_score(ScoreRequest("s", "x", ("y",), two))
     monkeypatch.setattr(input_processor, "check_stack", fail)
     with pytest.raises(type(error)):
         engine.intake.resolve(two)

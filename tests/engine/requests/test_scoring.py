@@ -132,7 +132,7 @@ def test_preemption_in_the_middle_starts_it_anew(llama: Path) -> None:
     # As the scheduler does it when blocks run out.
     engine.scheduler.running.remove(sequence)
     engine.scheduler._free(sequence)
-    sequence.note_preempted()
+    sequence.on_preempted()
     engine.scheduler.waiting.append(sequence)
     outputs: list[RequestOutput] = []
     while engine.has_work:
@@ -300,7 +300,7 @@ async def test_who_gives_up_while_it_is_tokenized_pins_no_adapter(
 ) -> None:
     engine = make_engine(llama, llama_store)
     tokenized, given_up = threading.Event(), threading.Event()
-    prepare = engine.prepare_score
+    prepare = engine.intake.prepare_score
 
     def prepare_until_given_up(request: ScoreRequest) -> ScoreJob:
         job = prepare(request)
@@ -311,7 +311,7 @@ async def test_who_gives_up_while_it_is_tokenized_pins_no_adapter(
     def pins() -> int:
         return sum(info.running_requests for info in engine.adapters.registry.list())
 
-    monkeypatch.setattr(engine, "prepare_score", prepare_until_given_up)
+    monkeypatch.setattr(engine.intake, "prepare_score", prepare_until_given_up)
     handle = AsyncEngine(engine, Metrics(), max_waiting=2)
     handle.start()
     task = asyncio.create_task(handle.score(ask("a", "lora", prompt="ab " * 60, continuations=["c"] * 200)))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from types import SimpleNamespace
 
 import pytest
 
-from polygraft.engine.residency import background
 from polygraft.engine.residency.background import IDLE_SECONDS, STEP_SHARE, BackgroundWork
 
 
@@ -28,21 +26,19 @@ class Log:
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Log:
-    log = Log()
-    monkeypatch.setattr(background, "time", SimpleNamespace(perf_counter=lambda: log.now))
-    return log
+def log() -> Log:
+    return Log()
 
 
 def test_after_a_step_it_takes_its_share_and_no_more(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     work.add(log.job("a", *[0.3 * STEP_SHARE] * 50))
     work.run_after_step(1.0)
     assert len(log.done) == 4
 
 
 def test_a_slice_that_took_too_long_is_paid_back(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     work.add(log.job("a", 2.5 * STEP_SHARE, 0.01, 0.01))
     steps = 0
     while len(log.done) < 2:
@@ -54,7 +50,7 @@ def test_a_slice_that_took_too_long_is_paid_back(log: Log) -> None:
 
 
 def test_what_nobody_waits_for_rests_until_the_server_has_been_idle_for_a_while(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     work.add(log.job("a", 0.0, 0.0, 0.0, rests=0))
     for _ in range(3):
         work.run_after_step(1.0)
@@ -69,7 +65,7 @@ def test_what_nobody_waits_for_rests_until_the_server_has_been_idle_for_a_while(
 
 
 def test_in_the_long_run_it_keeps_to_its_share(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     work.add(log.job("a", *[0.013] * 10_000))
     for _ in range(500):
         work.run_after_step(0.05)
@@ -77,7 +73,7 @@ def test_in_the_long_run_it_keeps_to_its_share(log: Log) -> None:
 
 
 def test_what_a_step_leaves_isnt_saved_up(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     for _ in range(100):
         work.run_after_step(1.0)
     work.add(log.job("a", *[0.3 * STEP_SHARE] * 50))
@@ -86,7 +82,7 @@ def test_what_a_step_leaves_isnt_saved_up(log: Log) -> None:
 
 
 def test_idle_time_is_its_own_and_clears_its_debt(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     work.add(log.job("a", 5.0, *[IDLE_SECONDS / 3.5] * 20))
     work.run_after_step(1.0)
     work.run_idle()
@@ -97,7 +93,7 @@ def test_idle_time_is_its_own_and_clears_its_debt(log: Log) -> None:
 
 
 def test_jobs_take_turns(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     for name in "ab":
         work.add(log.job(name, 0.001, 0.001))
     work.run_idle(1.0)
@@ -106,7 +102,7 @@ def test_jobs_take_turns(log: Log) -> None:
 
 
 def test_a_small_job_beside_a_large_one_takes_twice_as_long_as_alone(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     work.add(log.job("large", *[1.0] * 30))
     work.run_idle(0.5)
     work.add(log.job("small", *[0.01] * 200))
@@ -119,7 +115,7 @@ def test_a_small_job_beside_a_large_one_takes_twice_as_long_as_alone(log: Log) -
 
 
 def test_who_has_waited_gets_no_more_than_its_share_afterwards(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     work.add(log.job("waits", *[0.1] * 100, needs_step=0))
     work.add(log.job("works", *[0.1] * 100))
     for _ in range(50):
@@ -129,7 +125,7 @@ def test_who_has_waited_gets_no_more_than_its_share_afterwards(log: Log) -> None
 
 
 def test_a_job_that_waits_for_a_step_goes_on_after_it(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     work.add(log.job("a", 0.001, 0.001, needs_step=0))
     work.add(log.job("b", 0.001, 0.001))
     work.run_idle(1.0)
@@ -142,7 +138,7 @@ def test_a_job_that_waits_for_a_step_goes_on_after_it(log: Log) -> None:
 
 
 def test_without_time_nothing_runs(log: Log) -> None:
-    work = BackgroundWork()
+    work = BackgroundWork(lambda: log.now)
     work.add(log.job("a", 0.001))
     work.run_after_step(0.0)
     assert log.done == []

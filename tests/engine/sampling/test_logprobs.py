@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from polygraft.base.tokenizer import text_tokenizer
 from polygraft.core.output import RequestOutput
-from polygraft.engine import engine as engine_module
 from polygraft.engine.engine import Engine
 from polygraft.engine.sampling import logprobs as logprobs_module
 from polygraft.engine.sampling.logprobs import TokenTexts, likelihoods
-from polygraft.engine.sequences import sequence as sequence_module
 from polygraft_types.answers import FinishReason, TokenLogprob
 from polygraft_types.requests import (
     AdapterRef,
@@ -218,11 +214,10 @@ def test_what_ends_before_its_first_token_is_echoed_all_the_same(
     assert end.finished.reason is FinishReason.CANCELLED
     assert end.prompt_ids == tuple(PROMPT)
     assert [one.token_id for one in end.logprobs] == PROMPT[:1]
-    now = SimpleNamespace(monotonic=lambda: math.inf, perf_counter=lambda: 0.0)
-    monkeypatch.setattr(engine_module, "time", now)
-    monkeypatch.setattr(sequence_module, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    engine.clock.read = lambda: 0.0
     late = Request("t", "hi", stopping=StoppingParams(time_limit=1.0), response=ResponseParams(echo=True))
     engine.submit(late)
+    engine.clock.read = lambda: 2.0
     [end] = engine.step().outputs
     assert end.text == "hi"
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from polygraft.base.loader import load_base
 from polygraft.config import ServerConfig
 from polygraft.engine.engine import Engine
-from polygraft.engine.sequences.sequence import CanarySequence
+from polygraft.engine.sequences.sequence import SmokeTestSequence
 from polygraft.layers import operators
 from polygraft.layers.linear.wide_head import WideLinear
 from polygraft_types.requests import (
@@ -118,7 +118,9 @@ def test_merged_copies_of_the_head(
         without_compiler(monkeypatch)
     copy(adapter_store("llama") / "lora-head", tmp_path / "lora-head")
     engine = make_engine(llama, tmp_path, precision="bfloat16", native=compiler)
-    sequence = CanarySequence("merged", PROMPT, engine.intake.resolve((AdapterRef("lora-head"),)))
+    sequence = SmokeTestSequence(
+        "merged", PROMPT, engine.intake.resolve((AdapterRef("lora-head"),)), engine.base.spec.vocabulary_size
+    )
     sequence.path = LoraPath.MERGED
     engine.paths.queue(sequence)
     engine.scheduler.add(sequence)

@@ -161,9 +161,9 @@ def test_a_template_that_fails_says_where_and_lets_go_of_its_adapter(
     assert any("fails with a small chat" in warning for warning in warnings)
     ref = (AdapterRef(name),)
     with pytest.raises(ChatTemplateFailed, match=problem):
-        store.engine.prepare(Request("r", CHAT, ref))
+        store.engine.intake.prepare(Request("r", CHAT, ref))
     with pytest.raises(ChatTemplateFailed, match=problem):
-        store.engine.prepare_score(ScoreRequest("s", CHAT, ("x",), ref))
+        store.engine.intake.prepare_score(ScoreRequest("s", CHAT, ("x",), ref))
     store.check_unused(name)
     store.engine.generate([Request("t", "text", ref, stopping=StoppingParams(max_new_tokens=1))])
     store.check_unused(name)
@@ -174,7 +174,7 @@ def test_a_template_that_takes_long_with_some_chats_is_ended(store: Store) -> No
     with pytest.raises(
         ChatTemplateFailed, match="of adapter 'later' fails: it used more than 2 s of CPU time"
     ):
-        store.engine.prepare(Request("r", LONG, (AdapterRef("later"),)))
+        store.engine.intake.prepare(Request("r", LONG, (AdapterRef("later"),)))
     store.check_unused("later")
     assert store.tokens("later", CHAT) == byte_tokenizer()("hi")["input_ids"]
 
@@ -214,7 +214,7 @@ def test_no_process_for_a_template(store: Store, monkeypatch: pytest.MonkeyPatch
     workers.end()
     monkeypatch.setattr("polygraft.engine.sandbox.process.sys.executable", "/nowhere/python")
     with pytest.raises(ResourceExhausted, match="can be started"):
-        store.engine.prepare(Request("r", CHAT, (AdapterRef("alone"),)))
+        store.engine.intake.prepare(Request("r", CHAT, (AdapterRef("alone"),)))
     store.check_unused("alone")
 
 

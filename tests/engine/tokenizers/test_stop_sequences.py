@@ -189,12 +189,12 @@ def test_at_the_end_of_sequence_the_stop_sequence_is_the_reason(engine: Engine, 
 
 
 def test_text_held_back_comes_out_at_another_end(engine: Engine) -> None:
-    generation = engine.prepare(Request("g", "x", stopping=StoppingParams(stop=("b<pad>", "<eos>!"))))
+    generation = engine.intake.prepare(Request("g", "x", stopping=StoppingParams(stop=("b<pad>", "<eos>!"))))
     [b] = byte_tokenizer()("b")["input_ids"]
     assert generation.accept(b, 0.0) == ("", None)
     assert generation.accept(EOS, 0.0) == ("b", FinishReason.STOP)
     generation.stack.release()
-    generation = engine.prepare(Request("g", "x", stopping=StoppingParams(stop=("b<eos>",))))
+    generation = engine.intake.prepare(Request("g", "x", stopping=StoppingParams(stop=("b<eos>",))))
     assert generation.accept(b, 0.0) == ("", None)
     assert generation.accept(EOS, 0.0) == ("", FinishReason.STOP_SEQUENCE)
     assert generation.text.matched == "b<eos>"

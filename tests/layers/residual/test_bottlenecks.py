@@ -17,7 +17,7 @@ from polygraft.adapters.stack import Stack, check_stack
 from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.primitives import Bottleneck, Coupling, CouplingLayers, NormAfter
 from polygraft.engine.engine import Engine
-from polygraft.engine.sequences.sequence import CanarySequence
+from polygraft.engine.sequences.sequence import SmokeTestSequence
 from polygraft.layers.decoder_layer import FusedDecoderLayer
 from polygraft.layers.linear.low_rank_bank import LowRankBank
 from polygraft.layers.native.kernels import DTYPES, load_kernels
@@ -280,7 +280,10 @@ def test_mixed_rows_equal_hooks_on_the_model(
         served[f"{name} and lora"] = stacked(served[name], beside)
     served["lora and all"] = stacked(beside, served["all"])
     prompts = {name: list(range(5 + at, 30 + 3 * at)) for at, name in enumerate(served)}
-    sequences = {name: CanarySequence(name, prompts[name], served[name]) for name in served}
+    sequences = {
+        name: SmokeTestSequence(name, prompts[name], served[name], engine.base.spec.vocabulary_size)
+        for name in served
+    }
     for sequence in sequences.values():
         sequence.stack.pin()
         engine.scheduler.add(sequence)

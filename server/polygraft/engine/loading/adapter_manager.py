@@ -18,9 +18,9 @@ from polygraft.core.adapter_weights import AdapterWeights
 from polygraft.core.names import NOT_A_NAME, is_name
 from polygraft.core.spec import BaseSpec
 from polygraft.engine.events import AdapterChange, AdapterEvent, Events
-from polygraft.engine.loading.adapter_rules import CANARY_TOKENS, AdapterRules
+from polygraft.engine.loading.adapter_rules import SMOKE_TEST_TOKENS, AdapterRules
 from polygraft.engine.loading.load_memory import LOADS_AT_ONCE, LoadMemory
-from polygraft.engine.loading.smoke_tests import Canaries
+from polygraft.engine.loading.smoke_tests import SmokeTests
 from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.engine.residency.background import BackgroundWork, Job
 from polygraft.engine.residency.merged_copies import MergedCopies
@@ -62,7 +62,7 @@ class AdapterManager:
         bank: AdapterBank,
         scheduler: Scheduler,
         background: BackgroundWork,
-        canaries: Canaries,
+        smoke_tests: SmokeTests,
         copies: MergedCopies,
         prompts: AdapterPrompts,
         rules: AdapterRules,
@@ -80,7 +80,7 @@ class AdapterManager:
         self.memory = memory
         self._on_the_way = 0
         self._loaded_bytes = 0  # since memory was given back
-        self._canaries = canaries
+        self._canaries = smoke_tests
         self._copies = copies
         self._prompts = prompts
         self._forget = forget
@@ -283,7 +283,7 @@ class AdapterManager:
         """
         known = self._base.vocabulary_size
         canary = [*tokens, *(token % (adapter.compiled.vocabulary or known) for token in self._usual)]
-        canary = [*canary[:CANARY_TOKENS], *adapter.compiled.invocation]
+        canary = [*canary[:SMOKE_TEST_TOKENS], *adapter.compiled.invocation]
         logits = yield from self._canary_logits(canary, adapter)
         if not torch.isfinite(logits).all():
             raise AdapterInvalid(adapter.name, ["its logits are not finite"])
@@ -299,8 +299,8 @@ class AdapterManager:
 
     @property
     def _usual(self) -> list[int]:
-        """The tokens that canaries have unless an adapter has rows of its own."""
-        return [(31 + 7919 * i) % self._base.vocabulary_size for i in range(CANARY_TOKENS)]
+        """The tokens that smoke_tests have unless an adapter has rows of its own."""
+        return [(31 + 7919 * i) % self._base.vocabulary_size for i in range(SMOKE_TEST_TOKENS)]
 
     def _canary_logits(
         self, tokens: list[int], adapter: Adapter | None
@@ -348,7 +348,7 @@ def _why(error: PolygraftError) -> str:
 def _own_tokens(compiled: AdapterWeights) -> list[int]:
     """Some tokens that an adapter has rows of its own for."""
     own = (rows.ids for rows in compiled.token_rows if rows.ids is not None)
-    return [token for ids in own for token in ids[: CANARY_TOKENS // 2].tolist()]
+    return [token for ids in own for token in ids[: SMOKE_TEST_TOKENS // 2].tolist()]
 
 
 def _follow(first: Future[AdapterInfo], second: Future[AdapterInfo]) -> None:

@@ -18,7 +18,7 @@ from polygraft.core.spec import BaseSpec
 from polygraft.engine.prompts.prompts import Prompts
 from polygraft.errors import AdapterInvalid
 
-CANARY_TOKENS = 8
+SMOKE_TEST_TOKENS = 8
 """Tokens that are run with every adapter when it is loaded."""
 
 ReadPrompts = Callable[[AdapterFolder, int | None], Generator[None, None, Prompts | None]]
@@ -94,7 +94,7 @@ class AdapterRules:
 
     def _check_room(self, name: str, compiled: AdapterWeights) -> None:
         room = self._room
-        canary = CANARY_TOKENS + len(compiled.invocation)
+        canary = SMOKE_TEST_TOKENS + len(compiled.invocation)
         if canary > room.context_length:
             raise AdapterInvalid(
                 name, [f"{len(compiled.invocation)} invocation tokens don't fit the context"]

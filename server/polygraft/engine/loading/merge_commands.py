@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from polygraft.adapters.registry import AdapterRegistry
-from polygraft.engine.loading.smoke_tests import Canaries
+from polygraft.engine.loading.smoke_tests import SmokeTests
 from polygraft.engine.residency.background import BackgroundWork, Job
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.errors import AdapterUnavailable, PolygraftError, ResourceExhausted
@@ -39,14 +39,14 @@ class MergeCommands:
         copies: MergedCopies,
         registry: AdapterRegistry,
         background: BackgroundWork,
-        canaries: Canaries,
+        smoke_tests: SmokeTests,
         is_idle: Callable[[], bool],
         texts: Sequence[list[int]],
     ) -> None:
         self._copies = copies
         self._registry = registry
         self._background = background
-        self._canaries = canaries
+        self._canaries = smoke_tests
         self._is_idle = is_idle
         self._texts = texts
         self._measuring: set[int] = set()

@@ -11,14 +11,15 @@ from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.schedule.scheduler import Scheduler
-from polygraft.engine.sequences.sequence import CanarySequence
+from polygraft.engine.sequences.sequence import SmokeTestSequence
 from polygraft_types.requests import LoraPath
 
 
-class Canaries:
+class SmokeTests:
     """Sequences of the engine's own, which share steps with requests."""
 
-    def __init__(self, scheduler: Scheduler, copies: MergedCopies) -> None:
+    def __init__(self, scheduler: Scheduler, copies: MergedCopies, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
         self._scheduler = scheduler
         self._copies = copies
         self._ids = itertools.count()
@@ -38,7 +39,9 @@ class Canaries:
         Raises:
             ResourceExhausted: that copy can't be made.
         """
-        sequence = CanarySequence(f"canary-{next(self._ids)}", tokens, Stack.of(adapter), positions=positions)
+        sequence = SmokeTestSequence(
+            f"smoke-test-{next(self._ids)}", tokens, Stack.of(adapter), self._vocabulary, positions=positions
+        )
         sequence.stack.pin()
         if copy is None and adapter is not None and adapter.compiled.merged_only:
             copy = self._copies.get(adapter)

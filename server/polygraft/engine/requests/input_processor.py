@@ -9,12 +9,14 @@ from polygraft.adapters.linear_combination import check_linear
 from polygraft.adapters.registry import Adapter, AdapterRegistry
 from polygraft.adapters.stack import Stack, check_stack
 from polygraft.base.loader import Base
+from polygraft.core.clock import Clock
 from polygraft.engine.cache.block_pool import BlockPool
 from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
+from polygraft.engine.prompts.prompts import Prompts
 from polygraft.engine.requests.scoring import ScoreJob
 from polygraft.engine.residency.linear_combinations import LinearCombinations
 from polygraft.engine.residency.merged_copies import MergedCopies
-from polygraft.engine.sequences.sequence import Generation
+from polygraft.engine.sequences.generate import GenerateSequence
 from polygraft.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest
 from polygraft_types.requests import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -37,7 +39,9 @@ class Intake:
         copies: MergedCopies,
         combinations: LinearCombinations,
         pool: BlockPool,
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._base = base
         self._prompts = prompts
         self._registry = registry
@@ -45,13 +49,14 @@ class Intake:
         self._combinations = combinations
         self._pool = pool
 
-    def prepare(self, request: Request) -> Generation:
+    def prepare(self, request: Request) -> GenerateSequence:
         """Check a request, resolve its adapters and pin them, and tokenize; may run on any thread.
 
         Raises:
             InvalidRequest, ContextLengthExceeded, AdapterNotFound, AdapterUnavailable, ChatTemplateFailed,
             TokenizerFailed, ResourceExhausted.
         """
+        arrival = self._clock()
         self._check_path(request)
         with self._holding(request) as stack:
             prompts = self._prompts.of(stack)
@@ -69,7 +74,17 @@ class Intake:
             if not request.stopping.ignore_eos:
                 stops |= set(prompts.eos_token_ids)
             text = prompts.text_stream(prompt_ids, request.stopping.stop)
-            return Generation(request, prompt_ids, stack, text, frozenset(stops), max_new_tokens, echo)
+            return GenerateSequence(
+                request,
+                prompt_ids,
+                stack,
+                text,
+                prompts.texts,
+                frozenset(stops),
+                max_new_tokens,
+                arrival,
+                echo,
+            )
 
     def prepare_score(self, request: ScoreRequest) -> ScoreJob:
         """As `prepare`, for continuations to score.
@@ -80,12 +95,26 @@ class Intake:
         """
         self._check_path(request)
         with self._holding(request) as stack:
-            pairs = self._prompts.of(stack).pairs(request.prompt, request.continuations)
+            prompts = self._prompts.of(stack)
+            pairs = prompts.pairs(request.prompt, request.continuations)
             self._check_copy(request, stack)
             for at, (context, continuation) in enumerate(pairs):
                 self._check_invocation(stack, context)
                 self._check_score_length(f"continuations[{at}]", len(context), len(continuation), stack)
-            return ScoreJob(request, stack, pairs)
+            return ScoreJob(request, stack, pairs, prompts.texts, self._clock())
+
+    def prompts_of(self, refs: Sequence[AdapterRef]) -> Prompts:
+        """Return tokenizer and template of requests with these adapters. Raises as `resolve`."""
+        stack = self.resolve(refs)
+        try:
+            return self._prompts.of(stack)
+        finally:
+            stack.release()
+
+    def may_bring_prompts(self, ref: AdapterRef) -> bool:
+        """Whether an adapter has a tokenizer or template of its own; an older generation may have."""
+        info = self._registry.find(ref.name)
+        return info is not None and (ref.generation is not None or info.own_prompts)
 
     @contextmanager
     def _holding(self, request: Request | ScoreRequest) -> Iterator[Stack]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence as Rows
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 from typing import TYPE_CHECKING
 
 import torch
 
+from polygraft.core.clock import Clock
 from polygraft.core.output import RequestOutput
-from polygraft.engine.prompts.adapter_prompts import AdapterPrompts
 from polygraft.engine.sampling.logprobs import TokenTexts, likelihoods
 from polygraft.engine.schedule.paths import Paths
 from polygraft.engine.schedule.scheduler import Scheduler
-from polygraft.engine.sequences.sequence import NEVER, Sequence
+from polygraft.engine.sequences.sequence import NEVER, Sequence, StepEnd
 from polygraft.errors import PolygraftError
 from polygraft_types.answers import ContinuationScore, Finished, FinishReason, Timings, TokenLogprob, Usage
 from polygraft_types.requests import LoraPath, ScoreRequest
@@ -35,7 +35,7 @@ class ScoreSequence(Sequence):
 
     cacheable = True
 
-    def __init__(self, job: ScoreJob, index: int, context: Rows[int], continuation: Rows[int]) -> None:
+    def __init__(self, job: ScoreJob, index: int, context: Tokens[int], continuation: Tokens[int]) -> None:
         super().__init__(f"{job.id}/{index}", [*context, *continuation[:-1]], job.stack)
         if job.request.lora_path is LoraPath.MERGED:
             self.path = LoraPath.MERGED
@@ -68,22 +68,26 @@ class ScoreSequence(Sequence):
         if self.copy is other.copy and self.context == other.context:
             self.keys = other.keys[: self.context_tokens // block_size]
 
-    def take(self, logits: torch.Tensor, texts: TokenTexts) -> None:
-        """Note the likelihoods in the logits [rows, vocabulary] after its next tokens, with texts."""
+    def on_logits(self, logits: torch.Tensor) -> None:
+        """Note the continuation's likelihoods."""
         first = len(self.tokens)
         tokens = self.continuation[first : first + len(logits)]
         found = likelihoods(logits, tokens, [self.job.request.top_logprobs] * len(tokens))
         self.is_greedy = self.is_greedy and all(one.is_greedy for one in found)
         self.finite = self.finite and not any(math.isnan(one.logprob) for one in found)
-        self.tokens += texts.describe(found)
+        self.tokens += self.job.texts.describe(found)
 
-    def note_preempted(self) -> None:
-        """It will run anew."""
+    def on_complete(self, end: StepEnd, row: int) -> None:
+        """Tell its job."""
+        end.outputs += self.job.on_scored(self)
+
+    def on_preempted(self) -> None:
+        """Start anew."""
         self.tokens.clear()
         self.is_greedy = self.finite = True
 
-    def note_scheduled(self, start: int, now: float) -> None:
-        """It runs, from its token `start` on."""
+    def on_scheduled(self, start: int, now: float) -> None:
+        """Note when the job first runs, and how much of the prompt the cache held."""
         if self.cached_tokens is None:
             self.cached_tokens = start
         if self.job.first_scheduled is None:
@@ -95,34 +99,44 @@ class ScoreJob:
 
     Args:
         pairs: the tokens of prompt and continuation, for each continuation.
+        texts: spells single tokens out.
+        arrival: by the engine's clock.
     """
 
-    def __init__(self, request: ScoreRequest, stack: Stack, pairs: Rows[tuple[Rows[int], Rows[int]]]) -> None:
+    def __init__(
+        self,
+        request: ScoreRequest,
+        stack: Stack,
+        pairs: Tokens[tuple[Tokens[int], Tokens[int]]],
+        texts: TokenTexts,
+        arrival: float,
+    ) -> None:
+        self.texts = texts
+        self.on_scored: Callable[[ScoreSequence], list[RequestOutput]] = lambda sequence: []
+        """Set when it is queued: a continuation has run."""
         self.id = request.id
         self.request = request
         self.stack = stack
         self.sequences = [ScoreSequence(self, at, *pair) for at, pair in enumerate(pairs)]
         self.waiting = list(self.sequences)
         self.running: list[ScoreSequence] = []
-        self.arrival = time.monotonic()
+        self.arrival = arrival
         self.first_scheduled: float | None = None
         self.first_scored: float | None = None
 
 
 class Scoring:
-    """The score requests of one engine; like it, not thread-safe.
+    """The live score requests of one engine. Not thread-safe.
 
     Args:
         shares_prompts: the prefix cache is on: a prompt that fills a block is computed for the first
             continuation alone, and found there by the others, which start one step later.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, paths: Paths, prompts: AdapterPrompts, *, shares_prompts: bool
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, paths: Paths, clock: Clock, *, shares_prompts: bool) -> None:
+        self._clock = clock
         self._scheduler = scheduler
         self._paths = paths
-        self._prompts = prompts
         self._shares_prompts = shares_prompts
         self._jobs: dict[str, ScoreJob] = {}
 
@@ -132,7 +146,9 @@ class Scoring:
 
     def add(self, job: ScoreJob) -> None:
         """Queue a prepared request."""
+        assert job.id not in self._jobs, "request ids must be unique"
         self._jobs[job.id] = job
+        job.on_scored = self._complete
         fills = job.sequences[0].logits_from >= self._scheduler.pool.block_size
         self._start(job, 1 if self._shares_prompts and fills else len(job.sequences))
 
@@ -145,11 +161,7 @@ class Scoring:
             sequence.share_keys(job.sequences[0], self._scheduler.pool.block_size)
             self._scheduler.add(sequence)
 
-    def take(self, sequence: ScoreSequence, logits: torch.Tensor) -> None:
-        """Note the logits [rows, vocabulary] after a sequence's next tokens."""
-        sequence.take(logits, self._prompts.of(sequence.stack).texts)
-
-    def complete(self, sequence: ScoreSequence) -> list[RequestOutput]:
+    def _complete(self, sequence: ScoreSequence) -> list[RequestOutput]:
         """A sequence has run; returns its request's only output if that is its end."""
         job = sequence.job
         if job.id not in self._jobs:
@@ -160,13 +172,15 @@ class Scoring:
             self._end(job)
             return [RequestOutput(job.id, error=PolygraftError("the model's logits are not finite"))]
         if job.first_scored is None:
-            job.first_scored = time.monotonic()
+            job.first_scored = self._clock()
         self._start(job, len(job.waiting))
         if job.running:
             return []
         self._end(job)
         scores = tuple(map(_score, job.sequences))
-        return [RequestOutput(job.id, finished=_finished(job, FinishReason.SCORED), scores=scores)]
+        return [
+            RequestOutput(job.id, finished=_finished(job, FinishReason.SCORED, self._clock()), scores=scores)
+        ]
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free what it holds; its only output, or nothing if it has ended already."""
@@ -174,7 +188,7 @@ class Scoring:
         if job is None:
             return []
         self._end(job)
-        return [RequestOutput(job.id, finished=_finished(job, FinishReason.CANCELLED))]
+        return [RequestOutput(job.id, finished=_finished(job, FinishReason.CANCELLED, self._clock()))]
 
     def fail_lost(self) -> list[RequestOutput]:
         """End the requests whose weights can't be had."""
@@ -203,7 +217,7 @@ def _score(sequence: ScoreSequence) -> ContinuationScore:
     )
 
 
-def _finished(job: ScoreJob, reason: FinishReason) -> Finished:
+def _finished(job: ScoreJob, reason: FinishReason, now: float) -> Finished:
     first, scored = job.first_scheduled, job.first_scored
     return Finished(
         reason=reason,
@@ -214,7 +228,7 @@ def _finished(job: ScoreJob, reason: FinishReason) -> Finished:
             virtual_tokens=job.stack.virtual_tokens,
         ),
         timings=Timings(
-            total=time.monotonic() - job.arrival,
+            total=now - job.arrival,
             queue=None if first is None else first - job.arrival,
             prefill=None if first is None or scored is None else scored - first,
             time_to_first_token=None if scored is None else scored - job.arrival,

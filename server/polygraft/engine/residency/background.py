@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 Job = Generator[bool | None, None, None]
 """Yields where it may be interrupted: True if it needs a step to run before it can go on, False if it is of
@@ -26,10 +26,14 @@ class BackgroundWork:
     """Runs jobs in turn within a time budget.
 
     Whose turn it is goes by the time that they have had: one with long slices gets fewer of them, so that a
-    small job beside a large one takes twice as long as alone, and not as long as the large one.
+    small job next to a large one takes twice as long as alone, and not as long as the large one.
+
+    Args:
+        clock: seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._ready: list[tuple[float, int, Job]] = []  # a heap, by the time that a job has had
         self._after_step: list[tuple[float, Job]] = []
         self._resting: list[tuple[float, Job]] = []
@@ -83,7 +87,7 @@ class BackgroundWork:
         self._run(seconds)
 
     def _run(self, seconds: float) -> float:
-        started = time.perf_counter()
+        started = self._clock()
         spent = 0.0
         while self._ready and spent < seconds:
             self._had, _, job = heapq.heappop(self._ready)
@@ -93,7 +97,7 @@ class BackgroundWork:
                 needs_step, ended = None, True
             else:
                 ended = False
-            before, spent = spent, time.perf_counter() - started
+            before, spent = spent, self._clock() - started
             had = self._had + spent - before
             if ended:
                 continue

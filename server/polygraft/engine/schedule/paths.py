@@ -12,7 +12,8 @@ from polygraft.engine.residency.linear_combinations import LinearCombinations
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.schedule.path_policy import PathPolicy
 from polygraft.engine.schedule.scheduler import Scheduler
-from polygraft.engine.sequences.sequence import Generation, Sequence
+from polygraft.engine.sequences.generate import GenerateSequence
+from polygraft.engine.sequences.sequence import Sequence
 from polygraft_types.requests import LoraPath
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Paths:
         requests: Counter[int] = Counter()
         asking: dict[int, Adapter] = {}  # those whose requests leave the path to the server
         for sequence in self._scheduler:
-            if isinstance(sequence, Generation):
+            if isinstance(sequence, GenerateSequence):
                 only = sequence.stack.only
                 if only is None:
                     requests[_SEVERAL if sequence.stack.adapters else _BASE] += 1

@@ -15,7 +15,7 @@ from polygraft.engine.cache.shared_prefix import SharedPrefixes
 from polygraft.engine.residency.merged_copies import MergedCopy
 from polygraft.engine.schedule.step_cost import StepBudget, StepCost, Work
 from polygraft.engine.sequences.prefix import SharedPrefix
-from polygraft.engine.sequences.sequence import Generation, Sequence, SoftPromptSequence
+from polygraft.engine.sequences.sequence import Sequence, SoftPromptSequence
 from polygraft_types.requests import LoraPath
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Scheduler:
             victim = max(self.running, key=lambda s: s.order)
             self.running.remove(victim)
             self._free(victim)
-            victim.note_preempted()
+            victim.on_preempted()
             bisect.insort(self.waiting, victim, key=lambda s: s.order)
             victims.append(victim)
             if victim is sequence:
@@ -243,8 +243,6 @@ class Scheduler:
         self._settle(sequence)
         sequence.prefix = prefix
         sequence.num_computed = len(cached) * self.pool.block_size
-        if isinstance(sequence, Generation) and sequence.first_scheduled is None:
-            sequence.cached_tokens = sequence.num_computed
         count = budget.fill(sequence, sequence.num_computed)
         fresh = self.pool.blocks_for(sequence.num_computed + count) - len(cached)
         sequence.blocks = cached + self.pool.allocate(fresh)

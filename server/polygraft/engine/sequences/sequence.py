@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from polygraft.engine.sampling.logprobs import Likelihood, likelihoods
-from polygraft.engine.tokenizers.text_stream import TextStream
+from polygraft.core.output import RequestOutput
 from polygraft.errors import PolygraftError
-from polygraft_types.answers import FinishReason, TokenLogprob
-from polygraft_types.requests import LoraPath, Request
+from polygraft_types.requests import LoraPath
 
 if TYPE_CHECKING:
     from polygraft.adapters.stack import Runs, Stack
@@ -26,6 +24,23 @@ if TYPE_CHECKING:
 
 NEVER = sys.maxsize
 """What `acts_from` is where adapters don't act at all."""
+
+
+@dataclass(slots=True)
+class StepEnd:
+    """What sequences that have run to their last token do at the end of a step.
+
+    Args:
+        remove: takes a sequence out of the scheduler.
+        adopt: makes a soft prompt's blocks a shared prefix.
+        outputs: what the step brings for requests.
+        sampling: sequences that want a next token, each with its row of the logits.
+    """
+
+    remove: Callable[[Sequence], None]
+    adopt: Callable[[SoftPromptSequence], None]
+    outputs: list[RequestOutput] = field(default_factory=list)
+    sampling: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
 class Sequence:
@@ -46,6 +61,8 @@ class Sequence:
         stack: its adapters, pinned for as long as the sequence lives.
     """
 
+    is_request: ClassVar[bool] = True
+    """Whether a client waits for it."""
     cacheable: ClassVar[bool] = False
     """Whether its blocks may be shared with later sequences that begin with the same tokens."""
 
@@ -123,7 +140,28 @@ class Sequence:
         """[tokens, hidden] to run instead of the tokens' own embeddings."""
         return None
 
-    def note_preempted(self) -> None:
+    def decodes_from(self, start: int) -> bool:
+        """Whether its tokens from `start` on have been generated, for the statistics."""
+        return False
+
+    def on_scheduled(self, start: int, now: float) -> None:
+        """It is in the next step, with its tokens from `start` on."""
+
+    def on_logits(self, logits: torch.Tensor) -> None:
+        """Its next tokens have run.
+
+        Args:
+            logits: [rows, vocabulary] behind those of them at and after `logits_from`.
+        """
+
+    def on_complete(self, end: StepEnd, row: int) -> None:
+        """All of its tokens have run.
+
+        Args:
+            row: of the step's logits, the one behind its last token.
+        """
+
+    def on_preempted(self) -> None:
         """Its blocks were taken away; it starts again from its tokens."""
 
 
@@ -150,16 +188,28 @@ class SoftPromptSequence(Sequence):
         """The soft prompt."""
         return self._embeddings
 
+    def on_complete(self, end: StepEnd, row: int) -> None:
+        """Hand its blocks over."""
+        end.adopt(self)
+        end.remove(self)
 
-class CanarySequence(Sequence):
+
+class SmokeTestSequence(Sequence):
     """A few tokens whose logits tell what adapters do.
 
     Args:
+        vocabulary: the base's; logits of tokens that the adapters don't know are left out.
         positions: so many of its last tokens' logits are wanted.
     """
 
-    def __init__(self, id: str, token_ids: list[int], stack: Stack, *, positions: int = 1) -> None:
+    is_request = False
+
+    def __init__(
+        self, id: str, token_ids: list[int], stack: Stack, vocabulary: int, *, positions: int = 1
+    ) -> None:
         super().__init__(id, token_ids, stack)
+        own = (adapter.compiled.vocabulary for adapter in stack.adapters)
+        self._vocabulary = next((size for size in own if size is not None), vocabulary)
         self._positions = positions
         self._parts: list[torch.Tensor] = []
 
@@ -168,14 +218,6 @@ class CanarySequence(Sequence):
         """As asked for."""
         return len(self.token_ids) - self._positions
 
-    def take(self, logits: torch.Tensor) -> None:
-        """Note the logits [rows, vocabulary] behind its next tokens."""
-        self._parts.append(logits.float())
-
-    def note_preempted(self) -> None:
-        """It will run anew."""
-        self._parts.clear()
-
     @property
     def logits(self) -> torch.Tensor | None:
         """float32 [positions, vocabulary], once it has run."""
@@ -183,104 +225,14 @@ class CanarySequence(Sequence):
             return None
         return torch.cat(self._parts)
 
+    def on_logits(self, logits: torch.Tensor) -> None:
+        """Keep them."""
+        self._parts.append(logits[:, : self._vocabulary].float())
 
-class Generation(Sequence):
-    """A request on its way.
+    def on_complete(self, end: StepEnd, row: int) -> None:
+        """Leave the scheduler."""
+        end.remove(self)
 
-    An echo with log-probabilities needs the logits after all of the prompt's tokens, once. `untold` and, with
-    texts, `described` hold likelihoods that haven't been output yet; `echo_due` says whether the
-    prompt hasn't.
-
-    Args:
-        text: turns its tokens into text and looks for stop sequences.
-        stop_token_ids: what ends it, the model's end-of-sequence tokens included.
-        max_new_tokens: settled, at least 1.
-        echo: the prompt's text, if it is to precede the answer.
-    """
-
-    cacheable = True
-
-    def __init__(
-        self,
-        request: Request,
-        prompt_ids: list[int],
-        stack: Stack,
-        text: TextStream,
-        stop_token_ids: frozenset[int],
-        max_new_tokens: int,
-        echo: str = "",
-    ) -> None:
-        super().__init__(request.id, prompt_ids, stack)
-        self.request = request
-        self.prompt_tokens = len(prompt_ids)
-        self.text = text
-        self.stop_token_ids = stop_token_ids
-        self.max_new_tokens = max_new_tokens
-        self.path = request.lora_path
-        self.preemptions = 0
-        self.cached_tokens = 0
-        self.untold: list[Likelihood] = []
-        self.described: list[TokenLogprob] = []
-        self.finite = True
-        """Whether the prompt's logits noted so far are finite."""
-        self.echo = echo
-        self.echo_due = request.response.echo
-        self.arrival = time.monotonic()
-        limit = request.stopping.time_limit
-        self.deadline = None if limit is None else self.arrival + limit
-        self.first_scheduled: float | None = None
-        self.first_token: float | None = None
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self.token_ids) - self.prompt_tokens
-
-    @property
-    def logits_from(self) -> int:
-        """Behind its last token, but for an echo that is still to come."""
-        response = self.request.response
-        if response.echo and response.wants_logprobs and self.first_token is None:
-            return 0
-        return len(self.token_ids) - 1
-
-    def take_prompt(self, logits: torch.Tensor) -> None:
-        """Note the logits [rows, vocabulary] behind the next of its tokens; the prompt's last isn't noted."""
-        first = len(self.untold) + len(self.described) + 1
-        rows = min(len(logits), self.prompt_tokens - first)
-        if self.logits_from == 0 and rows > 0:
-            top = self.request.response.top_logprobs
-            found = likelihoods(logits[:rows], self.token_ids[first : first + rows], [top] * rows)
-            self.finite = self.finite and not any(math.isnan(one.logprob) for one in found)
-            self.untold += found
-
-    def note_preempted(self) -> None:
-        """Counted, for its end; what it knows of its prompt is computed anew."""
-        self.preemptions += 1
-        self.untold.clear()
-        self.described.clear()
-
-    @property
-    def may_stop(self) -> bool:
-        """Whether the next token may be one that ends it."""
-        return self.completion_tokens >= self.request.stopping.min_new_tokens
-
-    def accept(self, token: int, now: float) -> tuple[str, FinishReason | None]:
-        """Append a sampled token; returns the text that is now final, and the finish reason if it ends here.
-
-        Raises:
-            PolygraftError: the tokenizer fails on this token.
-        """
-        if self.first_token is None:
-            self.first_token = now
-        stops = token in self.stop_token_ids and self.may_stop
-        self.token_ids.append(token)
-        if stops:
-            text = self.text.end(token)
-            return text, FinishReason.STOP if self.text.matched is None else FinishReason.STOP_SEQUENCE
-        text = self.text.push(token, match=self.completion_tokens >= self.request.stopping.min_new_tokens)
-        if self.text.matched is not None:
-            return text, FinishReason.STOP_SEQUENCE
-        if self.completion_tokens >= self.max_new_tokens:
-            return text + self.text.flush(), FinishReason.LENGTH
-        return text, None
+    def on_preempted(self) -> None:
+        """Start anew."""
+        self._parts.clear()

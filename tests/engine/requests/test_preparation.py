@@ -11,8 +11,9 @@ from typing import Any, cast
 import pytest
 
 from polygraft.engine.engine import Engine
-from polygraft.engine.preparation import LARGE, QUICK, Preparation
-from polygraft.errors import AdapterNotFound, InvalidRequest
+from polygraft.engine.requests.input_processor import Intake
+from polygraft.engine.requests.preparation import LARGE, QUICK, Preparation
+from polygraft.errors import InvalidRequest
 from polygraft_types.requests import AdapterRef, Chat, ChatMessage, Request, ScoreRequest
 from tests.engine.asking import check_clean
 
@@ -20,15 +21,10 @@ OWN = "prompts of adapters' own tokenizers and templates"
 
 
 class Fake:
-    """An engine that tells which thread it is asked on."""
+    """An intake that tells which thread it is asked on."""
 
-    def __init__(self) -> None:
-        self.adapters = SimpleNamespace(registry=self)
-
-    def get(self, name: str) -> Any:
-        if name == "nobody":
-            raise AdapterNotFound(name, "not registered")
-        return SimpleNamespace(own_prompts=name == "own")
+    def may_bring_prompts(self, ref: AdapterRef) -> bool:
+        return ref.name == "own" or ref.generation is not None
 
     def prepare(self, request: object) -> str:
         return threading.current_thread().name
@@ -59,14 +55,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 async def test_who_prepares_it(name: str) -> None:
     request, expected = CASES[name]
-    preparation = Preparation(cast("Engine", Fake()), 10)
+    preparation = Preparation(cast("Intake", Fake()), 10)
     prepare = preparation.score if isinstance(request, ScoreRequest) else preparation.generation
     assert await prepare(request) == (expected or threading.current_thread().name)  # type: ignore[arg-type]
     assert not len(preparation)
 
 
 async def test_more_than_one_request_may_have_tokenized() -> None:
-    preparation = Preparation(cast("Engine", Fake()), 10)
+    preparation = Preparation(cast("Intake", Fake()), 10)
     with pytest.raises(InvalidRequest, match=r"continuations: .* send fewer at a time"):
         await preparation.score(ScoreRequest("r", "x" * 70_000, ("y",) * 256))
     ids = ScoreRequest("r", (1,) * 70_000, ("y",) * 256)

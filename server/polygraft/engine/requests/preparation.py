@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from polygraft.engine.engine import Engine
-from polygraft.engine.prompts.prompts import Prompts
+from polygraft.engine.requests.input_processor import Intake
 from polygraft.engine.requests.scoring import ScoreJob
-from polygraft.engine.sequences.sequence import Generation
+from polygraft.engine.sequences.generate import GenerateSequence
 from polygraft.engine.workers.fair_workers import FairWorkers
 from polygraft.engine.workers.worker import Worker
-from polygraft.errors import AdapterNotFound, InvalidRequest
+from polygraft.errors import InvalidRequest
 from polygraft_types.requests import AdapterRef, Chat, Request, ScoreRequest
 
 T = TypeVar("T")
-P = TypeVar("P", Generation, ScoreJob)
+P = TypeVar("P", GenerateSequence, ScoreJob)
 
 QUICK = 4_096
 """The event loop itself prepares requests up to this size, in some 3 ms."""
@@ -44,8 +43,8 @@ class Preparation:
         max_waiting: most common requests that wait.
     """
 
-    def __init__(self, engine: Engine, max_waiting: int) -> None:
-        self._engine = engine
+    def __init__(self, intake: Intake, max_waiting: int) -> None:
+        self._intake = intake
         self._common = Worker("prompts", max_waiting)
         self._large = Worker("large prompts", _MAX_LARGE)
         self._foreign = FairWorkers(
@@ -63,9 +62,10 @@ class Preparation:
         """Whether a request of this id is being prepared."""
         return request_id in self._requests
 
-    async def generation(self, request: Request) -> Generation:
-        """Prepare a request. Raises: as `Engine.prepare`, and ResourceExhausted if too many wait."""
-        return await self._prepare(request, _size(request.prompt), lambda: self._engine.prepare(request))
+    async def generation(self, request: Request) -> GenerateSequence:
+        """Prepare a request. Raises: as `Intake.prepare`, and ResourceExhausted if too many wait."""
+        size = _size(request.prompt)
+        return await self._prepare(request, size, lambda: self._intake.prepare(request))
 
     async def score(self, request: ScoreRequest) -> ScoreJob:
         """The same for continuations to score. Also raises InvalidRequest if they are too much at once."""
@@ -78,7 +78,7 @@ class Preparation:
                 f"with the prompt before each they have {size:.0f} characters, more than {_MOST_SCORED}: "
                 "send fewer at a time",
             )
-        return await self._prepare(request, size, lambda: self._engine.prepare_score(request))
+        return await self._prepare(request, size, lambda: self._intake.prepare_score(request))
 
     async def _prepare(self, request: Request | ScoreRequest, size: float, prepare: Callable[[], P]) -> P:
         self._requests.add(request.id)
@@ -93,7 +93,7 @@ class Preparation:
         """See `EngineClient.tokenize`."""
         return await self._run(
             _size(prompt),
-            lambda: tuple(self.prompts_of(adapters).token_ids(prompt)),
+            lambda: tuple(self._intake.prompts_of(adapters).token_ids(prompt)),
             foreign=self._foreign_of(adapters),
         )
 
@@ -101,17 +101,9 @@ class Preparation:
         """See `EngineClient.detokenize`."""
         return await self._run(
             len(token_ids),
-            lambda: self.prompts_of(adapters).decode(token_ids),
+            lambda: self._intake.prompts_of(adapters).decode(token_ids),
             foreign=self._foreign_of(adapters),
         )
-
-    def prompts_of(self, adapters: Sequence[AdapterRef]) -> Prompts:
-        """Tokenizer and template of requests with these adapters. Raises as `Intake.resolve`."""
-        stack = self._engine.intake.resolve(adapters)
-        try:
-            return self._engine.prompts.of(stack)
-        finally:
-            stack.release()
 
     async def _run(
         self,
@@ -135,13 +127,7 @@ class Preparation:
         return await (self._common if size < LARGE else self._large).run(call, release=release)
 
     def _foreign_of(self, adapters: Sequence[AdapterRef]) -> str | None:
-        return next((ref.name for ref in adapters if self._brings_prompts(ref)), None)
-
-    def _brings_prompts(self, ref: AdapterRef) -> bool:
-        try:
-            return ref.generation is not None or self._engine.adapters.registry.get(ref.name).own_prompts
-        except AdapterNotFound:
-            return False
+        return next((ref.name for ref in adapters if self._intake.may_bring_prompts(ref)), None)
 
 
 def _size(prompt: str | tuple[int, ...] | Chat) -> float:

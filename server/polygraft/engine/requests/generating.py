@@ -1,40 +1,40 @@
-"""The generations that are on their way: their next tokens, and their ends."""
+"""The live generation requests: their next tokens, and their ends."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
 
+from polygraft.core.clock import Clock
 from polygraft.core.output import RequestOutput
-from polygraft.engine.requests.output_processor import Answers
 from polygraft.engine.sampling.logprobs import likelihoods
 from polygraft.engine.sampling.penalties import adjust
 from polygraft.engine.sampling.sampler import sample
 from polygraft.engine.schedule.scheduler import Scheduler
-from polygraft.engine.sequences.sequence import Generation
+from polygraft.engine.sequences.generate import GenerateSequence
+from polygraft.engine.sequences.sequence import Sequence
 from polygraft.errors import PolygraftError
 from polygraft_types.answers import Finished, FinishReason, Timings, Usage
 
 
-class Generations:
-    """Those of one engine; like it, not thread-safe."""
+class Generating:
+    """The live generation requests of one engine. Not thread-safe."""
 
-    def __init__(self, scheduler: Scheduler, answers: Answers) -> None:
+    def __init__(self, scheduler: Scheduler, clock: Clock) -> None:
         self._scheduler = scheduler
-        self._answers = answers
-        self._running: dict[str, Generation] = {}
+        self._clock = clock
+        self._running: dict[str, GenerateSequence] = {}
 
     def __contains__(self, request_id: object) -> bool:
         """Whether a request of this id runs."""
         return request_id in self._running
 
-    def __iter__(self) -> Iterator[Generation]:
+    def __iter__(self) -> Iterator[GenerateSequence]:
         """All of them."""
         return iter(self._running.values())
 
-    def add(self, generation: Generation) -> None:
+    def add(self, generation: GenerateSequence) -> None:
         """Queue one."""
         assert generation.id not in self._running, "request ids must be unique"
         self._running[generation.id] = generation
@@ -47,7 +47,7 @@ class Generations:
 
     def expire(self) -> list[RequestOutput]:
         """End those whose time is up."""
-        now = time.monotonic()
+        now = self._clock()
         late = [g for g in self._running.values() if g.deadline is not None and g.deadline <= now]
         return [
             self._finish(generation, FinishReason.TIME_LIMIT, generation.text.flush()) for generation in late
@@ -58,17 +58,22 @@ class Generations:
         lost = [(generation, error) for generation in self if (error := generation.lost) is not None]
         return [self._fail(generation, error) for generation, error in lost]
 
-    def sample(
-        self, generations: list[Generation], rows: list[int], logits: torch.Tensor
-    ) -> list[RequestOutput]:
-        """Give some their next tokens, picked by these rows of the logits."""
+    def sample(self, asking: list[tuple[Sequence, int]], logits: torch.Tensor) -> list[RequestOutput]:
+        """Sample the next tokens.
+
+        Args:
+            asking: requests, each with its row of the logits.
+            logits: [rows, vocabulary]
+        """
+        generations = [self._running[sequence.id] for sequence, _ in asking]
+        rows = [row for _, row in asking]
         if not generations:
             return []
         with torch.inference_mode():
             if len(rows) != len(logits):
                 logits = logits[rows]
-            asking = [at for at, g in enumerate(generations) if g.request.response.wants_logprobs]
-            raw = logits[asking] if asking else logits[:0]
+            wanting = [at for at, g in enumerate(generations) if g.request.response.wants_logprobs]
+            raw = logits[wanting] if wanting else logits[:0]
             logits = adjust(
                 logits,
                 [g.request.sampling for g in generations],
@@ -82,11 +87,11 @@ class Generations:
                 logits, [g.request.sampling for g in generations], [g.num_tokens for g in generations]
             )
         # Nobody is told the likelihoods of a row that fails.
-        picked = [tokens[at] or 0 for at in asking]
-        top = [generations[at].request.response.top_logprobs for at in asking]
-        for at, likelihood in zip(asking, likelihoods(raw, picked, top), strict=True):
+        picked = [tokens[at] or 0 for at in wanting]
+        top = [generations[at].request.response.top_logprobs for at in wanting]
+        for at, likelihood in zip(wanting, likelihoods(raw, picked, top), strict=True):
             generations[at].untold.append(likelihood)
-        now = time.monotonic()
+        now = self._clock()
         return [
             self._accept(generation, token, now)
             if token is not None and generation.finite
@@ -94,12 +99,7 @@ class Generations:
             for generation, token in zip(generations, tokens, strict=True)
         ]
 
-    def take_prompt(self, generation: Generation, logits: torch.Tensor) -> None:
-        """Note the logits [rows, vocabulary] after the next of its tokens, if it asks for them."""
-        generation.take_prompt(logits)
-        self._answers.describe(generation)
-
-    def _accept(self, generation: Generation, token: int, now: float) -> RequestOutput:
+    def _accept(self, generation: GenerateSequence, token: int, now: float) -> RequestOutput:
         try:
             text, reason = generation.accept(token, now)
         except PolygraftError as error:  # its tokenizer, possibly an adapter's, fails
@@ -107,13 +107,13 @@ class Generations:
         if reason is not None:
             return self._finish(generation, reason, text, token)
         output = RequestOutput(generation.id, text, (token,), path=generation.path)
-        return self._answers.complete(generation, output)
+        return generation.completed(output)
 
     def _finish(
-        self, generation: Generation, reason: FinishReason, text: str = "", token: int | None = None
+        self, generation: GenerateSequence, reason: FinishReason, text: str = "", token: int | None = None
     ) -> RequestOutput:
         self._remove(generation)
-        now = time.monotonic()
+        now = self._clock()
         first, scheduled = generation.first_token, generation.first_scheduled
         finished = Finished(
             reason=reason,
@@ -138,12 +138,12 @@ class Generations:
         )
         tokens = () if token is None else (token,)
         output = RequestOutput(generation.id, text, tokens, finished=finished, path=generation.path)
-        return self._answers.complete(generation, output)
+        return generation.completed(output)
 
-    def _fail(self, generation: Generation, error: PolygraftError) -> RequestOutput:
+    def _fail(self, generation: GenerateSequence, error: PolygraftError) -> RequestOutput:
         self._remove(generation)
         return RequestOutput(generation.id, error=error)
 
-    def _remove(self, generation: Generation) -> None:
+    def _remove(self, generation: GenerateSequence) -> None:
         del self._running[generation.id]
         self._scheduler.remove(generation)
