@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 
 from polygraft.core.adapter_weights import AdapterWeights
-from polygraft.core.primitives import Bottleneck, Coupling, CouplingLayers, LowRank, Prefix, Scale
+from polygraft.core.primitives import LowRank, Prefix, Scale
+from polygraft.core.residual_primitives import Bottleneck, Coupling, CouplingLayers
 from polygraft.core.spec import BaseSpec, ResidualSite
 from polygraft.layers.residual.activations import ACTIVATIONS
 

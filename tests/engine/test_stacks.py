@@ -10,7 +10,8 @@ import torch
 from polygraft.adapters.registry import AdapterRegistry
 from polygraft.adapters.stack import check_stack
 from polygraft.core.adapter_weights import AdapterWeights, by_module
-from polygraft.core.primitives import Bottleneck, Coupling, CouplingLayers, Kron, LowRank, Rotation, Scale
+from polygraft.core.primitives import Kron, LowRank, Rotation, Scale
+from polygraft.core.residual_primitives import Bottleneck, Coupling, CouplingLayers
 from polygraft.engine.engine import Engine
 from polygraft.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, PolygraftError
 from polygraft_types.requests import AdapterRef, LoraPath, Request, ScoreRequest, StoppingParams

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 
 from polygraft.core.primitives import (
-    Bottleneck,
-    Coupling,
     Dense,
     ExpertLowRank,
     Kron,
@@ -28,6 +26,7 @@ from polygraft.core.primitives import (
     SoftPrompt,
     TokenRows,
 )
+from polygraft.core.residual_primitives import Bottleneck, Coupling
 from polygraft.core.tensor_tree import Copies, tensors_of
 
 _OF_LAYERS = ("modules", "embedding", "token_rows", "bottlenecks", "coupling", "experts")

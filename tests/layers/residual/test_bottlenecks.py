@@ -15,7 +15,7 @@ from transformers.activations import get_activation
 
 from polygraft.adapters.stack import Stack, check_stack
 from polygraft.core.adapter_weights import AdapterWeights
-from polygraft.core.primitives import Bottleneck, Coupling, CouplingLayers, NormAfter
+from polygraft.core.residual_primitives import Bottleneck, Coupling, CouplingLayers, NormAfter
 from polygraft.engine.engine import Engine
 from polygraft.engine.sequences.sequence import SmokeTestSequence
 from polygraft.layers.decoder_layer import FusedDecoderLayer

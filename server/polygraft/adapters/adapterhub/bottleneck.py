@@ -30,7 +30,7 @@ from polygraft.adapters.adapterhub.source import Parts, Source
 from polygraft.adapters.files.numbers import is_alpha
 from polygraft.adapters.files.problems import OptionProblem, Problem, all_of
 from polygraft.base.inspect.residual_sites import ATTENTION, FEED_FORWARD
-from polygraft.core.primitives import Bottleneck, NormAfter
+from polygraft.core.residual_primitives import Bottleneck, NormAfter
 
 _PLACES = {
     "mh_adapter": (ATTENTION, "attention_adapters"),

@@ -15,7 +15,7 @@ from polygraft.adapters.adapterhub.non_linearity import PRELU, take_slope, witho
 from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.adapterhub.source import Source
 from polygraft.adapters.files.problems import all_of
-from polygraft.core.primitives import Coupling, CouplingLayers
+from polygraft.core.residual_primitives import Coupling, CouplingLayers
 
 _STATIC_HEADS = ("gpt2", "gptj", "llama", "mistral")
 """Model types of the library's own attention and layers; only their flexible heads invert."""

@@ -12,7 +12,8 @@ from polygraft.adapters.adapterhub.options import Options
 from polygraft.adapters.files.problems import Problem
 from polygraft.adapters.files.reader import FolderReader, Shape
 from polygraft.core.adapter_weights import ModuleChange
-from polygraft.core.primitives import Bottleneck, Coupling, Prefix
+from polygraft.core.primitives import Prefix
+from polygraft.core.residual_primitives import Bottleneck, Coupling
 from polygraft.core.spec import BaseSpec
 
 

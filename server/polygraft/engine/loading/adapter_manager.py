@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-
-import torch
 
 from polygraft.adapters.files.folder import AdapterFolder
 from polygraft.adapters.files.store import AdapterStore
@@ -29,7 +27,6 @@ from polygraft.errors import (
     AdapterError,
     AdapterExists,
     AdapterInvalid,
-    BaseModelError,
     InvalidRequest,
     PolygraftError,
 )
@@ -80,18 +77,18 @@ class AdapterManager:
         self.memory = memory
         self._on_the_way = 0
         self._loaded_bytes = 0  # since memory was given back
-        self._canaries = smoke_tests
+        self._smoke_tests = smoke_tests
         self._copies = copies
         self._prompts = prompts
         self._forget = forget
-        self._base_canary: torch.Tensor | None = None
         self._loading: dict[str, tuple[str, Future[AdapterInfo]]] = {}  # content hash and outcome
         self._unloading: dict[str, Future[AdapterInfo]] = {}
         self._events = events
 
     def load_store(self) -> None:
-        """Load every folder of the store, after a canary of the base alone, which warms it up as well;
-        broken folders and those that are passed over are listed with the reason. Runs as background work.
+        """Load every folder of the store, after a smoke test of the base alone, which warms it up as well.
+
+        Broken folders and those that are passed over are listed with the reason. Runs as background work.
 
         Raises (from the background work): BaseModelError if the base's logits aren't finite.
         """
@@ -126,9 +123,7 @@ class AdapterManager:
             yield from self._load_from_store(name)
 
     def _try_base(self) -> Job:
-        self._base_canary = yield from self._canary_logits(self._usual, None)
-        if not torch.isfinite(self._base_canary).all():
-            raise BaseModelError("the base's logits are not finite")
+        yield from self._smoke_tests.try_base()
 
     def _load_from_store(self, name: str) -> Job:
         # At once, so that it is the last names that there is no room for.
@@ -233,7 +228,7 @@ class AdapterManager:
                 self._rules.check_copy(name, compiled, self._copies.bytes_for(adapter))
             if prompts is not None:
                 self._prompts.add(adapter, prompts)
-            warnings = yield from self._canary(adapter, _own_tokens(compiled))
+            warnings = yield from self._smoke_tests.try_adapter(adapter, _own_tokens(compiled))
             info = ready_info(
                 adapter,
                 source,
@@ -248,26 +243,10 @@ class AdapterManager:
             self.registry.finish_load(adapter, info)
         except (GeneratorExit, SystemExit, KeyboardInterrupt):
             raise
-        except BaseException as raised:
-            # Whatever it was, a panic in a library included, it must not take the engine down, and somebody
-            # waits for the outcome.
-            error = (
-                raised
-                if isinstance(raised, Exception)
-                else PolygraftError(f"{type(raised).__name__}: {raised}")
-            )
+        except BaseException as raised:  # noqa: BLE001  # a panic in a library included: the engine goes on
             if adapter is not None:
                 self._free(adapter)
-            problems = error.problems if isinstance(error, AdapterInvalid) else printable_texts([str(error)])
-            failed = self.registry.fail_load(name, source, problems, keep=keep_failed)
-            if isinstance(error, PolygraftError):
-                log.warning("adapter %s is not loaded: %s", name, printable(_why(error), _LOGGED))
-            else:
-                log.exception("adapter %s is not loaded", name)
-            self._events.append(AdapterEvent(AdapterChange.LOAD_FAILED, failed))
-            if keep_failed:
-                self._events.append(AdapterEvent(AdapterChange.CHANGED, self.registry.get(name)))
-            done.set_exception(error)
+            done.set_exception(self._fail(name, source, raised, keep=keep_failed))
             return
         for warning in info.warnings:
             log.warning("adapter %s: %s", name, warning)
@@ -275,38 +254,20 @@ class AdapterManager:
         self._events.append(AdapterEvent(AdapterChange.CHANGED, info))
         done.set_result(info)
 
-    def _canary(self, adapter: Adapter, tokens: Sequence[int]) -> Generator[bool | None, None, list[str]]:
-        """Run a few tokens with the adapter and without; returns warnings, raises AdapterInvalid.
-
-        Args:
-            tokens: some that the adapter has rows of its own for.
-        """
-        known = self._base.vocabulary_size
-        canary = [*tokens, *(token % (adapter.compiled.vocabulary or known) for token in self._usual)]
-        canary = [*canary[:SMOKE_TEST_TOKENS], *adapter.compiled.invocation]
-        logits = yield from self._canary_logits(canary, adapter)
-        if not torch.isfinite(logits).all():
-            raise AdapterInvalid(adapter.name, ["its logits are not finite"])
-        base = self._base_canary
-        if canary != self._usual:
-            comparable = max(canary) < known
-            base = (yield from self._canary_logits(canary, None)) if comparable else None
-        elif base is None:
-            base = self._base_canary = yield from self._canary_logits(canary, None)
-        if base is not None and torch.equal(logits, base):
-            return ["it changes nothing: its logits are the base's"]
-        return []
-
-    @property
-    def _usual(self) -> list[int]:
-        """The tokens that smoke_tests have unless an adapter has rows of its own."""
-        return [(31 + 7919 * i) % self._base.vocabulary_size for i in range(SMOKE_TEST_TOKENS)]
-
-    def _canary_logits(
-        self, tokens: list[int], adapter: Adapter | None
-    ) -> Generator[bool | None, None, torch.Tensor]:
-        logits = yield from self._canaries.logits(tokens, adapter)
-        return logits[0]
+    def _fail(self, name: str, source: str, raised: BaseException, *, keep: bool) -> Exception:
+        """Log and list why an adapter isn't loaded, and return the error for who asked for it."""
+        panic = PolygraftError(f"{type(raised).__name__}: {raised}")
+        error = raised if isinstance(raised, Exception) else panic
+        problems = error.problems if isinstance(error, AdapterInvalid) else printable_texts([str(error)])
+        failed = self.registry.fail_load(name, source, problems, keep=keep)
+        if isinstance(error, PolygraftError):
+            log.warning("adapter %s is not loaded: %s", name, printable(_why(error), _LOGGED))
+        else:
+            log.exception("adapter %s is not loaded", name)
+        self._events.append(AdapterEvent(AdapterChange.LOAD_FAILED, failed))
+        if keep:
+            self._events.append(AdapterEvent(AdapterChange.CHANGED, self.registry.get(name)))
+        return error
 
     def unload(self, name: str, done: Future[AdapterInfo], *, wait: bool) -> None:
         """Start unloading; `done` gets the outcome once nothing uses the adapter."""

@@ -94,12 +94,12 @@ class AdapterRules:
 
     def _check_room(self, name: str, compiled: AdapterWeights) -> None:
         room = self._room
-        canary = SMOKE_TEST_TOKENS + len(compiled.invocation)
-        if canary > room.context_length:
+        tokens = SMOKE_TEST_TOKENS + len(compiled.invocation)
+        if tokens > room.context_length:
             raise AdapterInvalid(
                 name, [f"{len(compiled.invocation)} invocation tokens don't fit the context"]
             )
-        if compiled.virtual_tokens >= room.context_length - canary:
+        if compiled.virtual_tokens >= room.context_length - tokens:
             raise AdapterInvalid(
                 name,
                 [
@@ -109,7 +109,7 @@ class AdapterRules:
             )
         if room.blocks is None:
             return
-        needed = -(-compiled.virtual_tokens // room.block_size) - (-canary // room.block_size)
+        needed = -(-compiled.virtual_tokens // room.block_size) - (-tokens // room.block_size)
         if needed > room.blocks:
             raise AdapterInvalid(
                 name,

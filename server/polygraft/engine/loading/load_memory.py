@@ -13,7 +13,7 @@ from collections import deque
 from polygraft.errors import ResourceExhausted
 
 LOADS_AT_ONCE = 8
-"""Loads that are on their way: their smoke_tests share steps."""
+"""Loads that are on their way: their smoke tests share steps."""
 MAX_WAITING = 256
 """Loads that may wait for others."""
 _TIMES_THE_FILES = 4

@@ -46,7 +46,7 @@ class MergeCommands:
         self._copies = copies
         self._registry = registry
         self._background = background
-        self._canaries = smoke_tests
+        self._smoke_tests = smoke_tests
         self._is_idle = is_idle
         self._texts = texts
         self._measuring: set[int] = set()
@@ -99,10 +99,10 @@ class MergeCommands:
                 # Between the two as well, the adapter may be unloaded or replaced, and its slot be another's.
                 if not self._is_kept(copy):
                     return  # the next copy of this adapter is measured instead
-                merged = yield from self._canaries.logits(text, adapter, positions=several, copy=copy)
+                merged = yield from self._smoke_tests.logits(text, adapter, positions=several, copy=copy)
                 if not self._is_kept(copy):
                     return
-                unmerged = yield from self._canaries.logits(text, adapter, positions=several)
+                unmerged = yield from self._smoke_tests.logits(text, adapter, positions=several)
                 difference = (merged - unmerged).abs()
                 largest = max(largest, float(difference.max()))
                 total += float(difference.double().sum())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 
 from polygraft.adapters.registry import Adapter
 from polygraft.adapters.stack import Stack
+from polygraft.engine.loading.adapter_rules import SMOKE_TEST_TOKENS
 from polygraft.engine.residency.merged_copies import MergedCopies, MergedCopy
 from polygraft.engine.schedule.scheduler import Scheduler
 from polygraft.engine.sequences.sequence import SmokeTestSequence
+from polygraft.errors import AdapterInvalid, BaseModelError
 from polygraft_types.requests import LoraPath
 
 
@@ -23,6 +25,42 @@ class SmokeTests:
         self._scheduler = scheduler
         self._copies = copies
         self._ids = itertools.count()
+        self._base_logits: torch.Tensor | None = None
+        self._usual = [(31 + 7919 * at) % vocabulary for at in range(SMOKE_TEST_TOKENS)]
+        """The tokens that are run unless an adapter has rows of its own."""
+
+    def try_base(self) -> Generator[bool | None, None, None]:
+        """Run the base alone. Raises BaseModelError if its logits aren't finite."""
+        self._base_logits = yield from self.logits(self._usual, None)
+        if not torch.isfinite(self._base_logits).all():
+            raise BaseModelError("the base's logits are not finite")
+
+    def try_adapter(
+        self, adapter: Adapter, own_tokens: Sequence[int]
+    ) -> Generator[bool | None, None, list[str]]:
+        """Run a few tokens with an adapter and without, and return warnings.
+
+        Args:
+            own_tokens: some that the adapter has rows of its own for.
+
+        Raises:
+            AdapterInvalid: its logits aren't finite.
+        """
+        known = adapter.compiled.vocabulary or self._vocabulary
+        tokens = [*own_tokens, *(token % known for token in self._usual)]
+        tokens = [*tokens[:SMOKE_TEST_TOKENS], *adapter.compiled.invocation]
+        logits = yield from self.logits(tokens, adapter)
+        if not torch.isfinite(logits).all():
+            raise AdapterInvalid(adapter.name, ["its logits are not finite"])
+        base = self._base_logits
+        if tokens != self._usual:
+            comparable = max(tokens) < self._vocabulary
+            base = (yield from self.logits(tokens, None)) if comparable else None
+        elif base is None:
+            base = self._base_logits = yield from self.logits(self._usual, None)
+        if base is not None and torch.equal(logits, base):
+            return ["it changes nothing: its logits are the base's"]
+        return []
 
     def logits(
         self,

@@ -74,18 +74,7 @@ class Generating:
                 logits = logits[rows]
             wanting = [at for at, g in enumerate(generations) if g.request.response.wants_logprobs]
             raw = logits[wanting] if wanting else logits[:0]
-            logits = adjust(
-                logits,
-                [g.request.sampling for g in generations],
-                [g.token_ids for g in generations],
-                [g.prompt_tokens for g in generations],
-            )
-            for at, generation in enumerate(generations):
-                if not generation.may_stop and generation.stop_token_ids:
-                    logits[at, list(generation.stop_token_ids)] = -torch.inf
-            tokens = sample(
-                logits, [g.request.sampling for g in generations], [g.num_tokens for g in generations]
-            )
+            tokens = _picked(generations, logits)
         # Nobody is told the likelihoods of a row that fails.
         picked = [tokens[at] or 0 for at in wanting]
         top = [generations[at].request.response.top_logprobs for at in wanting]
@@ -147,3 +136,18 @@ class Generating:
     def _remove(self, generation: GenerateSequence) -> None:
         del self._running[generation.id]
         self._scheduler.remove(generation)
+
+
+def _picked(generations: list[GenerateSequence], logits: torch.Tensor) -> list[int | None]:
+    """Pick the next token of each request by its row of the logits; None if that isn't finite."""
+    params = [generation.request.sampling for generation in generations]
+    logits = adjust(
+        logits,
+        params,
+        [generation.token_ids for generation in generations],
+        [generation.prompt_tokens for generation in generations],
+    )
+    for row, generation in zip(logits, generations, strict=True):
+        if not generation.may_stop and generation.stop_token_ids:
+            row[list(generation.stop_token_ids)] = -torch.inf
+    return sample(logits, params, [generation.num_tokens for generation in generations])

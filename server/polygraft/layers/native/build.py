@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 # -fno-math-errno and -fno-trapping-math let loops over floor and select become vector code; unlike
-# -ffast-math they keep NaN and infinity, which the canary looks for.
+# -ffast-math they keep NaN and infinity, which smoke tests look for.
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 LEVELS: dict[str, tuple[str, ...]] = {
     "x86-64-v4+avx512vnni+avx512bf16": ("AVX512", "avx512_vnni", "avx512_bf16"),

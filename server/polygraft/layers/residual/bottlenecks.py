@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from polygraft.core.primitives import LAYER_NORM_EPSILON, Bottleneck
+from polygraft.core.residual_primitives import LAYER_NORM_EPSILON, Bottleneck
 from polygraft.core.tensor_tree import shapes_of
 from polygraft.layers.native.kernels import DTYPES, Kernels
 from polygraft.layers.native.structures import BottleneckStruct, SiteStruct

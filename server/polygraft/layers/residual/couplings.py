@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polygraft.core.primitives import Coupling, CouplingLayers
+from polygraft.core.residual_primitives import Coupling, CouplingLayers
 from polygraft.layers.residual.activations import ACTIVATIONS
 from polygraft.layers.step import Segments, StepContext
 
